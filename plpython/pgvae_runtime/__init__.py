@@ -1,0 +1,1 @@
+"""What runs inside PostgreSQL: pure Python and NumPy, CuPy where there is a GPU."""

@@ -1,0 +1,30 @@
+"""Which server a command talks to: the `--dsn` option, else PGVAE_DSN, else the embedded server."""
+
+from __future__ import annotations
+
+import os
+
+import psycopg
+
+from pgvae.errors import PgvaeError
+
+
+def resolve_dsn(dsn: str | None) -> str:
+    """Gives the connection string to use; PgvaeError where there is none."""
+    if found := dsn or os.environ.get("PGVAE_DSN"):
+        return found
+    from pgvae.server import Server
+
+    return Server.default().dsn()
+
+
+def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
+    """Opens a connection whose application name is pgvae; PgvaeError where the server cannot be reached."""
+    target = resolve_dsn(dsn)
+    try:
+        return psycopg.connect(target, autocommit=autocommit, fallback_application_name="pgvae")
+    except psycopg.OperationalError as error:
+        raise PgvaeError(
+            f"cannot connect: {str(error).strip()}",
+            hint="check --dsn or PGVAE_DSN, or start the embedded server with: pgvae up",
+        ) from error
