@@ -1,0 +1,144 @@
+"""A real server of its own for the whole run, and databases cloned from one migrated template."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgvae.server import Server
+
+# Durability is of no use to a throwaway server, and costs time.
+FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "100",
+    "shared_buffers": "64MB",
+}
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A folder that the server's account can enter, which pytest's own folders are not."""
+    directory = Path(tempfile.mkdtemp(prefix="pgvae-test-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def server(scratch: Path) -> Iterator[Server]:
+    """A throwaway server, running."""
+    throwaway = Server(scratch / "server", settings=FAST)
+    throwaway.up()
+    yield throwaway
+    throwaway.remove()
+
+
+@pytest.fixture(scope="session")
+def template(server: Server) -> str:
+    """The name of a database in which pgvae is installed; nothing may stay connected to it."""
+    from pgvae.install import install
+
+    name = "pgvae_template"
+    _create(server, name)
+    install(server.dsn(name))
+    return name
+
+
+@pytest.fixture
+def database(server: Server, template: str) -> Iterator[str]:
+    """The DSN of a fresh database in which pgvae is installed."""
+    name = f"test_{next(_numbers)}"
+    _create(server, name, template)
+    yield server.dsn(name)
+    _drop(server, name)
+
+
+@pytest.fixture
+def empty_database(server: Server) -> Iterator[str]:
+    """The DSN of a fresh database with nothing in it."""
+    name = f"test_{next(_numbers)}"
+    _create(server, name)
+    yield server.dsn(name)
+    _drop(server, name)
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection, as superuser, to `database`."""
+    with psycopg.connect(database, autocommit=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def role(server: Server) -> Iterator[str]:
+    """The name of a login role without any privilege."""
+    name = f"nobody_{next(_numbers)}"
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
+    yield name
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the real data sets, which are too big for the repository."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no data sets in {path}")
+    return path
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `pgvae ARGS…` in a process of its own: run_cli('status', dsn=database)."""
+
+    def run(
+        *arguments: str, dsn: str | None = None, input: str | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        # A wide terminal, so that no message is wrapped; no colours.
+        environment = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+        environment.pop("PGVAE_DSN", None)
+        environment |= {"PGVAE_DSN": dsn} if dsn else {}
+        environment |= env or {}
+        return subprocess.run(
+            [sys.executable, "-m", "pgvae.cli", *arguments],
+            env=environment,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run
+
+
+def as_role(dsn: str, role: str) -> str:
+    """Gives the DSN of the same database for another role."""
+    return make_conninfo(**{**conninfo_to_dict(dsn), "user": role})
+
+
+def _create(server: Server, name: str, template: str = "template1") -> None:
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
+
+
+def _drop(server: Server, name: str) -> None:
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
