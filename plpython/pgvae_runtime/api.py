@@ -1,0 +1,120 @@
+"""What the SQL functions call: one entry point each, errors translated in one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from . import batch, device, forward
+from .errors import INVALID_PARAMETER, ScoringError
+from .history import item_index, read_history
+from .scoring import mask_seen, score_users
+from .store import active_version
+
+MAX_K = 10_000
+_OPTIONS: Mapping[str, type] = {"exclude_seen": bool}
+
+
+def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns a ScoringError into a PostgreSQL error with its SQLSTATE and hint."""
+
+    @wraps(function)
+    def call(plpy: Any, *args: Any) -> Any:
+        try:
+            return function(plpy, *args)
+        except ScoringError as error:
+            plpy.error(error.message, sqlstate=error.sqlstate, hint=error.hint)
+
+    return call
+
+
+@_translated
+def recommend(
+    plpy: Any, model_id: int, user_key: str | None, k: int | None, options: str | None
+) -> list[tuple[int, int, float, bool, int, int]]:
+    """Gives (rank, item_index, score, is_cold_start, model_version, version_id) of the k best items for one user."""
+    k = checked_k(k)
+    exclude_seen = checked_options(options).get("exclude_seen", True)
+    if user_key is None:
+        return []
+    version = active_version(plpy, model_id)
+    history = read_history(plpy, version, user_key)
+    scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
+    if exclude_seen:
+        mask_seen(np, scores, history, version.targets)
+    items, values = forward.top_k(np, scores, k)
+    return [
+        (rank, item, value, bool(cold[0]), version.version, version.version_id)
+        for rank, (item, value) in enumerate(zip(items[0].tolist(), values[0].tolist(), strict=True), start=1)
+        if value >= 0
+    ]
+
+
+@_translated
+def score(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> float | None:
+    """Gives the score of one item for one user, as `recommend` does; None for an item outside the catalogue."""
+    if user_key is None or item_key is None:
+        return None
+    version = active_version(plpy, model_id)
+    item = item_index(plpy, version, item_key)
+    if item is None:
+        return None
+    history = read_history(plpy, version, user_key)
+    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    return float(scores[0, item])
+
+
+@_translated
+def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | None:
+    """Gives the user's latent position, the mean of q(z | x), Z numbers; None for a user without known events."""
+    if user_key is None:
+        return None
+    version = active_version(plpy, model_id)
+    history = read_history(plpy, version, user_key)
+    if not history.counts[0]:
+        return None
+    mean: list[float] = forward.encode(np, version.weights, history.tokens(version.max_history))[0].tolist()
+    return mean
+
+
+@_translated
+def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
+    """Gives a row per user for a materialized view, see batch.recommend_all."""
+    k = checked_k(k)
+    version = active_version(plpy, model_id)
+    xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
+    return batch.recommend_all(plpy, xp, version, k)
+
+
+def checked_k(k: int | None) -> int:
+    """Gives k; ScoringError where it is not between 1 and MAX_K."""
+    if k is None or not 1 <= k <= MAX_K:
+        raise ScoringError(
+            f"k is {'null' if k is None else k}",
+            sqlstate=INVALID_PARAMETER,
+            hint=f"ask for 1 to {MAX_K} items, as in: k => 10",
+        )
+    return k
+
+
+def checked_options(options: str | None) -> dict[str, Any]:
+    """Gives the options as a dictionary; ScoringError names the first that is unknown or of the wrong type."""
+    given = json.loads(options) if options else {}
+    if not isinstance(given, dict):
+        raise ScoringError(
+            f"options is {options}", sqlstate=INVALID_PARAMETER, hint="""give an object: '{"exclude_seen": false}'"""
+        )
+    for name, value in given.items():
+        if name not in _OPTIONS:
+            raise ScoringError(
+                f"option {name!r} is unknown", sqlstate=INVALID_PARAMETER, hint=f"known options: {', '.join(_OPTIONS)}"
+            )
+        if not isinstance(value, _OPTIONS[name]):
+            raise ScoringError(
+                f"option {name!r} is {json.dumps(value)}", sqlstate=INVALID_PARAMETER, hint="give true or false"
+            )
+    return given

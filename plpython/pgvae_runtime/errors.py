@@ -1,0 +1,20 @@
+"""Errors with the SQLSTATE and the remedy that a client sees."""
+
+from __future__ import annotations
+
+INVALID_PARAMETER = "22023"
+INSUFFICIENT_PRIVILEGE = "42501"
+UNKNOWN_MODEL = "VA001"
+NO_ACTIVE_VERSION = "VA002"
+INCOMPATIBLE_VERSION = "VA003"
+CORRUPT_WEIGHTS = "VA004"
+
+
+class ScoringError(Exception):
+    """A refusal: `message` is lower-case and names the value, `hint` says what to do."""
+
+    def __init__(self, message: str, *, sqlstate: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.sqlstate = sqlstate
+        self.hint = hint

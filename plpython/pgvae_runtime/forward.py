@@ -1,0 +1,109 @@
+"""The scorer: the same mathematics as the trainer's network, on any array module.
+
+Every function takes the array module `xp` (numpy or cupy) first and computes in float32. Shapes: U users,
+N tokens, I items, D embedding width, H hidden width, Z latent width. Formulas: docs/model.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .tokens import Tokens
+
+# An array of `xp`: NumPy's type cannot name CuPy's.
+Array = Any
+Weights = Mapping[str, Array]
+
+FORMAT = 1
+SHAPES: Mapping[str, str] = {
+    "item_embedding": "ID",
+    "event_type_embedding": "TD",
+    "age_embedding": "AD",
+    "encoder_gate_weight": "D",
+    "encoder_gate_bias": "1",
+    "encoder_weight": "HD",
+    "encoder_bias": "H",
+    "mean_weight": "ZH",
+    "mean_bias": "Z",
+    "log_variance_weight": "ZH",
+    "log_variance_bias": "Z",
+    "decoder_gate_weight": "ZZ",
+    "decoder_gate_bias": "Z",
+    "decoder_weight": "HZ",
+    "decoder_bias": "H",
+    "output_weight": "IH",
+    "output_bias": "I",
+    "item_popularity": "I",
+}
+
+
+def sigmoid(xp: Any, x: Array) -> Array:
+    """Gives 1 / (1 + exp(-x)), written with tanh, which does not overflow."""
+    return 0.5 * (1.0 + xp.tanh(0.5 * x))
+
+
+def embed(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+    """Gives the token embeddings h_i = item + event type + age, shape [N, D]."""
+    return (
+        weights["item_embedding"][xp.asarray(tokens.item)]
+        + weights["event_type_embedding"][xp.asarray(tokens.event_type)]
+        + weights["age_embedding"][xp.asarray(tokens.age)]
+    )
+
+
+def encoder_gates(xp: Any, weights: Weights, embedded: Array) -> Array:
+    """Gives the attention gate a_i = sigmoid(W_a h_i + b_a) of each token, shape [N]."""
+    return sigmoid(xp, embedded @ weights["encoder_gate_weight"] + weights["encoder_gate_bias"])
+
+
+def encode(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+    """Gives the mean of q(z | x) of each user, shape [U, Z]; a user without tokens gets that of an empty history."""
+    pooled = xp.zeros((tokens.user_count, weights["item_embedding"].shape[1]), dtype=xp.float32)
+    if len(tokens.item):
+        embedded = embed(xp, weights, tokens)
+        gates = encoder_gates(xp, weights, embedded)
+        # reduceat would give a user without tokens its neighbour's first token, so only the others are reduced.
+        filled = tokens.start[1:] > tokens.start[:-1]
+        starts = xp.asarray(tokens.start[:-1][filled])
+        sums = xp.add.reduceat(gates[:, None] * embedded, starts, axis=0)
+        norms = xp.sqrt(xp.add.reduceat(gates * gates, starts))
+        pooled[xp.asarray(filled)] = sums / xp.maximum(norms, xp.float32(1e-12))[:, None]
+    hidden = xp.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
+    return hidden @ weights["mean_weight"].T + weights["mean_bias"]
+
+
+def decode_hidden(xp: Any, weights: Weights, z: Array) -> Array:
+    """Gives the decoder's hidden layer, shape [U, H], from the gated latent b * z, b = sigmoid(W_b z + b_b)."""
+    gate = sigmoid(xp, z @ weights["decoder_gate_weight"].T + weights["decoder_gate_bias"])
+    return xp.tanh((gate * z) @ weights["decoder_weight"].T + weights["decoder_bias"])
+
+
+def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Array:
+    """Gives the logits of the multinomial over the catalogue, shape [U, I], into `out` if it is given."""
+    hidden = decode_hidden(xp, weights, z)
+    logits = xp.matmul(hidden, weights["output_weight"].T, out=out)
+    logits += weights["output_bias"]
+    return logits
+
+
+def log_normalizer(xp: Any, logits: Array) -> Array:
+    """Gives log sum exp of each row, shape [U, 1]: probability = exp(logit - log_normalizer)."""
+    peak = logits.max(axis=1, keepdims=True)
+    return peak + xp.log(xp.exp(logits - peak).sum(axis=1, keepdims=True))
+
+
+def top_k(xp: Any, scores: Array, k: int) -> tuple[Array, Array]:
+    """Gives the columns and values of the k largest entries of each row, largest first, both of shape [U, k].
+
+    Equal values come in the order of their columns.
+    """
+    k = min(k, scores.shape[1])
+    if k < scores.shape[1]:
+        columns = xp.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
+        columns = xp.sort(columns, axis=1)
+    else:
+        columns = xp.broadcast_to(xp.arange(k), scores.shape)
+    values = xp.take_along_axis(scores, columns, axis=1)
+    order = xp.argsort(-values, axis=1, kind="stable")
+    return xp.take_along_axis(columns, order, axis=1), xp.take_along_axis(values, order, axis=1)

@@ -1,0 +1,33 @@
+"""From histories to scores: the pure part that live calls, refreshes and the trainer's evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import forward
+from .forward import Array, Weights
+from .tokens import History
+
+
+def score_users(
+    xp: Any, weights: Weights, history: History, *, max_history: int, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Gives the scores of every item for U users, shape [U, I], and which users are cold starts, shape [U].
+
+    A score is the item's share of the probability that the multinomial likelihood spreads over the catalogue:
+    the shares of one user add up to 1. A user without events gets each item's share of the catalogue's popularity.
+    """
+    tokens = history.tokens(max_history)
+    scores = forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out)
+    scores -= forward.log_normalizer(xp, scores)
+    xp.exp(scores, out=scores)
+    cold = xp.asarray(history.counts == 0)
+    scores[cold] = weights["item_popularity"]
+    return scores, cold
+
+
+def mask_seen(xp: Any, scores: Array, history: History, targets: Sequence[int]) -> None:
+    """Sets the scores of items on which a user already has an event of a target type to -1, in place."""
+    users, items = history.seen(targets)
+    scores[xp.asarray(users), xp.asarray(items)] = -1.0

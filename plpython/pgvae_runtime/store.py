@@ -1,0 +1,181 @@
+"""The active version of a model, read from PostgreSQL with the caller's rights and kept for the session."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import (
+    CORRUPT_WEIGHTS,
+    INCOMPATIBLE_VERSION,
+    INSUFFICIENT_PRIVILEGE,
+    NO_ACTIVE_VERSION,
+    UNKNOWN_MODEL,
+    ScoringError,
+)
+from .forward import FORMAT, SHAPES
+from .tensors import Assembler
+
+# A session that scores with many models keeps the weights of the last few, not of all.
+_KEPT_VERSIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of a model, ready to score.
+
+    `weights` maps the names of forward.SHAPES to arrays; `event_types` gives the row of each standard event type
+    in the event type embedding; `targets` the rows of those that count as the event that is predicted.
+    """
+
+    version_id: int
+    version: int
+    model: str
+    user_id_type: str
+    weights: dict[str, Any]
+    event_types: dict[str, int]
+    targets: tuple[int, ...]
+    max_history: int
+    user_count: int
+    has_users: bool
+
+    @property
+    def item_count(self) -> int:
+        """The number of items that the version can recommend."""
+        return len(self.weights["item_popularity"])
+
+
+_versions: OrderedDict[int, Version] = OrderedDict()
+_plans: dict[str, Any] = {}
+
+
+def execute(plpy: Any, query: str, types: list[str], values: list[Any]) -> Any:
+    """Runs a query through a plan that the session keeps."""
+    plan = _plans.get(query)
+    if plan is None:
+        plan = _plans[query] = plpy.prepare(query, types)
+    return plpy.execute(plan, values)
+
+
+def active_version(plpy: Any, model_id: int) -> Version:
+    """Gives the active version that the calling query's snapshot sees.
+
+    The view that is read shows a version only to those who may use its model, so the right is checked on every
+    call, also where the weights are already in memory. ScoringError where there is nothing to score with.
+    """
+    rows = execute(
+        plpy,
+        "select version_id from vae_private.scoring_versions where model_id = $1",
+        ["integer"],
+        [model_id],
+    )
+    if not rows:
+        raise _explain_absence(plpy, model_id)
+    version_id = rows[0]["version_id"]
+    version = _versions.get(version_id)
+    if version is None:
+        version = _versions[version_id] = _load(plpy, version_id)
+        while len(_versions) > _KEPT_VERSIONS:
+            _versions.popitem(last=False)
+    _versions.move_to_end(version_id)
+    return version
+
+
+def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
+    rows = execute(
+        plpy,
+        "select m.name, n.oid is not null as has_schema,"
+        " coalesce(pg_catalog.has_schema_privilege(n.oid, 'usage'), false) as may_use, current_user as caller"
+        " from vae.models m left join pg_catalog.pg_namespace n on n.nspname = m.name where m.model_id = $1",
+        ["integer"],
+        [model_id],
+    )
+    if not rows:
+        return ScoringError(
+            f"model number {model_id} does not exist", sqlstate=UNKNOWN_MODEL, hint="see: select name from vae.models"
+        )
+    name = rows[0]["name"]
+    if rows[0]["has_schema"] and not rows[0]["may_use"]:
+        return ScoringError(
+            f"permission denied for model {name}",
+            sqlstate=INSUFFICIENT_PRIVILEGE,
+            hint=f"its owner can allow it: grant usage on schema {name} to {rows[0]['caller']}",
+        )
+    return ScoringError(
+        f"model {name} has no active version",
+        sqlstate=NO_ACTIVE_VERSION,
+        hint=f"in a terminal: pgvae train {name}; then: select * from vae.activate('{name}', 1)",
+    )
+
+
+def _load(plpy: Any, version_id: int) -> Version:
+    row = execute(
+        plpy,
+        "select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config,"
+        " v.max_history, v.user_count, v.has_users from vae_private.scoring_versions v where v.version_id = $1",
+        ["bigint"],
+        [version_id],
+    )[0]
+    if row["format"] != FORMAT:
+        raise ScoringError(
+            f"version {row['version']} of model {row['name']} has tensor format {row['format']},"
+            f" this database's runtime scores format {FORMAT}",
+            sqlstate=INCOMPATIBLE_VERSION,
+            hint=f"train again with: pgvae train {row['name']}; or install the pgvae release that made it,"
+            f" {row['trainer_version']}",
+        )
+    # Imported here: a session's first call pays for every import.
+    import json
+
+    types = json.loads(row["config"])["event_types"]
+    weights = _load_weights(plpy, version_id)
+    _check_shapes(weights, types=len(types))
+    return Version(
+        version_id=version_id,
+        version=row["version"],
+        model=row["name"],
+        user_id_type=row["user_id_type"],
+        weights=weights,
+        event_types={entry["event_type"]: index for index, entry in enumerate(types)},
+        targets=tuple(index for index, entry in enumerate(types) if entry["is_target"]),
+        max_history=row["max_history"],
+        user_count=row["user_count"],
+        has_users=row["has_users"],
+    )
+
+
+def _load_weights(plpy: Any, version_id: int) -> dict[str, Any]:
+    plan = plpy.prepare(
+        "select t.name, t.chunk, t.dtype, t.shape, t.sha256, t.data from vae_private.scoring_tensors t"
+        " where t.version_id = $1 order by t.name, t.chunk",
+        ["bigint"],
+    )
+    assemblers: dict[str, Assembler] = {}
+    cursor = plpy.cursor(plan, [version_id])
+    while rows := cursor.fetch(1):
+        row = rows[0]
+        if row["name"] not in assemblers:
+            assemblers[row["name"]] = Assembler(row["name"], row["dtype"], row["shape"])
+        assemblers[row["name"]].add(row["chunk"], row["sha256"], row["data"])
+    cursor.close()
+    return {name: assembler.finish() for name, assembler in assemblers.items()}
+
+
+def _check_shapes(weights: dict[str, Any], *, types: int) -> None:
+    """Refuses weights whose tensors are missing or do not fit together."""
+    sizes = {"T": types, "1": 1}
+    for name, letters in SHAPES.items():
+        shape = weights[name].shape if name in weights else None
+        fits = (
+            shape is not None
+            and len(shape) == len(letters)
+            and weights[name].dtype == "<f4"
+            and all(sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=True))
+        )
+        if not fits:
+            raise ScoringError(
+                f"tensor {name!r} is missing or has the wrong shape: {shape}",
+                sqlstate=CORRUPT_WEIGHTS,
+                hint="activate another version with vae.activate or vae.rollback, then train again",
+            )

@@ -1,0 +1,93 @@
+"""From events to tokens: the one definition that training and scoring share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+AGE_BUCKETS = 12
+_SECONDS_PER_DAY = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Histories of U users as N tokens, users one after the other, each user's oldest event first.
+
+    `start` has shape [U + 1]: user u owns the tokens start[u] to start[u + 1]. `item`, `event_type` and `age`
+    have shape [N] and are rows of the embeddings of that name.
+    """
+
+    start: NDArray[np.int64]
+    item: NDArray[np.int64]
+    event_type: NDArray[np.int64]
+    age: NDArray[np.int64]
+
+    @property
+    def user_count(self) -> int:
+        """The number of users, those without tokens included."""
+        return len(self.start) - 1
+
+
+def age_bucket(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Gives floor(log2(1 + age in days)), at most AGE_BUCKETS - 1, for ages in seconds, shape [N]."""
+    bucket = np.log2(1.0 + np.maximum(seconds, 0.0) / _SECONDS_PER_DAY).astype(np.int64)
+    return np.minimum(bucket, AGE_BUCKETS - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """Events of U users, users one after the other, in any order within a user.
+
+    `counts` [U] says how many of the N events belong to each user. `item` and `event_type` [N] are rows of the
+    embeddings of that name; `occurred_at` [N] is in seconds since 1970.
+    """
+
+    counts: NDArray[np.int64]
+    item: NDArray[np.int64]
+    event_type: NDArray[np.int64]
+    occurred_at: NDArray[np.float64]
+
+    def users(self) -> NDArray[np.int64]:
+        """Gives the user's number of each event, shape [N]."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def seen(self, targets: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gives the (user, item) pairs of the events whose type is one of `targets`, as two arrays."""
+        chosen = np.isin(self.event_type, targets)
+        return self.users()[chosen], self.item[chosen]
+
+    def tokens(self, max_history: int) -> Tokens:
+        """Gives the tokens of the latest `max_history` events of each user.
+
+        Events of one moment are put in the order of item and event type, so that the same events give the same
+        tokens however they were read.
+
+        An age counts from the user's own last event, not from the clock: a shop's history of years ago, or a
+        model that is a month old, then looks to the model as it did in training.
+        """
+        counts = self.counts
+        order = np.lexsort((self.event_type, self.item, self.occurred_at, self.users()))
+        start = _starts(counts)
+        if counts.max(initial=0) > max_history:
+            # Sorting keeps users in place, so the distance to a user's end says whether a token is among the latest.
+            from_end = np.repeat(start[1:], counts) - np.arange(len(order))
+            order = order[from_end <= max_history]
+            counts = np.minimum(counts, max_history)
+            start = _starts(counts)
+        at = self.occurred_at[order]
+        last = np.repeat(start[1:] - 1, counts)
+        return Tokens(
+            start=start,
+            item=self.item[order],
+            event_type=self.event_type[order],
+            age=age_bucket(at[last] - at),
+        )
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    start = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=start[1:])
+    return start

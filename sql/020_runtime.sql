@@ -1,0 +1,116 @@
+-- The runtime's source lies in this function's body: only a superuser can change a function of an untrusted
+-- language, while a table could be written by whoever owns it. `pgvae install` fills in @RUNTIME@ and @SOURCES@.
+
+create or replace function vae_private.load_runtime(wanted text)
+returns void
+language plpython3u
+volatile
+strict
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+
+digest = "@RUNTIME@"
+if wanted != digest:
+    plpy.error(
+        f"this function is of runtime {wanted[:12]}, the database holds {digest[:12]}",
+        hint="an upgrade was under way: run the statement again; if it stays, run: pgvae install",
+        sqlstate="VA005",
+    )
+
+# A package name of its own for each digest, so that an upgrade in an open session never mixes two versions.
+package = "pgvae_runtime_" + digest[:12]
+sources = @SOURCES@
+
+
+class Runtime(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    def find_spec(self, fullname, path=None, target=None):
+        name, _, module = fullname.partition(".")
+        if name != package or (module or "__init__") not in sources:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, origin=fullname, is_package=not module)
+
+    # Python's tracebacks ask the loader for the source, so an error shows the line.
+    def get_source(self, fullname):
+        return sources[fullname.partition(".")[2] or "__init__"]
+
+    def is_package(self, fullname):
+        return fullname == package
+
+
+if package not in sys.modules:
+    sys.meta_path.append(Runtime())
+GD[digest] = importlib.import_module(package + ".api")
+$pgvae$;
+
+comment on function vae_private.load_runtime(text) is
+    'Imports pgvae''s code, which is the text of this function, into the session. Called by the scoring functions.';
+
+
+-- The scoring functions: one import, one call. They run with the rights of the caller.
+
+create or replace function vae_private.recommend(model_id integer, user_key text, k integer, options jsonb)
+returns table (rank integer, item_index integer, score real, is_cold_start boolean, model_version integer, version_id bigint)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].recommend(plpy, model_id, user_key, k, options)
+$pgvae$;
+
+create or replace function vae_private.score(model_id integer, user_key text, item_key text)
+returns real
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].score(plpy, model_id, user_key, item_key)
+$pgvae$;
+
+create or replace function vae_private.embedding(model_id integer, user_key text)
+returns real[]
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].embedding(plpy, model_id, user_key)
+$pgvae$;
+
+create or replace function vae_private.recommend_all(model_id integer, k integer)
+returns table (user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].recommend_all(plpy, model_id, k)
+$pgvae$;
+
+comment on function vae_private.recommend(integer, text, integer, jsonb) is
+    'Scores one user of a model by key, for <model>.recommend, which gives typed keys.';
+comment on function vae_private.score(integer, text, text) is
+    'Scores one user and item of a model by key, for <model>.score.';
+comment on function vae_private.embedding(integer, text) is
+    'Gives the latent position of one user of a model by key, for <model>.embedding.';
+comment on function vae_private.recommend_all(integer, integer) is
+    'Scores all users of a model, a row per user with array literals, for <model>.recommendations_materialized.';

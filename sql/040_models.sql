@@ -1,0 +1,458 @@
+-- Defining a model: which tables it reads, and what the shop's words mean.
+
+create or replace function vae_private.standard_event_types()
+returns table (name text, event_type text, weight real)
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+values
+    ('register', 'register', 0::real), ('sign_up', 'register', 0), ('signup', 'register', 0),
+    ('search', 'search', 0), ('view_search_results', 'search', 0),
+    ('view', 'view', 1), ('view_item', 'view', 1), ('click', 'view', 1), ('pv', 'view', 1), ('browse', 'view', 1),
+    ('select_item', 'view', 1), ('detail_page_view', 'view', 1),
+    ('add_to_cart', 'add_to_cart', 2), ('cart', 'add_to_cart', 2), ('addtocart', 'add_to_cart', 2),
+    ('add_to_wishlist', 'add_to_cart', 2), ('fav', 'add_to_cart', 2), ('favorite', 'add_to_cart', 2),
+    ('begin_checkout', 'add_to_cart', 2),
+    ('purchase', 'purchase', 4), ('buy', 'purchase', 4), ('order', 'purchase', 4), ('transaction', 'purchase', 4),
+    ('review', 'review', 2), ('rate', 'review', 2), ('rating', 'review', 2),
+    ('share', 'share', 2)
+$$;
+
+comment on function vae_private.standard_event_types() is
+    'Spellings of event types that are understood without a mapping (GA4 names and common ones), with their weights.';
+
+
+create or replace function vae_private.default_options()
+returns jsonb
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select jsonb_build_object(
+    'recommendations', 20,
+    'max_history', 500,
+    'earliest', '1995-01-01',
+    'min_events', 1000,
+    'min_users', 50,
+    'min_items', 10,
+    'max_events_per_day', 500,
+    'max_share', jsonb_build_object(
+        'null_user_ids', 0.5, 'null_item_ids', 0.2, 'null_timestamps', 0.05, 'overlong_ids', 0.05,
+        'unknown_event_types', 0.2, 'future_timestamps', 0.05, 'absurd_timestamps', 0.05,
+        'orphan_users', 0.2, 'orphan_items', 0.2, 'returns', 0.3, 'duplicates', 0.5, 'outlier_users', 0.5,
+        'items_seen_once', 0.9
+    )
+)
+$$;
+
+comment on function vae_private.default_options() is 'Options of a model that vae.create_model was not given.';
+
+
+create or replace function vae_private.checked_options(given jsonb)
+returns jsonb
+language plpgsql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    defaults constant jsonb := vae_private.default_options();
+    name text;
+    value jsonb;
+begin
+    if given is null then
+        return defaults;
+    end if;
+    if jsonb_typeof(given) <> 'object' then
+        raise exception 'options is %', given
+            using errcode = 'invalid_parameter_value', hint = $h$give an object: '{"min_events": 500}'$h$;
+    end if;
+    for name, value in select * from jsonb_each(given) loop
+        if not defaults ? name then
+            raise exception 'option "%" is unknown', name
+                using errcode = 'invalid_parameter_value',
+                    hint = format('known options: %s', (select string_agg(k, ', ' order by k) from jsonb_object_keys(defaults) k));
+        end if;
+        if jsonb_typeof(value) <> jsonb_typeof(defaults -> name)
+            or (jsonb_typeof(value) = 'number' and (value)::numeric not between 1 and 1000000)
+            or (name = 'recommendations' and (value)::numeric > 10000)
+        then
+            raise exception 'option "%" is %', name, value
+                using errcode = 'invalid_parameter_value', hint = format('its default is %s', defaults -> name);
+        end if;
+    end loop;
+    if given ? 'earliest' then
+        begin
+            perform (given ->> 'earliest')::timestamptz;
+        exception when datetime_field_overflow or invalid_datetime_format then
+            raise exception 'option "earliest" is %', given -> 'earliest'
+                using errcode = 'invalid_parameter_value', hint = 'give a date, as in 2015-01-01';
+        end;
+    end if;
+    for name, value in select * from jsonb_each(given -> 'max_share') loop
+        if not (defaults -> 'max_share') ? name then
+            raise exception 'option "max_share" names the unknown check "%"', name
+                using errcode = 'invalid_parameter_value',
+                    hint = format('known checks: %s',
+                        (select string_agg(k, ', ' order by k) from jsonb_object_keys(defaults -> 'max_share') k));
+        end if;
+        if jsonb_typeof(value) <> 'number' or (value)::numeric not between 0 and 1 then
+            raise exception 'option "max_share" of "%" is %', name, value
+                using errcode = 'invalid_parameter_value', hint = 'give a share between 0 and 1';
+        end if;
+    end loop;
+    return defaults || given || jsonb_build_object(
+        'max_share', (defaults -> 'max_share') || coalesce(given -> 'max_share', '{}'));
+end;
+$$;
+
+comment on function vae_private.checked_options(jsonb) is
+    'Completes the options of a model with the defaults; refuses unknown names and wrong values.';
+
+
+create or replace function vae_private.column_type(relation regclass, column_name text, what text)
+returns text
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found regtype;
+begin
+    select case when t.typtype = 'd' then t.typbasetype else t.oid end::regtype into found
+    from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    where a.attrelid = relation and a.attname = column_name and a.attnum > 0 and not a.attisdropped;
+    if found is null then
+        raise exception '% has no column "%"', relation, column_name
+            using errcode = 'undefined_column',
+                hint = format('name the column with %s => ''…''; there are: %s', what, (
+                    select string_agg(a.attname, ', ' order by a.attnum)
+                    from pg_attribute a
+                    where a.attrelid = relation and a.attnum > 0 and not a.attisdropped));
+    end if;
+    return case found
+        when 'character varying'::regtype then 'text'
+        when 'character'::regtype then 'text'
+        when 'timestamp with time zone'::regtype then 'timestamptz'
+        when 'timestamp without time zone'::regtype then 'timestamp'
+        else found::text
+    end;
+end;
+$$;
+
+comment on function vae_private.column_type(regclass, text, text) is
+    'Gives the SQL type of a column; an error names the columns there are.';
+
+
+create or replace function vae_private.key_type(relation regclass, column_name text, what text)
+returns text
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found constant text := vae_private.column_type(relation, column_name, what);
+begin
+    if found not in ('bigint', 'integer', 'uuid', 'text') then
+        raise exception 'column "%" of % has the type %', column_name, relation, found
+            using errcode = 'datatype_mismatch',
+                hint = 'keys are bigint, integer, uuid or text: give a view that casts the column';
+    end if;
+    return found;
+end;
+$$;
+
+comment on function vae_private.key_type(regclass, text, text) is
+    'Gives the type of a key column; an error where it is not bigint, integer, uuid or text.';
+
+
+create or replace function vae.create_model(
+    model text,
+    events regclass,
+    user_id text default 'user_id',
+    item_id text default 'item_id',
+    occurred_at text default 'occurred_at',
+    event_type text default null,
+    quantity text default null,
+    users regclass default null,
+    users_key text default 'user_id',
+    items regclass default null,
+    items_key text default 'item_id',
+    event_types jsonb default null,
+    options jsonb default null
+)
+returns table (object text, purpose text)
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    user_type text;
+    item_type text;
+    time_type text;
+    new_id integer;
+    relation regclass;
+    checked jsonb;
+    entry record;
+begin
+    if model is null or model !~ '^[a-z_][a-z0-9_]*$' or quote_ident(model) <> model or octet_length(model) > 48
+        or model ~ '^(pg_|vae$|vae_|information_schema$)'
+    then
+        raise exception 'model name "%" cannot be a schema''s name', model
+            using errcode = 'invalid_name',
+                hint = 'use up to 48 lower-case letters, digits and underscores, and no reserved word, as in: shop';
+    end if;
+    if exists (select from pg_namespace where nspname = model) then
+        if exists (select from vae.models m where m.name = model) then
+            raise exception 'model "%" exists already', model
+                using errcode = 'duplicate_object',
+                    hint = format('drop it with: select vae.drop_model(%L); or choose another name', model);
+        end if;
+        raise exception 'schema "%" exists already', model
+            using errcode = 'duplicate_schema', hint = 'a model makes a schema of its own: choose another name';
+    end if;
+    if events is null then
+        raise exception 'events is null'
+            using errcode = 'null_value_not_allowed', hint = 'name the table of events: events => ''public.events''';
+    end if;
+    foreach relation in array array_remove(array[events, users, items], null) loop
+        if not exists (select from pg_class c where c.oid = relation and c.relkind in ('r', 'p', 'v', 'm', 'f')) then
+            raise exception '% is not a table or view', relation
+                using errcode = 'wrong_object_type', hint = 'name a table or a view';
+        end if;
+        if not has_table_privilege(relation, 'select') then
+            raise exception 'permission denied for %', relation
+                using errcode = 'insufficient_privilege',
+                    hint = format('its owner can allow it: grant select on %s to %I', relation, current_user);
+        end if;
+    end loop;
+    user_type := vae_private.key_type(events, user_id, 'user_id');
+    item_type := vae_private.key_type(events, item_id, 'item_id');
+    time_type := vae_private.column_type(events, occurred_at, 'occurred_at');
+    if time_type not in ('timestamptz', 'timestamp', 'date') then
+        raise exception 'column "%" of % has the type %', occurred_at, events, time_type
+            using errcode = 'datatype_mismatch',
+                hint = 'the time is timestamptz, timestamp or date: give a view that casts the column';
+    end if;
+    if event_type is not null then
+        -- Of any type: event types are compared by their text.
+        perform vae_private.column_type(events, event_type, 'event_type');
+    end if;
+    if quantity is not null
+        and vae_private.column_type(events, quantity, 'quantity')
+            not in ('smallint', 'integer', 'bigint', 'numeric', 'real', 'double precision')
+    then
+        raise exception 'column "%" of % has the type %',
+            quantity, events, vae_private.column_type(events, quantity, 'quantity')
+            using errcode = 'datatype_mismatch', hint = 'the quantity is a number';
+    end if;
+    if users is not null and vae_private.key_type(users, users_key, 'users_key') <> user_type then
+        raise exception 'keys of users differ: % in %, % in %',
+            user_type, events, vae_private.key_type(users, users_key, 'users_key'), users
+            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+    end if;
+    if items is not null and vae_private.key_type(items, items_key, 'items_key') <> item_type then
+        raise exception 'keys of items differ: % in %, % in %',
+            item_type, events, vae_private.key_type(items, items_key, 'items_key'), items
+            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+    end if;
+    checked := vae_private.checked_options(options);
+
+    execute format('create schema %I', model);
+    insert into vae.models (
+        name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column, event_type_column,
+        quantity_column, user_id_type, item_id_type, occurred_at_type, users_schema, users_table, users_key_column,
+        items_schema, items_table, items_key_column, options
+    )
+    select
+        model, en.nspname, e.relname, user_id, item_id, occurred_at, event_type,
+        quantity, user_type, item_type, time_type, un.nspname, u.relname, case when users is not null then users_key end,
+        inn.nspname, i.relname, case when items is not null then items_key end, checked
+    from pg_class e
+    join pg_namespace en on en.oid = e.relnamespace
+    left join (pg_class u join pg_namespace un on un.oid = u.relnamespace) on u.oid = users
+    left join (pg_class i join pg_namespace inn on inn.oid = i.relnamespace) on i.oid = items
+    where e.oid = events
+    returning model_id into new_id;
+
+    insert into vae.event_types (model_id, name, event_type, weight)
+    select new_id, s.name, s.event_type, s.weight from vae_private.standard_event_types() s;
+    for entry in select * from jsonb_each(coalesce(event_types, '{}')) loop
+        perform vae_private.map_event_type(
+            new_id,
+            entry.key,
+            case jsonb_typeof(entry.value) when 'object' then entry.value ->> 'event_type' when 'string' then entry.value #>> '{}' end,
+            case jsonb_typeof(entry.value) when 'object' then entry.value -> 'weight' when 'number' then entry.value end
+        );
+    end loop;
+
+    perform vae_private.build_model(new_id);
+    return query
+        select format('%I.%s', model, o.object), o.purpose from vae_private.model_objects(new_id) o where o.is_public;
+end;
+$$;
+
+comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb) is
+    'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
+    'Columns are named by the arguments; without event_type every row is a purchase. event_types maps the shop''s '
+    'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. Next: select * from vae.check_events(model), '
+    'then in a terminal: pgvae train MODEL.';
+
+
+create or replace function vae_private.map_event_type(model_id integer, name text, event_type text, weight jsonb)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    standard text := event_type;
+    default_weight real;
+begin
+    if standard is null then
+        select s.event_type into standard from vae_private.standard_event_types() s where s.name = map_event_type.name;
+    end if;
+    select s.weight into default_weight from vae_private.standard_event_types() s where s.name = standard and s.event_type = standard;
+    if default_weight is null then
+        raise exception 'event type "%" is mapped to "%"', name, event_type
+            using errcode = 'invalid_parameter_value',
+                hint = 'map it to one of: register, search, view, add_to_cart, purchase, review, share';
+    end if;
+    if weight is not null and (jsonb_typeof(weight) <> 'number' or (weight)::numeric not between 0 and 1000) then
+        raise exception 'weight of event type "%" is %', name, weight
+            using errcode = 'invalid_parameter_value', hint = 'give a number between 0 and 1000';
+    end if;
+    insert into vae.event_types as t (model_id, name, event_type, weight)
+    values (model_id, name, standard, coalesce((weight)::real, default_weight))
+    on conflict on constraint pk_event_types do update set event_type = excluded.event_type, weight = excluded.weight;
+end;
+$$;
+
+comment on function vae_private.map_event_type(integer, text, text, jsonb) is
+    'Maps one spelling of an event type to a standard one, with a weight; used by vae.create_model and vae.set_event_type.';
+
+
+create or replace function vae.set_event_type(model text, name text, event_type text, weight real default null)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform vae_private.map_event_type(vae_private.model_id(model), name, event_type, to_jsonb(weight));
+end;
+$$;
+
+comment on function vae.set_event_type(text, text, text, real) is
+    'Says what an event type of the shop means and how much it weighs in training; takes effect with the next training.';
+
+
+create or replace function vae_private.model_id(model text)
+returns integer
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found integer;
+    schema_id oid;
+begin
+    select m.model_id, n.oid into found, schema_id
+    from vae.models m
+    left join pg_namespace n on n.nspname = m.name
+    where m.name = model;
+    if found is null then
+        raise exception 'model "%" does not exist', model
+            using errcode = 'VA001',
+                hint = coalesce(
+                    'there are: ' || (select string_agg(m.name, ', ' order by m.name) from vae.models m),
+                    'create one with: select * from vae.create_model(…)');
+    end if;
+    if not coalesce(has_schema_privilege(schema_id, 'usage'), true) then
+        raise exception 'permission denied for model %', model
+            using errcode = 'insufficient_privilege',
+                hint = format('its owner can allow it: grant usage on schema %I to %I', model, current_user);
+    end if;
+    return found;
+end;
+$$;
+
+comment on function vae_private.model_id(text) is
+    'Gives the number of a model; an error where it does not exist or the caller may not use its schema.';
+
+
+create or replace function vae_private.may_use(model_id integer)
+returns boolean
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select coalesce(bool_and(has_schema_privilege(n.oid, 'usage')), true)
+from vae.models m
+join pg_namespace n on n.nspname = m.name
+where m.model_id = may_use.model_id
+$$;
+
+comment on function vae_private.may_use(integer) is
+    'Says whether the current user may use a model, that is, its schema. Row security of the tables of vae asks this.';
+
+
+create or replace function vae.drop_model(model text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    id constant integer := vae_private.model_id(model);
+    dropped record;
+begin
+    -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
+    for dropped in select * from vae_private.model_objects(id) o order by o.step desc loop
+        execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);
+    end loop;
+    delete from vae.models m where m.model_id = id;
+    if exists (select from pg_namespace where nspname = model) then
+        execute format('drop schema %I', model);
+    end if;
+end;
+$$;
+
+comment on function vae.drop_model(text) is
+    'Drops a model: its schema, its versions with their weights, metrics and logs. Refuses where other objects depend on it.';

@@ -1,0 +1,376 @@
+-- What a model's schema holds. Everything in it is typed with the shop's own keys and belongs to the model's owner.
+
+create or replace function vae_private.model_objects(model_id integer)
+returns table (step integer, kind text, object text, is_public boolean, purpose text)
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select o.*
+from vae.models m
+cross join lateral (values
+    (1, 'view', 'outlier_users', true, 'users with too many events a day to be people; left out of training'),
+    (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
+    (3, 'view', 'known_users', false, 'keys of the shop''s table of users'),
+    (4, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
+    (5, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
+    (6, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
+    (7, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
+    (8, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
+    (9, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh')
+) as o (step, kind, object, is_public, purpose)
+where m.model_id = model_objects.model_id
+$$;
+
+comment on function vae_private.model_objects(integer) is
+    'Lists what a model''s schema holds, in the order in which it is made.';
+
+
+create or replace function vae_private.clean_select(model_id integer, one_user boolean)
+returns text
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    m vae.models;
+    rules text[];
+begin
+    select * into m from vae.models where models.model_id = clean_select.model_id;
+    rules := array[
+        format('e.%I is not null', m.user_id_column),
+        format('e.%I is not null', m.item_id_column),
+        format('e.%I >= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'))),
+        format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'now()'))
+    ];
+    if m.quantity_column is not null then
+        rules := rules || format('(e.%1$I > 0 or e.%1$I is null)', m.quantity_column);
+    end if;
+    if m.user_id_type = 'text' then
+        rules := rules || format('octet_length(e.%I) <= 512', m.user_id_column);
+    end if;
+    if m.item_id_type = 'text' then
+        rules := rules || format('octet_length(e.%I) <= 512', m.item_id_column);
+    end if;
+    if m.users_table is not null then
+        rules := rules || format('exists (select from %I.%I u where u.%I = e.%I)',
+            m.users_schema, m.users_table, m.users_key_column, m.user_id_column);
+    end if;
+    if m.items_table is not null then
+        rules := rules || format('exists (select from %I.%I i where i.%I = e.%I)',
+            m.items_schema, m.items_table, m.items_key_column, m.item_id_column);
+    end if;
+    rules := rules || case when one_user
+        then format('e.%I = $1', m.user_id_column)
+        else format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name)
+    end;
+    return format(
+        E'select distinct'
+        '\n    e.%1$I%2$s as user_id,'
+        '\n    e.%3$I%4$s as item_id,'
+        '\n    %5$s as event_type,'
+        '\n    %6$s as occurred_at,'
+        '\n    %7$s as weight'
+        '\nfrom %8$I.%9$I e%10$s'
+        '\nwhere %11$s',
+        m.user_id_column, case m.user_id_type when 'text' then '::text' else '' end,
+        m.item_id_column, case m.item_id_type when 'text' then '::text' else '' end,
+        case when m.event_type_column is null then '''purchase''::text' else 't.event_type' end,
+        case m.occurred_at_type
+            when 'timestamptz' then format('e.%I', m.occurred_at_column)
+            else format('(e.%I::timestamp at time zone ''UTC'')', m.occurred_at_column) end,
+        case when m.event_type_column is null then '4::real' else 't.weight' end,
+        m.events_schema, m.events_table,
+        case when m.event_type_column is null then ''
+            else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
+        array_to_string(rules, E'\n    and ')
+    );
+end;
+$$;
+
+comment on function vae_private.clean_select(integer, boolean) is
+    'Writes the query that cleans a model''s events: of all users, or of the user $1.';
+
+
+create or replace function vae_private.time_literal(time_type text, expression text)
+returns text
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Compared in the column's own type, so that an index on it can be used.
+select case time_type
+    when 'timestamptz' then format('%s::timestamptz', expression)
+    when 'timestamp' then format('(%s::timestamptz at time zone ''UTC'')', expression)
+    else format('(%s::timestamptz at time zone ''UTC'')::date', expression)
+end
+$$;
+
+comment on function vae_private.time_literal(text, text) is 'Writes a point in time in the type of the event table''s column.';
+
+
+create or replace function vae_private.build_model(model_id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    m vae.models;
+    invoker text := '';
+    u text;
+    i text;
+    missing boolean;
+begin
+    select * into m from vae.models where models.model_id = build_model.model_id;
+    u := m.user_id_type;
+    i := m.item_id_type;
+    -- From 15 on a view can read with the rights of whoever asks; before, the views read with the owner's.
+    if current_setting('server_version_num')::integer >= 150000 then
+        invoker := ' with (security_invoker = true)';
+    end if;
+
+    execute format(
+        E'create or replace view %I.outlier_users%s as'
+        '\nwith rates as ('
+        '\n    select e.%I%s as user_id,'
+        '\n        count(*) / (1 + extract(epoch from max(e.%I)::timestamp - min(e.%I)::timestamp) / 86400)::float8 as events_per_day'
+        '\n    from %I.%I e'
+        '\n    where e.%I is not null and e.%I >= %s and e.%I <= %s'
+        '\n    group by e.%I'
+        '\n)'
+        '\nselect r.user_id, r.events_per_day, l.threshold'
+        '\nfrom rates r'
+        '\ncross join ('
+        '\n    select greatest(%s, 20 * percentile_cont(0.99) within group (order by events_per_day)) as threshold from rates'
+        '\n) l'
+        '\nwhere r.events_per_day > l.threshold',
+        m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
+        m.occurred_at_column, m.occurred_at_column,
+        m.events_schema, m.events_table, m.user_id_column,
+        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest')),
+        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'now()'),
+        m.user_id_column, (m.options -> 'max_events_per_day')::text::float8);
+    execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, false));
+    if m.users_table is not null then
+        execute format('create or replace view %I.known_users%s as select k.%I%s as user_id from %I.%I k where k.%I is not null',
+            m.name, invoker, m.users_key_column, case u when 'text' then '::text' else '' end,
+            m.users_schema, m.users_table, m.users_key_column);
+    end if;
+
+    -- Bodies are quoted as literals: a column's name could hold any dollar quote.
+    execute format(
+        'create or replace function %I.history(user_id %s)'
+        ' returns table (item_id %s, event_type text, occurred_at timestamptz)'
+        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        m.name, u, i,
+        format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
+            vae_private.clean_select(model_id, true)));
+    execute format(
+        'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
+        ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer)'
+        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        m.name, u, i,
+        format(
+            E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version'
+            '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
+            '\njoin vae_private.scoring_items i on i.version_id = r.version_id and i.item_index = r.item_index'
+            '\norder by r.rank\n',
+            i, model_id));
+    execute format(
+        'create or replace function %I.score(user_id %s, item_id %s) returns real'
+        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', model_id));
+    execute format(
+        'create or replace function %I.embedding(user_id %s) returns real[]'
+        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
+
+    missing := to_regclass(format('%I.recommendations_materialized', m.name)) is null;
+    if missing then
+        execute format(
+            E'create materialized view %I.recommendations_materialized as'
+            '\nselect r.user_key::%s as user_id, r.item_keys::%s[] as item_ids, r.scores::real[] as scores,'
+            '\n    r.is_cold_start, r.model_version, now() as scored_at'
+            '\nfrom vae_private.recommend_all(%s, %s) r\nwith no data',
+            m.name, u, i, m.model_id, m.options -> 'recommendations');
+        execute format('create unique index recommendations_user_id on %I.recommendations_materialized (user_id)', m.name);
+    end if;
+    execute format(
+        E'create or replace view %1$I.recommendations as'
+        '\nselect r.user_id, l.rank::integer as rank, l.item_id, l.score, r.is_cold_start, r.model_version, r.scored_at'
+        '\nfrom %1$I.recommendations_materialized r'
+        '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)',
+        m.name);
+
+    perform vae_private.comment_model(m);
+    perform vae_private.grant_model(m);
+end;
+$$;
+
+comment on function vae_private.build_model(integer) is
+    'Makes or remakes the functions and views of a model''s schema, except materialized content.';
+
+
+create or replace function vae_private.comment_model(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made record;
+    line record;
+begin
+    execute format('comment on schema %I is %L', m.name,
+        format('pgvae model over %I.%I: live functions, cleaned events, prediction views.', m.events_schema, m.events_table));
+    for made in
+        select * from vae_private.model_objects(m.model_id) o
+        where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
+    loop
+        execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object,
+            upper(left(made.purpose, 1)) || substr(made.purpose, 2) || case
+                when made.object like 'recommend(%' then
+                    '. The score is the item''s share of the model''s probability over the catalogue: relative, not a calibrated'
+                    ' probability of purchase. Items already bought are left out unless options is {"exclude_seen": false}.'
+                    ' A user without known events gets the popular items, marked is_cold_start.'
+                when made.object like 'score(%' then
+                    ', as recommend gives it. Null for an item that the active version does not know.'
+                when made.object like 'embedding(%' then
+                    ': the mean of q(z | history). Null for a user without known events. Positions of different versions cannot be compared.'
+                when made.object = 'recommendations' then
+                    '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
+                else '.'
+            end);
+    end loop;
+    for line in
+        select * from (values
+            ('outlier_users', 'user_id', 'Key of the user.'),
+            ('outlier_users', 'events_per_day', 'Events per day between the user''s first and last event.'),
+            ('outlier_users', 'threshold', 'Events per day from which a user counts as an outlier.'),
+            ('clean_events', 'user_id', 'Key of the user.'),
+            ('clean_events', 'item_id', 'Key of the item.'),
+            ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
+            ('clean_events', 'occurred_at', 'When it happened.'),
+            ('clean_events', 'weight', 'How much the event counts as a training target.'),
+            ('known_users', 'user_id', 'Key of the user.'),
+            ('recommendations_materialized', 'user_id', 'Key of the user.'),
+            ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
+            ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),
+            ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events, so that the popular items are given.'),
+            ('recommendations_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('recommendations_materialized', 'scored_at', 'When the row was scored.'),
+            ('recommendations', 'user_id', 'Key of the user.'),
+            ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
+            ('recommendations', 'item_id', 'Key of the item.'),
+            ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, not a calibrated probability of purchase.'),
+            ('recommendations', 'is_cold_start', 'True where the user had no known events, so that the popular items are given.'),
+            ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('recommendations', 'scored_at', 'When the row was scored.')
+        ) as c (relation, column_name, comment)
+        where to_regclass(format('%I.%I', m.name, c.relation)) is not null
+    loop
+        execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
+    end loop;
+end;
+$$;
+
+comment on function vae_private.comment_model(vae.models) is 'Writes the comments of a model''s schema.';
+
+
+create or replace function vae_private.grant_model(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made record;
+begin
+    -- Roles say what may be done, usage of the schema says with which model: that grant is the owner's to give.
+    for made in
+        select * from vae_private.model_objects(m.model_id) o
+        where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
+    loop
+        if made.kind = 'function' then
+            execute format('revoke all on function %I.%s from public', m.name, made.object);
+            execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
+        elsif made.object like 'recommendations%' then
+            execute format('grant select on %I.%s to vae_reader', m.name, made.object);
+        elsif current_setting('server_version_num')::integer >= 150000 then
+            execute format('grant select on %I.%s to vae_operator', m.name, made.object);
+        end if;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.grant_model(vae.models) is 'Gives the roles their rights on the objects of a model''s schema.';
+
+
+create or replace function vae_private.build_all_models()
+returns integer
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    each record;
+    built integer := 0;
+begin
+    for each in
+        select m.model_id, r.rolname as owner
+        from vae.models m
+        join pg_namespace n on n.nspname = m.name
+        join pg_roles r on r.oid = n.nspowner
+        order by m.model_id
+    loop
+        -- As its owner: what the installing superuser made would belong to the superuser.
+        execute format('set local role %I', each.owner);
+        perform vae_private.build_model(each.model_id);
+        set local role none;
+        built := built + 1;
+    end loop;
+    return built;
+end;
+$$;
+
+comment on function vae_private.build_all_models() is 'Remakes the schemas of all models, each as its owner; part of pgvae install.';
+
+
+create or replace function vae.rebuild_model(model text)
+returns void
+language sql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select vae_private.build_model(vae_private.model_id(model))
+$$;
+
+comment on function vae.rebuild_model(text) is
+    'Remakes the functions and views of a model, for example after its event table was dropped with cascade and made anew.';

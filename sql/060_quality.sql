@@ -1,0 +1,150 @@
+-- The quality gate: what the cleaned view leaves out and why, and whether the rest is enough to train on.
+
+create or replace function vae.check_events(model text)
+returns table (check_name text, status text, row_count bigint, share double precision, threshold double precision, remedy text)
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+    counts record;
+    clean record;
+    outliers bigint;
+    time_from text;
+    time_to text;
+begin
+    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    if to_regclass(format('%I.%I', m.events_schema, m.events_table)) is null then
+        raise exception 'table %.% of model % does not exist', m.events_schema, m.events_table, model
+            using errcode = 'undefined_table', hint = 'restore it, or drop the model with vae.drop_model and create it anew';
+    end if;
+    if to_regclass(format('%I.clean_events', m.name)) is null then
+        raise exception 'the views of model % are gone', model
+            using errcode = 'undefined_table',
+                hint = format('dropping its event table with cascade took them along; remake them: select vae.rebuild_model(%L)', model);
+    end if;
+    time_from := vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'));
+    time_to := vae_private.time_literal(m.occurred_at_type, 'now()');
+
+    execute format(
+        'select count(*) as total,'
+        '    count(*) filter (where e.%1$I is null) as null_user_ids,'
+        '    count(*) filter (where e.%2$I is null and %3$s) as null_item_ids,'
+        '    count(*) filter (where e.%4$I is null) as null_timestamps,'
+        '    count(*) filter (where e.%4$I > %6$s) as future_timestamps,'
+        '    count(*) filter (where e.%4$I < %5$s) as absurd_timestamps,'
+        '    count(*) filter (where %7$s) as returns,'
+        '    count(*) filter (where %8$s) as unknown_event_types,'
+        '    count(*) filter (where %9$s) as overlong_ids,'
+        '    count(*) filter (where %10$s) as orphan_users,'
+        '    count(*) filter (where %11$s) as orphan_items'
+        ' from %12$I.%13$I e%14$s',
+        m.user_id_column, m.item_id_column,
+        -- Searches and registrations have no item.
+        case when m.event_type_column is null then 'true' else 't.event_type is distinct from ''register'' and t.event_type is distinct from ''search''' end,
+        m.occurred_at_column, time_from, time_to,
+        case when m.quantity_column is null then 'false' else format('e.%I <= 0', m.quantity_column) end,
+        case when m.event_type_column is null then 'false' else 't.name is null' end,
+        concat_ws(' or ',
+            case when m.user_id_type = 'text' then format('octet_length(e.%I) > 512', m.user_id_column) end,
+            case when m.item_id_type = 'text' then format('octet_length(e.%I) > 512', m.item_id_column) end,
+            'false'),
+        case when m.users_table is null then 'false' else format(
+            'e.%1$I is not null and not exists (select from %2$I.%3$I u where u.%4$I = e.%1$I)',
+            m.user_id_column, m.users_schema, m.users_table, m.users_key_column) end,
+        case when m.items_table is null then 'false' else format(
+            'e.%1$I is not null and not exists (select from %2$I.%3$I i where i.%4$I = e.%1$I)',
+            m.item_id_column, m.items_schema, m.items_table, m.items_key_column) end,
+        m.events_schema, m.events_table,
+        case when m.event_type_column is null then '' else format(
+            ' left join vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end
+    ) into counts;
+
+    execute format(
+        'select coalesce(sum(n), 0)::bigint - count(*) as duplicates from ('
+        ' select count(*) as n from %I.%I e where e.%I is not null and e.%I is not null'
+        ' group by e.%I, e.%I, e.%I, %s) d',
+        m.events_schema, m.events_table, m.user_id_column, m.item_id_column,
+        m.user_id_column, m.item_id_column, m.occurred_at_column,
+        case when m.event_type_column is null then '1::integer' else format('e.%I::text', m.event_type_column) end
+    ) into clean;
+
+    return query
+    select c.check_name,
+        case when c.row_count = 0 then 'pass' when c.row_count > c.threshold * counts.total then 'fail' else 'warn' end,
+        c.row_count,
+        case when counts.total = 0 then 0 else c.row_count / counts.total::float8 end,
+        c.threshold,
+        case when c.row_count > 0 then c.remedy end
+    from (
+        select v.position, v.check_name, v.row_count, (m.options -> 'max_share' ->> v.check_name)::float8 as threshold, v.remedy
+        from (values
+            (1, 'null_user_ids', counts.null_user_ids,
+                format('rows without a user are left out; find them: select * from %I.%I where %I is null', m.events_schema, m.events_table, m.user_id_column)),
+            (2, 'null_item_ids', counts.null_item_ids,
+                format('rows without an item are left out; find them: select * from %I.%I where %I is null', m.events_schema, m.events_table, m.item_id_column)),
+            (3, 'null_timestamps', counts.null_timestamps, 'rows without a time are left out: fill the column'),
+            (4, 'overlong_ids', counts.overlong_ids, 'ids of more than 512 bytes are left out: is the right column mapped?'),
+            (5, 'unknown_event_types', counts.unknown_event_types,
+                case when m.event_type_column is not null then format(
+                    'rows of event types without a meaning are left out; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
+                    model, 'THEIR NAME') end),
+            (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check clocks and time zones'),
+            (7, 'absurd_timestamps', counts.absurd_timestamps,
+                format('rows before %s are left out; move the limit with options => ''{"earliest": "…"}''', m.options ->> 'earliest')),
+            (8, 'orphan_users', counts.orphan_users, 'rows whose user is missing from the table of users are left out: load the users'),
+            (9, 'orphan_items', counts.orphan_items, 'rows whose item is missing from the table of items are left out: load the items'),
+            (10, 'returns', counts.returns, 'rows with a quantity of zero or less (returns, cancellations) are left out'),
+            (11, 'duplicates', clean.duplicates, 'rows with the same user, item, event type and time count once')
+        ) as v (position, check_name, row_count, remedy)
+    ) c
+    order by c.position;
+
+    execute format(
+        'select count(*) as events, count(distinct user_id) as users, count(distinct item_id) as items,'
+        ' (select count(*) from (select 1 from %1$I.clean_events group by item_id having count(*) = 1) s) as items_once,'
+        ' coalesce(max(occurred_at) - min(occurred_at), ''0'') as span,'
+        ' (select count(*) from %1$I.outlier_users) as outliers'
+        ' from %1$I.clean_events', m.name
+    ) into clean;
+
+    execute format(
+        'select count(*) from %I.%I e where e.%I in (select o.user_id from %I.outlier_users o)',
+        m.events_schema, m.events_table, m.user_id_column, m.name
+    ) into outliers;
+
+    return query
+    select c.check_name,
+        case when not c.bad then 'pass' when c.fails then 'fail' else 'warn' end,
+        c.row_count, c.share, c.threshold, case when c.bad then c.remedy end
+    from (values
+        (1, 'outlier_users', outliers > 0, outliers > (m.options -> 'max_share' ->> 'outlier_users')::float8 * counts.total,
+            outliers, outliers / greatest(counts.total, 1)::float8, (m.options -> 'max_share' ->> 'outlier_users')::float8,
+            format('events of %s users with inhumanly many events are left out; see: select * from %I.outlier_users', clean.outliers, m.name)),
+        (2, 'items_seen_once', clean.items_once > 0.5 * clean.items,
+            clean.items_once > (m.options -> 'max_share' ->> 'items_seen_once')::float8 * clean.items,
+            clean.items_once, clean.items_once / greatest(clean.items, 1)::float8, (m.options -> 'max_share' ->> 'items_seen_once')::float8,
+            'little can be learned of items with one event: map variants to one item, or load a longer history'),
+        (3, 'enough_events', clean.events < (m.options ->> 'min_events')::bigint, true,
+            clean.events, null::float8, (m.options ->> 'min_events')::float8,
+            'too few clean events to learn from: load more history, or mend the rows that the checks above leave out'),
+        (4, 'enough_users', clean.users < (m.options ->> 'min_users')::bigint, true,
+            clean.users, null, (m.options ->> 'min_users')::float8, 'too few users to learn from: load more history'),
+        (5, 'enough_items', clean.items < (m.options ->> 'min_items')::bigint, true,
+            clean.items, null, (m.options ->> 'min_items')::float8, 'too few items to learn from: load more history'),
+        (6, 'enough_days', clean.span < interval '7 days', false,
+            extract(day from clean.span)::bigint, null, 7,
+            'a split by time needs days of history: metrics on so short a window say little')
+    ) as c (position, check_name, bad, fails, row_count, share, threshold, remedy)
+    order by c.position;
+end;
+$$;
+
+comment on function vae.check_events(text) is
+    'Checks a model''s events before training: a row per check with its status (pass, warn, fail), the rows concerned, '
+    'their share, the threshold above which (for enough_…: below which) the check fails, and what to do. '
+    'Training refuses when a check fails.';

@@ -1,0 +1,89 @@
+-- Who may do what. Roles say which kind of act, usage of a model's schema says with which model.
+-- tests/golden/privileges.txt holds the result, and a test compares.
+
+revoke all on schema vae, vae_private from public;
+revoke all on all functions in schema vae, vae_private from public;
+revoke all on all procedures in schema vae, vae_private from public;
+revoke all on all tables in schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
+
+-- Readers see the catalogue and, where they may use its schema, a model's prediction views.
+grant usage on schema vae to vae_reader;
+grant select on
+    vae.models, vae.event_types, vae.versions, vae.metrics, vae.epochs, vae.activations, vae.refreshes
+to vae_reader;
+
+-- Scorers call a model's live functions, which call these.
+grant usage on schema vae_private to vae_scorer;
+grant select on vae_private.scoring_versions, vae_private.scoring_tensors, vae_private.scoring_items to vae_scorer;
+grant execute on function
+    vae_private.load_runtime(text),
+    vae_private.recommend(integer, text, integer, jsonb),
+    vae_private.score(integer, text, text),
+    vae_private.embedding(integer, text),
+    vae_private.recommend_all(integer, integer)
+to vae_scorer;
+
+-- Operators refresh, activate and roll back.
+grant select on vae_private.installation to vae_operator;
+grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
+grant insert on vae.activations, vae.refreshes to vae_operator;
+grant update (state, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
+grant execute on function
+    vae.check_events(text),
+    vae.activate(text, integer, boolean, text),
+    vae.rollback(text, text),
+    vae_private.model_id(text),
+    vae_private.may_use(integer),
+    vae_private.model_objects(integer),
+    vae_private.time_literal(text, text),
+    vae_private.switch_version(integer, integer, text, boolean, text),
+    vae_private.start_refresh(integer, text),
+    vae_private.refresh_view(integer, text),
+    vae_private.finish_refresh(bigint, bigint, integer, text)
+to vae_operator;
+grant execute on procedure vae.refresh(text) to vae_operator;
+
+-- Trainers define models and publish versions.
+grant insert, delete on vae.models to vae_trainer;
+grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
+grant insert on vae.versions, vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
+grant execute on function
+    vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb),
+    vae.drop_model(text),
+    vae.rebuild_model(text),
+    vae.set_event_type(text, text, text, real),
+    vae_private.standard_event_types(),
+    vae_private.default_options(),
+    vae_private.checked_options(jsonb),
+    vae_private.column_type(regclass, text, text),
+    vae_private.key_type(regclass, text, text),
+    vae_private.map_event_type(integer, text, text, jsonb),
+    vae_private.clean_select(integer, boolean),
+    vae_private.build_model(integer),
+    vae_private.comment_model(vae.models),
+    vae_private.grant_model(vae.models)
+to vae_trainer;
+
+-- Row security: everybody may read the catalogue, only who may use a model's schema may write about it.
+do $$
+declare
+    name text;
+    command text;
+begin
+    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'epochs', 'activations', 'refreshes'] loop
+        execute format('alter table vae.%I enable row level security', name);
+        foreach command in array array['select', 'insert', 'update', 'delete'] loop
+            execute format('drop policy if exists %I on vae.%I', command || '_policy', name);
+        end loop;
+        execute format('create policy select_policy on vae.%I for select to vae_reader using (true)', name);
+        execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
+            case when name in ('metrics', 'epochs')
+                then 'exists (select from vae.versions v where v.version_id = ' || quote_ident(name) || '.version_id and vae_private.may_use(v.model_id))'
+                else 'vae_private.may_use(model_id)' end);
+        execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
+            case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
+        execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
+            case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
+    end loop;
+end;
+$$;

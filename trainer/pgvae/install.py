@@ -1,0 +1,163 @@
+"""Installs pgvae into a database, upgrades it, and removes it again: one transaction each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from psycopg import sql
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from pgvae import __version__, resources
+from pgvae.connection import connect
+from pgvae.errors import PgvaeError
+
+# Two installations into one database wait for each other. The number is the ASCII of "pgvae".
+_LOCK = 0x7067766165
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """What stands in a database after `install`."""
+
+    release: str
+    digest: str
+    models: int
+
+
+def install(dsn: str | None = None) -> Installation:
+    """Brings a database to this release: tables by Alembic, then functions, views and the runtime's code.
+
+    All of it is one transaction, and running it again changes nothing. PgvaeError where the server lacks what
+    pgvae needs; the database is then as it was.
+    """
+    with connect(dsn) as connection:
+        check_server(connection)
+    engine = create_engine("postgresql+psycopg://", creator=lambda: connect(dsn), poolclass=NullPool)
+    with engine.begin() as sqlalchemy_connection:
+        return _install(sqlalchemy_connection)
+
+
+def _install(connection: Connection) -> Installation:
+    connection.execute(text("select pg_catalog.pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
+    connection.execute(text("set local client_min_messages = warning"))
+    connection.execute(text("create schema if not exists vae"))
+    config = Config()
+    config.set_main_option("script_location", str(resources.directory("migrations")))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+    _create_extension(connection)
+    for path in resources.sql_files():
+        _apply(connection, path)
+    models: int = connection.execute(text("select vae_private.build_all_models()")).scalar_one()
+    digest = resources.runtime_digest()
+    connection.execute(
+        text("update vae_private.installation set release = :release, runtime_digest = :digest, installed_at = now()"),
+        {"release": __version__, "digest": digest},
+    )
+    return Installation(release=__version__, digest=digest, models=models)
+
+
+def _create_extension(connection: Connection) -> None:
+    exists = "select exists (select from pg_catalog.pg_extension where extname = 'plpython3u')"
+    created = not connection.execute(text(exists)).scalar_one()
+    if created:
+        connection.execute(text("create extension plpython3u"))
+    connection.execute(
+        text("insert into vae_private.installation (created_extension) values (:created) on conflict do nothing"),
+        {"created": created},
+    )
+
+
+def _apply(connection: Connection, path: Path) -> None:
+    # PL/Python indents every line of a body, so each module must stand on one line: repr() sees to that.
+    sources = "{" + ", ".join(f"{name!r}: {source!r}" for name, source in resources.runtime_modules().items()) + "}"
+    script = path.read_text(encoding="utf-8")
+    script = script.replace("@RUNTIME@", resources.runtime_digest()).replace("@SOURCES@", sources)
+    # Function bodies hold colons and percent signs, which must not be taken for parameters.
+    connection.execution_options(no_parameters=True).exec_driver_sql(script)
+
+
+def check_server(connection: psycopg.Connection) -> None:
+    """Refuses a server that cannot hold pgvae, with the remedy."""
+    if connection.info.server_version < 130000:
+        raise PgvaeError(
+            f"the server is PostgreSQL {connection.info.server_version // 10000}", hint="pgvae needs 13 or newer"
+        )
+    available = connection.execute(
+        "select exists (select from pg_catalog.pg_available_extensions where name = 'plpython3u')"
+        " or exists (select from pg_catalog.pg_extension where extname = 'plpython3u')"
+    ).fetchone()
+    if not (available and available[0]):
+        raise PgvaeError(
+            "the server has no plpython3u",
+            hint=f"on Debian or Ubuntu: apt-get install postgresql-plpython3-{connection.info.server_version // 10000};"
+            " pgvae doctor checks the rest",
+        )
+    superuser = connection.execute(
+        "select rolname, rolsuper from pg_catalog.pg_roles where rolname = current_user"
+    ).fetchone()
+    if not (superuser and superuser[1]):
+        raise PgvaeError(
+            f"role {superuser[0] if superuser else None} is not a superuser",
+            hint="only a superuser may create functions in plpython3u: install as one, for example: sudo -u postgres pgvae install",
+        )
+
+
+def is_installed(connection: psycopg.Connection) -> bool:
+    """Says whether the database of the connection holds pgvae."""
+    row = connection.execute("select pg_catalog.to_regclass('vae.models') is not null").fetchone()
+    return bool(row and row[0])
+
+
+# Objects outside pgvae's schemas that use something inside: dropping pgvae would take them along.
+_DEPENDENTS = """
+select distinct pg_catalog.pg_describe_object('pg_catalog.pg_class'::regclass, user_class.oid, 0)
+from pg_catalog.pg_depend d
+join pg_catalog.pg_rewrite r on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = r.oid
+join pg_catalog.pg_class user_class on user_class.oid = r.ev_class
+join pg_catalog.pg_namespace user_schema on user_schema.oid = user_class.relnamespace
+left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::regclass and c.oid = d.refobjid
+left join pg_catalog.pg_proc p on d.refclassid = 'pg_catalog.pg_proc'::regclass and p.oid = d.refobjid
+join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, p.pronamespace)
+where n.nspname = any (%(schemas)s) and user_schema.nspname <> all (%(schemas)s)
+"""
+
+
+def uninstall(dsn: str | None = None) -> list[str]:
+    """Removes what `install` and vae.create_model made, in one transaction; gives what was left, with the reason.
+
+    PgvaeError where somebody's views use pgvae's objects, or where a model's schema holds objects of others.
+    """
+    with connect(dsn) as connection:
+        if not is_installed(connection):
+            raise PgvaeError("pgvae is not installed in this database", hint="check --dsn or PGVAE_DSN")
+        connection.execute("select pg_catalog.pg_advisory_xact_lock(%s)", [_LOCK])
+        connection.execute("set local client_min_messages = warning")
+        models = [row[0] for row in connection.execute("select name from vae.models").fetchall()]
+        schemas = ["vae", "vae_private", *models]
+        if dependents := [row[0] for row in connection.execute(_DEPENDENTS, {"schemas": schemas}).fetchall()]:
+            raise PgvaeError(f"other objects use pgvae: {', '.join(dependents)}", hint="drop them first")
+        for model in models:
+            connection.execute("select vae.drop_model(%s)", [model])
+        row = connection.execute("select created_extension, created_roles from vae_private.installation").fetchone()
+        created_extension, created_roles = row if row else (False, [])
+        connection.execute("drop schema vae, vae_private cascade")
+        left = _drop_if_unused(connection, "extension", ["plpython3u"] if created_extension else [])
+        return left + _drop_if_unused(connection, "role", created_roles)
+
+
+def _drop_if_unused(connection: psycopg.Connection, kind: str, names: list[str]) -> list[str]:
+    left = []
+    for name in reversed(names):
+        try:
+            with connection.transaction():
+                connection.execute(sql.SQL("drop {} {}").format(sql.SQL(kind), sql.Identifier(name)))
+        except psycopg.errors.DependentObjectsStillExist as error:
+            left.append(f"{kind} {name} is in use elsewhere: {error.diag.message_detail or error}")
+    return left

@@ -1,0 +1,394 @@
+"""The tables of pgvae as SQLAlchemy metadata: what the migrations add up to."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, JSONB, REAL
+
+PUBLIC = "vae"
+PRIVATE = "vae_private"
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_now = text("now()")
+_user = text("current_user")
+
+
+def _timestamp(name: str, comment: str, *, default_now: bool = False) -> Column[object]:
+    return Column(
+        name,
+        DateTime(timezone=True),
+        nullable=not default_now,
+        server_default=_now if default_now else None,
+        comment=comment,
+    )
+
+
+models = Table(
+    "models",
+    metadata,
+    Column(
+        "model_id", Integer, Identity(always=True), primary_key=True, comment="Number of the model in this database."
+    ),
+    Column(
+        "name",
+        Text,
+        nullable=False,
+        unique=True,
+        comment="Name of the model and of the schema that holds its functions and views.",
+    ),
+    Column("events_schema", Text, nullable=False, comment="Schema of the shop's event table."),
+    Column("events_table", Text, nullable=False, comment="Name of the shop's event table or view."),
+    Column("user_id_column", Text, nullable=False, comment="Column of the event table that names the user."),
+    Column("item_id_column", Text, nullable=False, comment="Column of the event table that names the item."),
+    Column("occurred_at_column", Text, nullable=False, comment="Column of the event table that holds the time."),
+    Column("event_type_column", Text, comment="Column that holds the event type; null: every row is a purchase."),
+    Column("quantity_column", Text, comment="Column that holds the quantity; rows at or below zero are returns."),
+    Column("user_id_type", Text, nullable=False, comment="SQL type of the user's key: bigint, integer, uuid or text."),
+    Column("item_id_type", Text, nullable=False, comment="SQL type of the item's key: bigint, integer, uuid or text."),
+    Column(
+        "occurred_at_type",
+        Text,
+        nullable=False,
+        comment="SQL type of the time: timestamptz, timestamp (read as UTC) or date.",
+    ),
+    Column("users_schema", Text, comment="Schema of the table of users, if one was given."),
+    Column("users_table", Text, comment="Name of the table of users, if one was given."),
+    Column("users_key_column", Text, comment="Key column of the table of users."),
+    Column("items_schema", Text, comment="Schema of the table of items, if one was given."),
+    Column("items_table", Text, comment="Name of the table of items, if one was given."),
+    Column("items_key_column", Text, comment="Key column of the table of items."),
+    Column(
+        "options",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Thresholds of the quality gate and sizes, complete with defaults.",
+    ),
+    _timestamp("created_at", "When the model was created.", default_now=True),
+    Column("created_by", Text, nullable=False, server_default=_user, comment="Role that created the model."),
+    schema=PUBLIC,
+    comment="Models: which shop tables each one reads. One row per call of vae.create_model.",
+)
+
+event_types = Table(
+    "event_types",
+    metadata,
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column("name", Text, nullable=False, comment="Event type as the shop's table spells it."),
+    Column(
+        "event_type",
+        Text,
+        nullable=False,
+        comment="Standard event type that it means: view, search, add_to_cart, purchase, review, share, register.",
+    ),
+    Column(
+        "weight", REAL, nullable=False, comment="How much one such event counts as a training target; 0: an input only."
+    ),
+    PrimaryKeyConstraint("model_id", "name"),
+    CheckConstraint("weight >= 0 and weight <= 1000", name="weight"),
+    schema=PUBLIC,
+    comment="Event types of each model: the shop's spelling, the standard name, the weight in training.",
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        Identity(always=True),
+        primary_key=True,
+        comment="Number of the version in this database.",
+    ),
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column(
+        "version",
+        Integer,
+        nullable=False,
+        comment="Number within the model, from 1; the model_version of prediction rows.",
+    ),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        server_default=text("'loading'"),
+        comment="loading, ready, active or retired; at most one version of a model is active.",
+    ),
+    _timestamp("created_at", "When the version was published.", default_now=True),
+    Column("created_by", Text, nullable=False, server_default=_user, comment="Role that published the version."),
+    _timestamp("activated_at", "When the version last became active."),
+    _timestamp("retired_at", "When the version last stopped being active."),
+    _timestamp("window_start", "Time of the oldest event that was trained on."),
+    _timestamp("window_end", "Time of the newest event that was trained on."),
+    Column("event_count", BigInteger, nullable=False, comment="Cleaned events that were trained on."),
+    Column("user_count", BigInteger, nullable=False, comment="Users that were trained on."),
+    Column("item_count", Integer, nullable=False, comment="Items that the version can recommend."),
+    Column("seed", BigInteger, nullable=False, comment="Seed of every random number in training."),
+    Column(
+        "format",
+        Integer,
+        nullable=False,
+        comment="Layout of the tensors; a runtime scores only the formats that it knows.",
+    ),
+    Column(
+        "code_digest",
+        Text,
+        nullable=False,
+        comment="sha256 of the runtime's source that the version was evaluated with.",
+    ),
+    Column("trainer_version", Text, nullable=False, comment="Release of pgvae that trained the version."),
+    Column("config", JSONB, nullable=False, comment="Hyper-parameters of the training."),
+    Column("durations", JSONB, nullable=False, comment="Seconds of each phase of the training."),
+    Column(
+        "quality",
+        JSONB,
+        nullable=False,
+        comment="Report of the quality gate at training time, as vae.check_events gave it.",
+    ),
+    UniqueConstraint("model_id", "version"),
+    CheckConstraint("state in ('loading', 'ready', 'active', 'retired')", name="state"),
+    Index("ix_versions_active", "model_id", unique=True, postgresql_where=text("state = 'active'")),
+    schema=PUBLIC,
+    comment="Versions: immutable results of training, with their lineage. Join prediction rows on model_version.",
+)
+
+metrics = Table(
+    "metrics",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("method", Text, nullable=False, comment="pgvae, or the baseline measured beside it on the same split."),
+    Column("split", Text, nullable=False, comment="How train and test were divided: temporal."),
+    Column("metric", Text, nullable=False, comment="recall or ndcg, as LightGCN defines them."),
+    Column("k", Integer, nullable=False, comment="Length of the list that was judged."),
+    Column("value", DOUBLE_PRECISION, nullable=False, comment="Mean over the users of the test part."),
+    Column("lower", DOUBLE_PRECISION, comment="Lower bound of the 95 % bootstrap interval."),
+    Column("upper", DOUBLE_PRECISION, comment="Upper bound of the 95 % bootstrap interval."),
+    Column("user_count", BigInteger, nullable=False, comment="Users of the test part."),
+    PrimaryKeyConstraint("version_id", "method", "split", "metric", "k"),
+    schema=PUBLIC,
+    comment="Metrics of each version on held-out events, with the baselines beside them.",
+)
+
+epochs = Table(
+    "epochs",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column(
+        "phase",
+        Text,
+        nullable=False,
+        comment="evaluate: trained without the held-out part; publish: trained on all events.",
+    ),
+    Column("epoch", Integer, nullable=False, comment="Number of the pass over the training users, from 1."),
+    Column(
+        "loss",
+        DOUBLE_PRECISION,
+        nullable=False,
+        comment="Mean training loss per user: weighted reconstruction plus weighted KL.",
+    ),
+    Column(
+        "reconstruction",
+        DOUBLE_PRECISION,
+        nullable=False,
+        comment="Mean negative multinomial log-likelihood per user, in nats.",
+    ),
+    Column("kl", DOUBLE_PRECISION, nullable=False, comment="Mean KL divergence from the prior per user, in nats."),
+    Column(
+        "validation_ndcg",
+        DOUBLE_PRECISION,
+        comment="NDCG on the validation part after the epoch; null in the phase publish.",
+    ),
+    Column("seconds", DOUBLE_PRECISION, nullable=False, comment="Seconds that the epoch took."),
+    PrimaryKeyConstraint("version_id", "phase", "epoch"),
+    schema=PUBLIC,
+    comment="Learning curves: one row per epoch of each version's training.",
+)
+
+activations = Table(
+    "activations",
+    metadata,
+    Column("activation_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the change."),
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column("version", Integer, nullable=False, comment="Version that became active."),
+    Column("previous_version", Integer, comment="Version that was active before; null: none was."),
+    Column("action", Text, nullable=False, comment="activate or rollback."),
+    Column("forced", Boolean, nullable=False, comment="Whether a refusal was overridden with force => true."),
+    Column("reason", Text, comment="What the caller gave as the reason."),
+    _timestamp("activated_at", "When it happened.", default_now=True),
+    Column("activated_by", Text, nullable=False, server_default=_user, comment="Role that did it."),
+    CheckConstraint("action in ('activate', 'rollback')", name="action"),
+    schema=PUBLIC,
+    comment="Log of activations and rollbacks.",
+)
+
+refreshes = Table(
+    "refreshes",
+    metadata,
+    Column("refresh_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the refresh."),
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column("view", Text, nullable=False, comment="Prediction view that was refreshed."),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        server_default=text("'running'"),
+        comment="running, succeeded or failed; a row left running by a killed session is marked failed by the next refresh.",
+    ),
+    Column("version", Integer, comment="Version whose scores the view holds since."),
+    _timestamp("started_at", "When it started.", default_now=True),
+    _timestamp("finished_at", "When it ended; null: it is running, or its session was killed."),
+    Column("seconds", DOUBLE_PRECISION, comment="Seconds that it took."),
+    Column("row_count", BigInteger, comment="Users in the view afterwards."),
+    Column("error", Text, comment="Message of the failure; the view then still holds its last good content."),
+    Column("started_by", Text, nullable=False, server_default=_user, comment="Role that started it."),
+    Column(
+        "backend_pid",
+        Integer,
+        nullable=False,
+        server_default=text("pg_backend_pid()"),
+        comment="Server process that runs it, see pg_stat_activity.",
+    ),
+    CheckConstraint("state in ('running', 'succeeded', 'failed')", name="state"),
+    Index("ix_refreshes_model_id_started_at", "model_id", "started_at"),
+    schema=PUBLIC,
+    comment="Log of the refreshes of prediction views, visible while they run.",
+)
+
+tensors = Table(
+    "tensors",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("name", Text, nullable=False, comment="Name of the tensor in the model."),
+    Column("chunk", Integer, nullable=False, comment="Number of the chunk within the tensor, from 0."),
+    Column("dtype", Text, nullable=False, comment="NumPy name of the element type, little-endian: <f4, <i4."),
+    Column("shape", ARRAY(Integer), nullable=False, comment="Shape of the whole tensor."),
+    Column("sha256", LargeBinary, nullable=False, comment="sha256 of the chunk's bytes."),
+    Column("data", LargeBinary, nullable=False, comment="Raw bytes of the chunk in C order, at most 16 MiB."),
+    PrimaryKeyConstraint("version_id", "name", "chunk"),
+    schema=PRIVATE,
+    comment="Weights of the versions. Written only while a version is loading.",
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("item_index", Integer, nullable=False, comment="Row of the item in the version's tensors, from 0."),
+    Column("item_key", Text, nullable=False, comment="Key of the item as text."),
+    PrimaryKeyConstraint("version_id", "item_index"),
+    UniqueConstraint("version_id", "item_key"),
+    schema=PRIVATE,
+    comment="Catalogue of each version. Written only while a version is loading.",
+)
+
+installation = Table(
+    "installation",
+    metadata,
+    Column("only_row", Boolean, primary_key=True, server_default=text("true"), comment="True: there is one row."),
+    Column("release", Text, comment="Release of pgvae that is installed."),
+    Column("runtime_digest", Text, comment="sha256 of the source that vae_private.load_runtime holds."),
+    Column(
+        "created_extension", Boolean, nullable=False, comment="Whether pgvae created plpython3u, and so removes it."
+    ),
+    Column(
+        "created_roles",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Roles that pgvae created, and so removes.",
+    ),
+    _timestamp("installed_at", "When this release was installed."),
+    CheckConstraint("only_row", name="only_row"),
+    schema=PRIVATE,
+    comment="What is installed in this database, in one row.",
+)
+
+__all__ = [
+    "PRIVATE",
+    "PUBLIC",
+    "activations",
+    "epochs",
+    "event_types",
+    "installation",
+    "items",
+    "metadata",
+    "metrics",
+    "models",
+    "refreshes",
+    "tensors",
+    "versions",
+]
