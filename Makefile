@@ -1,0 +1,33 @@
+# `make demo` and `make test` do their own set-up; see scripts/bootstrap.
+
+PGVAE := .venv/bin/pgvae
+ARGS :=
+
+.DEFAULT_GOAL := help
+.PHONY: help bootstrap demo test lint wheel clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-16s %s\n' "$$target" "$$text"; done
+
+bootstrap: ## Install what is missing: PostgreSQL with PL/Python, numpy, a virtual environment
+	@scripts/bootstrap
+
+demo: bootstrap ## A shop from nothing to recommendations on a private server, in a few minutes
+	@$(PGVAE) demo $(ARGS)
+
+test: bootstrap ## The whole test suite on a throwaway server; ARGS='-k word' selects
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: bootstrap ## Style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+wheel: bootstrap ## Build the wheel into dist/
+	@rm -rf dist
+	@.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## Remove what was built here: .venv, dist, build, caches; no database
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
