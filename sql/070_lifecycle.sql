@@ -112,3 +112,43 @@ $$;
 
 comment on function vae_private.switch_version(integer, integer, text, boolean, text) is
     'Retires the active version, activates another one and writes the log; part of vae.activate and vae.rollback.';
+
+
+create or replace function vae_private.next_version(id integer)
+returns integer
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- Two trainings that publish at once get two numbers: the second one waits for the first one's commit.
+    perform pg_advisory_xact_lock(hashtext('pgvae publish'), id);
+    return (select coalesce(max(v.version), 0) + 1 from vae.versions v where v.model_id = id);
+end;
+$$;
+
+comment on function vae_private.next_version(integer) is 'Gives the number of a model''s next version; part of publishing.';
+
+
+create or replace function vae_private.finish_version(id bigint)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update vae.versions v set state = 'ready' where v.version_id = id and v.state = 'loading';
+    if not found then
+        raise exception 'version number % is not loading', id
+            using errcode = 'VA006', hint = 'versions are immutable: publish a new one with pgvae train';
+    end if;
+end;
+$$;
+
+comment on function vae_private.finish_version(bigint) is 'Closes a version for good, once its weights are written; part of publishing.';

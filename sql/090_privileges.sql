@@ -58,6 +58,8 @@ grant execute on function
     vae_private.column_type(regclass, text, text),
     vae_private.key_type(regclass, text, text),
     vae_private.map_event_type(integer, text, text, jsonb),
+    vae_private.next_version(integer),
+    vae_private.finish_version(bigint),
     vae_private.clean_select(integer, boolean),
     vae_private.build_model(integer),
     vae_private.comment_model(vae.models),

@@ -27,7 +27,11 @@ def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(plpy, *args)
         except ScoringError as error:
-            plpy.error(error.message, sqlstate=error.sqlstate, hint=error.hint)
+            # PL/Python puts the exception's class before the message, so the class has a name that people know.
+            kind = type("pgvae", (plpy.Error,), {"__module__": "__main__"})
+            raised = kind(error.message)
+            raised.sqlstate, raised.hint = error.sqlstate, error.hint
+            raise raised from None
 
     return call
 

@@ -46,7 +46,7 @@ def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tupl
 
 def estimated_flops(user_count: float, version: Version) -> float:
     """Gives the floating-point operations of the product with the catalogue for that many users."""
-    hidden = version.weights["output_weight"].shape[1]
+    hidden: int = version.weights["output_weight"].shape[1]
     return 2.0 * user_count * version.item_count * hidden
 
 

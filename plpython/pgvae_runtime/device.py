@@ -29,7 +29,7 @@ def choose(plpy: Any, flops: float) -> Any:
         import cupy
 
         cupy.cuda.runtime.getDeviceCount()
-    # Whatever keeps CuPy from working (not installed, no driver, no device, a wrong CUDA) must not keep the query from it.
+    # Whatever keeps CuPy from working (not installed, no driver, no device) must not keep the query from an answer.
     except Exception as error:
         if setting == "cuda":
             plpy.notice(f"vae.device is cuda, but no GPU is usable ({error}); the CPU scores")

@@ -105,7 +105,7 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
     return ScoringError(
         f"model {name} has no active version",
         sqlstate=NO_ACTIVE_VERSION,
-        hint=f"in a terminal: pgvae train {name}; then: select * from vae.activate('{name}', 1)",
+        hint=f"in a terminal: pgvae train {name}; then activate the version with vae.activate",
     )
 
 

@@ -22,9 +22,9 @@ def to_chunks(array: NDArray[Any]) -> Iterator[tuple[int, str, list[int], bytes,
     dtype = array.dtype.newbyteorder("<").str
     if dtype not in DTYPES:
         raise ValueError(f"tensors are stored as {DTYPES}, not {dtype}")
-    raw = memoryview(np.ascontiguousarray(array, dtype=dtype)).cast("B")
+    raw = np.ascontiguousarray(array, dtype=dtype).tobytes()
     for chunk, begin in enumerate(range(0, max(len(raw), 1), CHUNK_BYTES)):
-        data = bytes(raw[begin : begin + CHUNK_BYTES])
+        data = raw[begin : begin + CHUNK_BYTES]
         yield chunk, dtype, list(array.shape), hashlib.sha256(data).digest(), data
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import psycopg
 import typer
+from rich.markup import escape
 
 from pgvae.console import err
 from pgvae.errors import PgvaeError
@@ -21,27 +22,30 @@ app = typer.Typer(
 
 Dsn = Annotated[
     str | None,
-    typer.Option("--dsn", envvar="PGVAE_DSN", help="Connection string; without it, the embedded server.", show_default=False),
+    typer.Option(
+        "--dsn", envvar="PGVAE_DSN", help="Connection string; without it, the embedded server.", show_default=False
+    ),
 ]
 
 
 def main() -> None:
     """Runs the command line; a failure the user can mend ends in a message, a hint and exit status 1."""
     # Imported here: each module registers itself on `app`.
-    from pgvae.cli import server  # noqa: F401
+    from pgvae.cli import database, refresh, server, train  # noqa: F401
 
     try:
         app()
     except PgvaeError as error:
-        err.print(f"[bold red]error:[/] {error.message}", highlight=False, markup=True)
-        if error.hint:
-            err.print(f"[bold]hint:[/] {error.hint}", highlight=False)
-        sys.exit(1)
+        _fail(error.message, error.hint)
     except psycopg.Error as error:
-        err.print(f"[bold red]error:[/] {error.diag.message_primary or error}", highlight=False)
-        if error.diag.message_hint:
-            err.print(f"[bold]hint:[/] {error.diag.message_hint}", highlight=False)
-        sys.exit(1)
+        _fail(error.diag.message_primary or str(error), error.diag.message_hint)
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-done was kept")
         sys.exit(130)
+
+
+def _fail(message: str, hint: str | None) -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if hint:
+        err.print(f"[bold]hint:[/] {escape(hint)}", highlight=False, soft_wrap=True)
+    sys.exit(1)

@@ -1,0 +1,181 @@
+"""`pgvae train`: from a model's events to a published version."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import psycopg
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pgvae.cli import Dsn, app
+from pgvae.config import TrainingConfig
+from pgvae.connection import connect
+from pgvae.console import err, out
+
+if TYPE_CHECKING:
+    from pgvae.dataset import Dataset, ModelDefinition
+    from pgvae.evaluation import Metric
+    from pgvae.train import Listener, Training
+    from pgvae.training import Epoch
+
+_DEFAULTS = TrainingConfig()
+_PHASES = {
+    "read": "reading events",
+    "evaluate": "training without the newest events, to measure",
+    "train": "training on all events, to publish",
+    "publish": "publishing",
+}
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Name of the model, as given to vae.create_model.")],
+    dsn: Dsn = None,
+    activate: Annotated[bool, typer.Option("--activate", help="Activate the version once it is published.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train although a check of the quality gate fails.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every random number.")] = _DEFAULTS.seed,
+    epochs: Annotated[int, typer.Option(help="Most passes over the users.")] = _DEFAULTS.epochs,
+    patience: Annotated[
+        int, typer.Option(help="Stop after this many passes without a better validation NDCG.")
+    ] = _DEFAULTS.patience,
+    batch_size: Annotated[int, typer.Option(help="Users per step.")] = _DEFAULTS.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Step width of Adam.")] = _DEFAULTS.learning_rate,
+    embedding: Annotated[int, typer.Option(help="Width of the token embeddings.")] = _DEFAULTS.embedding,
+    hidden: Annotated[int, typer.Option(help="Width of the hidden layers.")] = _DEFAULTS.hidden,
+    latent: Annotated[int, typer.Option(help="Width of the latent space.")] = _DEFAULTS.latent,
+    kl_weight: Annotated[
+        float, typer.Option(help="Weight of the KL term, 1 - λ, once annealed.")
+    ] = _DEFAULTS.kl_weight,
+    token_dropout: Annotated[
+        float, typer.Option(help="Share of a history that is hidden from the encoder.")
+    ] = _DEFAULTS.token_dropout,
+) -> None:
+    """Train a model on its events and publish the result as a new version.
+
+    Reads the cleaned events (select * from MODEL.clean_events), trains on the older 80 %, chooses the number of passes
+    on the next 10 % and measures on the newest 10 %, beside popularity and item co-occurrence. Then trains on all
+    events and writes weights, lineage and metrics in one transaction. The new version scores once it is activated.
+
+    Refuses when the quality gate fails: select * from vae.check_events('MODEL').
+    """
+    config = TrainingConfig(
+        seed=seed,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        embedding=embedding,
+        hidden=hidden,
+        latent=latent,
+        kl_weight=kl_weight,
+        token_dropout=token_dropout,
+    )
+    # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
+    from pgvae.train import train as run
+
+    with _Display(config) as display:
+        result = run(dsn, model, config, force=force, listener=display.listener())
+    show(model, result)
+    if activate:
+        with connect(dsn) as connection:
+            activate_version(connection, model, result.version)
+        out.print(f"version {result.version} is active; now: call vae.refresh('{model}')", highlight=False)
+    else:
+        out.print(f"next: select * from vae.activate('{model}', {result.version})", highlight=False)
+
+
+def activate_version(connection: psycopg.Connection, model: str, version: int) -> None:
+    """Makes a version the one that scores."""
+    connection.execute("select * from vae.activate(%s, %s)", [model, version])
+
+
+def show(model: str, result: Training) -> None:
+    """Prints what was published and how it ranks."""
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.durations.items())
+    out.print(f"published version {result.version} of model {model} ({seconds})", highlight=False)
+    if not result.metrics:
+        out.print("its ranking is not measured: too few users have events both before and after a split by time")
+        return
+    out.print(metrics_table(result.metrics))
+    ndcg = {metric.method: metric for metric in result.metrics if metric.metric == "ndcg"}
+    for baseline in ("popularity", "item_cooccurrence"):
+        ratio = ndcg["pgvae"].value / max(ndcg[baseline].value, 1e-12)
+        verdict = "beats" if ndcg["pgvae"].lower > ndcg[baseline].upper else "does not clearly beat"
+        out.print(f"pgvae {verdict} {baseline}: {ratio:.2f} times its NDCG", highlight=False)
+
+
+def metrics_table(metrics: list[Metric]) -> Table:
+    """Gives the metrics as a table, a row per method."""
+    k, users = metrics[0].k, metrics[0].user_count
+    table = Table(title=f"on the newest 10 % of the events, {users} users, all items ranked")
+    table.add_column("method")
+    names = list(dict.fromkeys(metric.metric for metric in metrics))
+    for name in names:
+        table.add_column(f"{name}@{k} (95 %)", justify="right")
+    for method in dict.fromkeys(metric.method for metric in metrics):
+        cells = {metric.metric: metric for metric in metrics if metric.method == method}
+        table.add_row(
+            method, *(f"{cells[name].value:.4f} ({cells[name].lower:.4f}–{cells[name].upper:.4f})" for name in names)
+        )
+    return table
+
+
+class _Display:
+    """Shows a training while it runs: a bar on a terminal, a line per epoch in a log."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def listener(self) -> Listener:
+        from pgvae.train import Listener
+
+        return Listener(on_phase=self._phase, on_quality=self._quality, on_data=self._data, on_epoch=self._epoch)
+
+    def _phase(self, phase: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, total=1, completed=1)
+        self._task = self._progress.add_task(_PHASES[phase], total=None, detail="")
+        if not err.is_terminal:
+            err.print(_PHASES[phase], highlight=False)
+
+    def _quality(self, definition: ModelDefinition) -> None:
+        for check in definition.quality:
+            if check["status"] != "pass":
+                line = f"{check['status']}: {check['check_name']}, {check['row_count']} rows; {check['remedy']}"
+                self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    def _data(self, dataset: Dataset) -> None:
+        begin, end = dataset.window()
+        self._progress.console.print(
+            f"{len(dataset.user)} events of {dataset.user_count} users on {len(dataset.item_keys)} items,"
+            f" {begin:%Y-%m-%d} to {end:%Y-%m-%d}",
+            highlight=False,
+        )
+
+    def _epoch(self, epoch: Epoch) -> None:
+        ranking = "" if epoch.validation_ndcg is None else f"  validation NDCG@20 {epoch.validation_ndcg:.4f}"
+        detail = f"epoch {epoch.epoch}  loss {epoch.loss:.2f}  KL {epoch.kl:.2f}{ranking}"
+        if self._task is not None:
+            self._progress.update(self._task, total=self._config.epochs, completed=epoch.epoch, detail=detail)
+        if not err.is_terminal:
+            err.print(f"  {detail}  {epoch.seconds:.1f} s", highlight=False)

@@ -1,0 +1,185 @@
+"""Reads a model's cleaned events out of PostgreSQL, by COPY, in one snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from pgvae.errors import PgvaeError
+from pgvae_runtime.tokens import History
+
+# A fixed order, so that the same data gives the same embedding rows.
+EVENT_TYPES = ("view", "search", "add_to_cart", "purchase", "review", "share", "register")
+TARGET = "purchase"
+
+# A row of COPY (format binary): a count of fields, then each field's length and its bytes, all big-endian.
+_COPY_ROW = np.dtype(
+    [
+        ("fields", ">i2"),
+        ("length1", ">i4"),
+        ("user", ">i4"),
+        ("length2", ">i4"),
+        ("item", ">i4"),
+        ("length3", ">i4"),
+        ("event_type", ">i2"),
+        ("length4", ">i4"),
+        ("occurred_at", ">f8"),
+        ("length5", ">i4"),
+        ("weight", ">f4"),
+    ]
+)
+_COPY_HEADER = 19
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """N events of U users on I items, sorted by user, time, item and event type.
+
+    `user`, `item`, `event_type` [N] count from 0; `occurred_at` [N] is in seconds since 1970; `weight` [N] says
+    how much an event counts as a target. `item_keys` [I] are the shop's keys as text. `targets` are the event types
+    that are predicted: purchases, or whatever there is where a shop has none.
+    """
+
+    user: NDArray[np.int64]
+    item: NDArray[np.int64]
+    event_type: NDArray[np.int64]
+    occurred_at: NDArray[np.float64]
+    weight: NDArray[np.float32]
+    item_keys: list[str]
+    event_types: list[str]
+    user_count: int
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The event types that are predicted, as rows of `event_types`."""
+        if TARGET in self.event_types:
+            return (self.event_types.index(TARGET),)
+        return tuple(range(len(self.event_types)))
+
+    def between(self, begin: float, end: float) -> Dataset:
+        """Gives the events with begin <= occurred_at < end; users and items keep their numbers."""
+        chosen = (self.occurred_at >= begin) & (self.occurred_at < end)
+        return Dataset(
+            user=self.user[chosen],
+            item=self.item[chosen],
+            event_type=self.event_type[chosen],
+            occurred_at=self.occurred_at[chosen],
+            weight=self.weight[chosen],
+            item_keys=self.item_keys,
+            event_types=self.event_types,
+            user_count=self.user_count,
+        )
+
+    def history(self, users: NDArray[np.int64]) -> History:
+        """Gives the events of the users with these numbers, in this order."""
+        starts = np.searchsorted(self.user, users, side="left")
+        counts = np.searchsorted(self.user, users, side="right") - starts
+        rows = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(counts.sum())
+        return History(
+            counts=counts, item=self.item[rows], event_type=self.event_type[rows], occurred_at=self.occurred_at[rows]
+        )
+
+    def popularity(self) -> NDArray[np.float32]:
+        """Gives each item's share of the (user, item) pairs with a target event, [I], summing to 1."""
+        chosen = np.isin(self.event_type, self.targets)
+        pairs = np.unique(self.user[chosen] * len(self.item_keys) + self.item[chosen])
+        counts = np.bincount(pairs % len(self.item_keys), minlength=len(self.item_keys)).astype(np.float64)
+        shares: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
+        return shares
+
+    def window(self) -> tuple[datetime, datetime]:
+        """Gives the time of the oldest and of the newest event."""
+        return (
+            datetime.fromtimestamp(self.occurred_at.min(), UTC),
+            datetime.fromtimestamp(self.occurred_at.max(), UTC),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDefinition:
+    """The row of vae.models that a training needs, and the report of its quality gate."""
+
+    model_id: int
+    name: str
+    max_history: int
+    quality: list[dict[str, Any]]
+
+    @property
+    def failed_checks(self) -> list[dict[str, Any]]:
+        """The checks of the quality gate that failed."""
+        return [check for check in self.quality if check["status"] == "fail"]
+
+
+def read_definition(connection: psycopg.Connection, model: str) -> ModelDefinition:
+    """Gives the definition of a model and runs its quality gate."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(
+            "select model_id, name, (options ->> 'max_history')::integer as max_history"
+            " from vae.models where model_id = vae_private.model_id(%s)",
+            [model],
+        ).fetchone()
+        assert row is not None  # vae_private.model_id raises for an unknown model.
+        quality = cursor.execute("select * from vae.check_events(%s)", [model]).fetchall()
+    return ModelDefinition(**row, quality=quality)
+
+
+def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
+    """Gives the cleaned events of a model. The connection's transaction should be of one snapshot."""
+    events = sql.Identifier(model, "clean_events")
+    connection.execute(
+        sql.SQL(
+            "create temporary table pgvae_events on commit drop as"
+            " select user_id, item_id::text as item_key, event_type, occurred_at, weight from {}"
+        ).format(events)
+    )
+    connection.execute("analyze pgvae_events")
+    # Collation "C": the order, and with it the training, must not depend on the server's locale.
+    connection.execute(
+        "create temporary table pgvae_items on commit drop as"
+        ' select (row_number() over (order by item_key collate "C") - 1)::integer as item_index, item_key'
+        " from (select distinct item_key from pgvae_events) i"
+    )
+    keys = [row[0] for row in connection.execute("select item_key from pgvae_items order by item_index").fetchall()]
+    if not keys:
+        raise PgvaeError(f"model {model} has no clean events", hint=f"see: select * from vae.check_events('{model}')")
+    present = {row[0] for row in connection.execute("select distinct event_type from pgvae_events").fetchall()}
+    event_types = [name for name in EVENT_TYPES if name in present]
+    rows = np.concatenate(list(_copy_rows(connection, event_types)))
+    return Dataset(
+        user=rows["user"].astype(np.int64),
+        item=rows["item"].astype(np.int64),
+        event_type=rows["event_type"].astype(np.int64),
+        occurred_at=rows["occurred_at"].astype(np.float64),
+        weight=rows["weight"].astype(np.float32),
+        item_keys=keys,
+        event_types=event_types,
+        user_count=int(rows["user"][-1]) + 1,
+    )
+
+
+def _copy_rows(connection: psycopg.Connection, event_types: list[str]) -> Iterator[NDArray[Any]]:
+    query = sql.SQL(
+        "copy (select (dense_rank() over (order by e.user_id) - 1)::integer, i.item_index,"
+        " (array_position({types}::text[], e.event_type) - 1)::smallint,"
+        " extract(epoch from e.occurred_at)::float8, e.weight"
+        " from pgvae_events e join pgvae_items i using (item_key)"
+        " order by 1, 4, 2, 3) to stdout (format binary)"
+    ).format(types=sql.Literal(event_types))
+    with connection.cursor() as cursor, cursor.copy(query) as copy:
+        # libpq hands over row by row; joined by the thousand they cost little. The header comes with the first row,
+        # the trailer last, shorter than a row.
+        blocks = iter(copy)
+        skip = _COPY_HEADER
+        while block := b"".join(islice(blocks, 65_536)):
+            count = (len(block) - skip) // _COPY_ROW.itemsize
+            yield np.frombuffer(block, dtype=_COPY_ROW, count=count, offset=skip)
+            skip = 0

@@ -1,0 +1,98 @@
+"""Writes a trained network into PostgreSQL as an immutable version, in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from pgvae import __version__, resources
+from pgvae.config import TrainingConfig
+from pgvae.dataset import Dataset, ModelDefinition
+from pgvae.evaluation import Metric
+from pgvae.training import Epoch, Fit
+from pgvae_runtime import forward
+from pgvae_runtime.tensors import to_chunks
+
+
+def publish(
+    connection: psycopg.Connection,
+    *,
+    definition: ModelDefinition,
+    dataset: Dataset,
+    config: TrainingConfig,
+    fit: Fit,
+    curve: list[Epoch],
+    metrics: list[Metric],
+    durations: dict[str, float],
+) -> int:
+    """Gives the number of the new version, in the state ready.
+
+    All rows are written in the connection's transaction, which the caller commits: until then nobody sees any of
+    them, and a lost connection or a full disk leaves none.
+    """
+    version_id, version = _insert_version(connection, definition, dataset, config, durations)
+    with connection.cursor() as cursor:
+        with cursor.copy(
+            "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"
+        ) as copy:
+            copy.set_types(["int8", "text", "int4", "text", "int4[]", "bytea", "bytea"])
+            for name in forward.SHAPES:
+                for chunk, dtype, shape, sha256, data in to_chunks(fit.weights[name]):
+                    copy.write_row((version_id, name, chunk, dtype, shape, sha256, data))
+        with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
+            for index, key in enumerate(dataset.item_keys):
+                copy.write_row((version_id, index, key))
+        cursor.executemany(
+            "insert into vae.metrics (version_id, method, split, metric, k, value, lower, upper, user_count)"
+            " values (%(version_id)s, %(method)s, %(split)s, %(metric)s, %(k)s, %(value)s, %(lower)s, %(upper)s,"
+            " %(user_count)s)",
+            [{"version_id": version_id, **asdict(metric)} for metric in metrics],
+        )
+        cursor.executemany(
+            "insert into vae.epochs"
+            " (version_id, phase, epoch, loss, reconstruction, kl, validation_ndcg, seconds)"
+            " values (%(version_id)s, %(phase)s, %(epoch)s, %(loss)s, %(reconstruction)s, %(kl)s,"
+            " %(validation_ndcg)s, %(seconds)s)",
+            [{"version_id": version_id, **asdict(epoch)} for epoch in curve],
+        )
+    connection.execute("select vae_private.finish_version(%s)", [version_id])
+    return version
+
+
+def _insert_version(
+    connection: psycopg.Connection,
+    definition: ModelDefinition,
+    dataset: Dataset,
+    config: TrainingConfig,
+    durations: dict[str, float],
+) -> tuple[int, int]:
+    event_types = [
+        {"event_type": name, "is_target": index in dataset.targets} for index, name in enumerate(dataset.event_types)
+    ]
+    window_start, window_end = dataset.window()
+    row = connection.execute(
+        "insert into vae.versions (model_id, version, window_start, window_end, event_count, user_count, item_count,"
+        " seed, format, code_digest, trainer_version, config, durations, quality)"
+        " values (%(model_id)s, vae_private.next_version(%(model_id)s), %(window_start)s, %(window_end)s,"
+        " %(event_count)s, %(user_count)s, %(item_count)s, %(seed)s, %(format)s, %(code_digest)s,"
+        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s) returning version_id, version",
+        {
+            "model_id": definition.model_id,
+            "window_start": window_start,
+            "window_end": window_end,
+            "event_count": len(dataset.user),
+            "user_count": dataset.user_count,
+            "item_count": len(dataset.item_keys),
+            "seed": config.seed,
+            "format": forward.FORMAT,
+            "code_digest": resources.runtime_digest(),
+            "trainer_version": __version__,
+            "config": Jsonb({**asdict(config), "event_types": event_types}),
+            "durations": Jsonb(durations),
+            "quality": Jsonb(definition.quality),
+        },
+    ).fetchone()
+    assert row is not None  # insert … returning gives a row or raises.
+    return row

@@ -1,0 +1,110 @@
+"""`pgvae train`: from a model's events to a published version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psycopg
+
+from pgvae.config import TrainingConfig
+from pgvae.connection import connect
+from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
+from pgvae.errors import PgvaeError
+from pgvae.evaluation import Metric, evaluate
+from pgvae.publish import publish
+from pgvae.training import Epoch, fit
+
+# Passes over the data where no validation could choose their number.
+_UNVALIDATED_EPOCHS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """What a training tells while it runs; each part may be left out."""
+
+    on_phase: Callable[[str], None] = lambda phase: None
+    on_quality: Callable[[ModelDefinition], None] = lambda definition: None
+    on_data: Callable[[Dataset], None] = lambda dataset: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A published version and what was measured of it; `metrics` is empty where the events cannot be split by time."""
+
+    version: int
+    metrics: list[Metric]
+    durations: dict[str, float]
+
+
+def train(
+    dsn: str | None,
+    model: str,
+    config: TrainingConfig | None = None,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> Training:
+    """Trains a model on its cleaned events and publishes the result as a version in the state ready.
+
+    The network is first trained without the newest events and measured on them, then trained again on all events for
+    as many epochs as were best. No connection is open meanwhile, so a long training holds back no vacuum. PgvaeError
+    where the quality gate fails and `force` is not given; nothing is then published.
+    """
+    config = config or TrainingConfig()
+    listener = listener or Listener()
+    durations: dict[str, float] = {}
+    with _timed("read", durations, listener), connect(dsn) as connection:
+        definition, dataset = _read(connection, model, force, listener)
+    with _timed("evaluate", durations, listener):
+        evaluation = evaluate(dataset, config, max_history=definition.max_history, on_epoch=listener.on_epoch)
+    with _timed("train", durations, listener):
+        final = fit(
+            dataset,
+            config,
+            max_history=definition.max_history,
+            phase="publish",
+            epochs=evaluation.fit.best_epoch if evaluation.fit else min(config.epochs, _UNVALIDATED_EPOCHS),
+            on_epoch=listener.on_epoch,
+        )
+    with _timed("publish", {}, listener), connect(dsn) as connection:
+        version = publish(
+            connection,
+            definition=definition,
+            dataset=dataset,
+            config=config,
+            fit=final,
+            curve=(evaluation.fit.curve if evaluation.fit else []) + final.curve,
+            metrics=evaluation.metrics,
+            durations=durations,
+        )
+    return Training(version=version, metrics=evaluation.metrics, durations=durations)
+
+
+def _read(
+    connection: psycopg.Connection, model: str, force: bool, listener: Listener
+) -> tuple[ModelDefinition, Dataset]:
+    # One snapshot for the gate and for the data, so that what was checked is what is trained on.
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    definition = read_definition(connection, model)
+    listener.on_quality(definition)
+    if definition.failed_checks and not force:
+        names = ", ".join(f"{check['check_name']}: {check['remedy']}" for check in definition.failed_checks)
+        raise PgvaeError(
+            f"the quality gate of model {model} failed: {names}",
+            hint=f"see: select * from vae.check_events('{model}'); to train all the same: pgvae train {model} --force",
+        )
+    dataset = read_dataset(connection, model)
+    listener.on_data(dataset)
+    return definition, dataset
+
+
+@contextmanager
+def _timed(phase: str, durations: dict[str, float], listener: Listener) -> Iterator[None]:
+    listener.on_phase(phase)
+    begun = time.perf_counter()
+    yield
+    durations[phase] = round(time.perf_counter() - begun, 3)
