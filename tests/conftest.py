@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgvae.server import Server
+from pgvae.server import Server, find_bindir
 
 # Durability is of no use to a throwaway server, and costs time.
 FAST = {
@@ -43,6 +43,34 @@ def scratch() -> Iterator[Path]:
 def server(scratch: Path) -> Iterator[Server]:
     """A throwaway server, running."""
     throwaway = Server(scratch / "server", settings=FAST)
+    throwaway.up()
+    yield throwaway
+    throwaway.remove()
+
+
+@pytest.fixture(scope="session")
+def server_without_plpython(scratch: Path) -> Iterator[Server]:
+    """A running server of an installation that has no PL/Python, as of a database host where nobody added the package.
+
+    PostgreSQL looks for its files relative to its program, so copies of the programs beside a filtered folder of
+    extensions are such an installation.
+    """
+    bindir = find_bindir()
+    bindir_of, sharedir, libdir = (_pg_config(bindir, name) for name in ("--bindir", "--sharedir", "--pkglibdir"))
+    common = Path(os.path.commonpath([bindir_of, sharedir, libdir]))
+    copy = {path: scratch / "without-plpython" / path.relative_to(common) for path in (bindir_of, sharedir, libdir)}
+    copy[bindir_of].mkdir(parents=True)
+    for program in ("postgres", "initdb", "pg_ctl", "pg_config"):
+        shutil.copy2(bindir / program, copy[bindir_of] / program)
+    copy[libdir].parent.mkdir(parents=True, exist_ok=True)
+    copy[libdir].symlink_to(libdir)
+    (copy[sharedir] / "extension").mkdir(parents=True)
+    for folder in (sharedir, sharedir / "extension"):
+        for path in folder.iterdir():
+            target = copy[sharedir] / path.relative_to(sharedir)
+            if not target.exists() and "plpython3u" not in path.name:
+                target.symlink_to(path)
+    throwaway = Server(scratch / "without-plpython-home", settings=FAST, bindir=copy[bindir_of])
     throwaway.up()
     yield throwaway
     throwaway.remove()
@@ -132,6 +160,10 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 def as_role(dsn: str, role: str) -> str:
     """Gives the DSN of the same database for another role."""
     return make_conninfo(**{**conninfo_to_dict(dsn), "user": role})
+
+
+def _pg_config(bindir: Path, name: str) -> Path:
+    return Path(subprocess.run([bindir / "pg_config", name], check=True, capture_output=True, text=True).stdout.strip())
 
 
 def _create(server: Server, name: str, template: str = "template1") -> None:

@@ -140,7 +140,13 @@ def read_facts(connection: psycopg.Connection) -> Facts:
                pg_is_in_recovery(),
                exists (select from pg_catalog.pg_available_extensions where name = 'plpython3u'),
                exists (select from pg_catalog.pg_language where lanname = 'plpython3u'),
-               to_regclass('vae.models') is not null,
+               exists (
+                   -- to_regclass would fail for a role that may not use the schema
+                   select
+                   from pg_catalog.pg_class as c
+                   join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+                   where n.nspname = 'vae' and c.relname = 'models'
+               ),
                exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron'),
                (select setting ~ '\\mpg_cron\\M' from pg_catalog.pg_settings where name = 'shared_preload_libraries'),
                exists (select from pg_catalog.pg_extension where extname = 'pg_cron')

@@ -118,6 +118,7 @@ class Server:
         with self._lock():
             wanted = (self._port() or 0) if port is None else port
             if self.is_running() and wanted != (self._port() or 0):
+                _check_free(wanted)
                 self._stop(account)
             if not self.is_running():
                 if not self.data.exists():
@@ -272,8 +273,8 @@ class Server:
             with self.log.open(errors="replace") as file:
                 file.seek(before)
                 said = "".join(line for line in file if re.search("FATAL|ERROR|HINT|could not", line)).strip()
-            if port and "could not bind" in said:
-                raise PgvaeError(f"port {port} is taken", hint="choose another: pgvae up --port PORT") from error
+            if port:
+                _check_free(port)
             raise PgvaeError(f"the embedded server did not start: {said}", hint=f"its log is {self.log}") from error
 
     def _stop(self, account: _Account) -> None:
@@ -414,6 +415,19 @@ def _check_reachable(home: Path, account: _Account) -> None:
                 f"the server runs as {account.name}, who cannot enter {directory}",
                 hint="choose a folder that every user can reach: PGVAE_HOME=/var/lib/pgvae",
             )
+
+
+def _check_free(port: int) -> None:
+    """Refuses a port that another program listens on, before a running server is stopped for it."""
+    with socket.socket(socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise PgvaeError(
+                f"cannot listen on port {port}: {reason}", hint="choose another with: pgvae up --port PORT"
+            ) from error
 
 
 def _make_private(directory: Path, account: _Account) -> None:

@@ -1,0 +1,217 @@
+"""pgvae doctor: on real servers, and its judgement of reports that no machine here gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from conftest import as_role
+from pgvae import doctor
+from pgvae.doctor import Check, Facts, diagnose
+from pgvae.server import Server
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+FACTS = Facts(
+    version=15,
+    version_text="PostgreSQL 15.9 (Debian 15.9-1) on x86_64-pc-linux-gnu",
+    database="shop",
+    role="postgres",
+    superuser=True,
+    may_create=True,
+    standby=False,
+    plpython_available=True,
+    plpython_installed=True,
+    pgvae_installed=True,
+    cron_available=False,
+    cron_preloaded=False,
+    cron_installed=False,
+)
+RED_HAT = replace(
+    FACTS, version_text="PostgreSQL 16.4 on x86_64-pc-linux-gnu, compiled by gcc (GCC) 11.4 (Red Hat 11.4)"
+)
+
+REPORT: dict[str, Any] = {
+    "python": "3.11.2",
+    "prefix": "/usr",
+    "libpython": [],
+    "gpu_driver": False,
+    "disk_free": 10**11,
+    "numpy": {"version": "1.24.2", "file": "/x"},
+    "blas": {"libraries": ["/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3"], "gflops": 100.0},
+    "cupy": {"absent": "No module named 'cupy'"},
+}
+
+
+def findings(dsn: str) -> dict[str, Check]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        return {check.name: check for check in diagnose(connection)}
+
+
+def test_a_good_server(empty_database: str) -> None:
+    found = findings(empty_database)
+    assert list(found) == [
+        "server", "privileges", "plpython3u", "python", "numpy", "blas", "gpu", "disk", "pg_cron", "pgvae",
+    ]  # fmt: skip
+    assert not doctor.failed(list(found.values()))
+    for name in ("server", "privileges", "plpython3u", "python", "numpy"):
+        assert found[name].status == "ok", found[name]
+    assert "libpython3" in found["python"].found
+    assert "GFLOP/s" in found["blas"].found
+    assert found["pgvae"].remedy == "pgvae install"
+
+
+def test_it_leaves_nothing_behind(empty_database: str) -> None:
+    findings(empty_database)
+    with psycopg.connect(empty_database) as connection:
+        assert connection.execute("select from pg_language where lanname = 'plpython3u'").rowcount == 0
+
+
+def test_an_installed_database(database: str) -> None:
+    found = findings(database)
+    assert found["plpython3u"].found == "installed in this database"
+    assert found["pgvae"].status == "ok"
+
+
+def test_an_unprivileged_role(empty_database: str, role: str) -> None:
+    found = findings(as_role(empty_database, role))
+    assert found["privileges"].status == "fail"
+    assert role in found["privileges"].found
+    assert found["python"].status == "warn"
+    assert "not checked" in found["python"].found
+    assert "numpy" not in found
+
+
+def test_an_unprivileged_role_where_pgvae_is_installed(database: str, role: str) -> None:
+    found = findings(as_role(database, role))
+    assert found["privileges"].status == "warn"
+    assert not doctor.failed(list(found.values()))
+
+
+def test_a_server_without_plpython(server_without_plpython: Server) -> None:
+    found = findings(server_without_plpython.dsn())
+    version = found["server"].found.split()[1].split(".")[0]
+    assert found["plpython3u"].status == "fail"
+    assert found["plpython3u"].remedy == f"on the server: sudo apt install postgresql-plpython3-{version}"
+    assert found["python"].found == "not checked: it needs plpython3u"
+
+
+def test_numpy_that_does_not_import(empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("create extension plpython3u")
+        # The interpreter lives as long as the session: from here on it has no numpy.
+        connection.execute("do $$ import sys; sys.modules['numpy'] = None $$ language plpython3u")
+        found = {check.name: check for check in diagnose(connection)}
+    assert found["numpy"].status == "fail"
+    assert found["numpy"].remedy
+    assert "sudo apt install python3-numpy" in found["numpy"].remedy
+    assert "blas" not in found
+
+
+def test_python_that_does_not_start(empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("create extension plpython3u")
+        connection.execute("do $$ import sys; sys.modules['json'] = None $$ language plpython3u")
+        found = {check.name: check for check in diagnose(connection)}
+        assert found["python"].status == "fail"
+        assert "json" in found["python"].found
+        assert connection.execute("select 1").fetchone() == (1,)
+
+
+def test_a_gpu_that_cupy_sees(empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("create extension plpython3u")
+        connection.execute(
+            """
+            do language plpython3u $$
+            import sys, types
+            cupy = types.ModuleType("cupy")
+            cupy.__version__ = "13.3"
+            runtime = types.SimpleNamespace(
+                getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"Tesla"})
+            cupy.cuda = types.SimpleNamespace(runtime=runtime)
+            sys.modules["cupy"] = cupy
+            $$
+            """
+        )
+        found = {check.name: check for check in diagnose(connection)}
+    assert found["gpu"] == Check(name="gpu", status="ok", found="cupy 13.3, Tesla")
+
+
+@pytest.mark.parametrize(("version", "status"), [(12, "fail"), (13, "ok"), (18, "ok"), (19, "warn")])
+def test_versions(version: int, status: str) -> None:
+    assert doctor.check_version(replace(FACTS, version=version)).status == status
+
+
+def test_a_standby() -> None:
+    assert doctor.check_privileges(replace(FACTS, standby=True)).status == "info"
+
+
+def test_packages_of_red_hat() -> None:
+    assert (
+        doctor.package_command(replace(RED_HAT, version=16), "plpython3") == "sudo dnf install postgresql16-plpython3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("libraries", "gflops", "status"),
+    [
+        (["/usr/lib/x86_64-linux-gnu/blas/libblas.so.3.10.0"], 2.5, "warn"),
+        (["/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3"], 2.5, "ok"),
+        (["/opt/intel/libmkl_rt.so.2"], 90, "ok"),
+        ([], 2.5, "warn"),
+        ([], 90, "ok"),
+    ],
+)
+def test_blas(libraries: list[str], gflops: float, status: str) -> None:
+    check = doctor.check_blas({**REPORT, "blas": {"libraries": libraries, "gflops": gflops}}, FACTS)
+    assert check is not None
+    assert check.status == status
+    assert (check.remedy is None) == (status == "ok")
+
+
+@pytest.mark.parametrize(
+    ("cupy", "driver", "status"),
+    [
+        ({"absent": "No module named 'cupy'"}, False, "info"),
+        ({"absent": "No module named 'cupy'"}, True, "warn"),
+        ({"version": "13.3", "error": "CUDARuntimeError: no driver"}, True, "warn"),
+        ({"version": "13.3", "devices": []}, False, "info"),
+    ],
+)
+def test_gpu(cupy: dict[str, Any], driver: bool, status: str) -> None:
+    assert doctor.check_gpu({**REPORT, "cupy": cupy, "gpu_driver": driver}).status == status
+
+
+def test_a_full_disk() -> None:
+    check = doctor.check_disk({**REPORT, "disk_free": 10**8})
+    assert check is not None
+    assert check.status == "warn"
+
+
+def test_pg_cron() -> None:
+    absent = doctor.check_cron(FACTS)
+    assert absent.remedy == "on the server: sudo apt install postgresql-15-cron"
+    available = doctor.check_cron(replace(FACTS, cron_available=True))
+    assert "shared_preload_libraries" in str(available.remedy)
+    preloaded = doctor.check_cron(replace(FACTS, cron_available=True, cron_preloaded=True))
+    assert "create extension pg_cron" in str(preloaded.remedy)
+    assert doctor.check_cron(replace(FACTS, cron_installed=True)).status == "ok"
+
+
+def test_the_command(run_cli: RunCli, empty_database: str, role: str) -> None:
+    done = run_cli("doctor", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "plpython3u" in done.stdout
+    assert "pgvae → pgvae install" in done.stdout
+    done = run_cli("doctor", "--json", dsn=as_role(empty_database, role))
+    assert done.returncode == 1
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert found["privileges"]["status"] == "fail"
+    assert found["privileges"]["remedy"]
