@@ -42,7 +42,7 @@ select jsonb_build_object(
     'min_events', 1000,
     'min_users', 50,
     'min_items', 10,
-    'max_events_per_day', 500,
+    'outlier_events_per_day', 100,
     'max_share', jsonb_build_object(
         'null_user_ids', 0.5, 'null_item_ids', 0.2, 'null_timestamps', 0.05, 'overlong_ids', 0.05,
         'unknown_event_types', 0.2, 'future_timestamps', 0.05, 'absurd_timestamps', 0.05,
@@ -254,6 +254,17 @@ begin
             using errcode = 'datatype_mismatch',
                 hint = 'the time is timestamptz, timestamp or date: give a view that casts the column';
     end if;
+    -- Columns of the standard names are taken by themselves.
+    if event_type is null and exists (
+        select from pg_attribute a where a.attrelid = events and a.attname = 'event_type' and not a.attisdropped
+    ) then
+        event_type := 'event_type';
+    end if;
+    if quantity is null and exists (
+        select from pg_attribute a where a.attrelid = events and a.attname = 'quantity' and not a.attisdropped
+    ) then
+        quantity := 'quantity';
+    end if;
     if event_type is not null then
         -- Of any type: event types are compared by their text.
         perform vae_private.column_type(events, event_type, 'event_type');
@@ -314,7 +325,8 @@ $$;
 
 comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb) is
     'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
-    'Columns are named by the arguments; without event_type every row is a purchase. event_types maps the shop''s '
+    'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, and '
+    'without an event type every row is a purchase. event_types maps the shop''s '
     'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. Next: select * from vae.check_events(model), '
     'then in a terminal: pgvae train MODEL.';
 

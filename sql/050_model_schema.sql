@@ -12,7 +12,7 @@ as $$
 select o.*
 from vae.models m
 cross join lateral (values
-    (1, 'view', 'outlier_users', true, 'users with too many events a day to be people; left out of training'),
+    (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
     (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
     (3, 'view', 'known_users', false, 'keys of the shop''s table of users'),
     (4, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
@@ -144,27 +144,33 @@ begin
         invoker := ' with (security_invoker = true)';
     end if;
 
+    -- The 99th percentile says what a busy day is in this shop: wholesalers order hundreds of lines at once.
     execute format(
         E'create or replace view %I.outlier_users%s as'
-        '\nwith rates as ('
-        '\n    select e.%I%s as user_id,'
-        '\n        count(*) / (1 + extract(epoch from max(e.%I)::timestamp - min(e.%I)::timestamp) / 86400)::float8 as events_per_day'
+        '\nwith days as ('
+        '\n    select e.%I%s as user_id, count(*) as events'
         '\n    from %I.%I e'
         '\n    where e.%I is not null and e.%I >= %s and e.%I <= %s'
-        '\n    group by e.%I'
+        '\n    group by e.%I, %s'
+        '\n),'
+        '\nbusiest as ('
+        '\n    select d.user_id, max(d.events) as busiest_day_events from days d group by d.user_id'
         '\n)'
-        '\nselect r.user_id, r.events_per_day, l.threshold'
-        '\nfrom rates r'
+        '\nselect b.user_id, b.busiest_day_events, l.threshold'
+        '\nfrom busiest b'
         '\ncross join ('
-        '\n    select greatest(%s, 20 * percentile_cont(0.99) within group (order by events_per_day)) as threshold from rates'
+        '\n    select greatest(%s, 5 * percentile_cont(0.99) within group (order by busiest_day_events)) as threshold from busiest'
         '\n) l'
-        '\nwhere r.events_per_day > l.threshold',
+        '\nwhere b.busiest_day_events > l.threshold',
         m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
-        m.occurred_at_column, m.occurred_at_column,
         m.events_schema, m.events_table, m.user_id_column,
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest')),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'now()'),
-        m.user_id_column, (m.options -> 'max_events_per_day')::text::float8);
+        m.user_id_column,
+        case m.occurred_at_type
+            when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)
+            else format('e.%I::date', m.occurred_at_column) end,
+        (m.options -> 'outlier_events_per_day')::text::float8);
     execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, false));
     if m.users_table is not null then
         execute format('create or replace view %I.known_users%s as select k.%I%s as user_id from %I.%I k where k.%I is not null',
@@ -263,8 +269,8 @@ begin
     for line in
         select * from (values
             ('outlier_users', 'user_id', 'Key of the user.'),
-            ('outlier_users', 'events_per_day', 'Events per day between the user''s first and last event.'),
-            ('outlier_users', 'threshold', 'Events per day from which a user counts as an outlier.'),
+            ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
+            ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: five times what a busy user of this shop has.'),
             ('clean_events', 'user_id', 'Key of the user.'),
             ('clean_events', 'item_id', 'Key of the item.'),
             ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
@@ -340,6 +346,10 @@ declare
     each record;
     built integer := 0;
 begin
+    -- A release may know options that a model of an earlier one was not given.
+    update vae.models m
+    set options = vae_private.default_options() || m.options || jsonb_build_object(
+        'max_share', (vae_private.default_options() -> 'max_share') || (m.options -> 'max_share'));
     for each in
         select m.model_id, r.rolname as owner
         from vae.models m

@@ -10,6 +10,7 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from pgvae import __version__, resources
@@ -38,8 +39,12 @@ def install(dsn: str | None = None) -> Installation:
     with connect(dsn) as connection:
         check_server(connection)
     engine = create_engine("postgresql+psycopg://", creator=lambda: connect(dsn), poolclass=NullPool)
-    with engine.begin() as sqlalchemy_connection:
-        return _install(sqlalchemy_connection)
+    try:
+        with engine.begin() as sqlalchemy_connection:
+            return _install(sqlalchemy_connection)
+    except DBAPIError as error:
+        # What PostgreSQL said, without SQLAlchemy's frame around it.
+        raise (error.orig or error) from None
 
 
 def _install(connection: Connection) -> Installation:
@@ -105,7 +110,7 @@ def check_server(connection: psycopg.Connection) -> None:
     if not (superuser and superuser[1]):
         raise PgvaeError(
             f"role {superuser[0] if superuser else None} is not a superuser",
-            hint="only a superuser may create functions in plpython3u: install as one, for example: sudo -u postgres pgvae install",
+            hint="only a superuser may create functions in plpython3u: install as one, such as postgres",
         )
 
 
