@@ -154,9 +154,9 @@ begin
         '\n    group by e.%I, %s'
         '\n),'
         '\nbusiest as ('
-        '\n    select d.user_id, max(d.events) as busiest_day_events from days d group by d.user_id'
+        '\n    select d.user_id, max(d.events) as busiest_day_events, sum(d.events)::bigint as events from days d group by d.user_id'
         '\n)'
-        '\nselect b.user_id, b.busiest_day_events, l.threshold'
+        '\nselect b.user_id, b.busiest_day_events, l.threshold, b.events'
         '\nfrom busiest b'
         '\ncross join ('
         '\n    select greatest(%s, 5 * percentile_cont(0.99) within group (order by busiest_day_events)) as threshold from busiest'
@@ -271,6 +271,7 @@ begin
             ('outlier_users', 'user_id', 'Key of the user.'),
             ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
             ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: five times what a busy user of this shop has.'),
+            ('outlier_users', 'events', 'Events of the user in all.'),
             ('clean_events', 'user_id', 'Key of the user.'),
             ('clean_events', 'item_id', 'Key of the item.'),
             ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),

@@ -13,7 +13,7 @@ declare
     m vae.models;
     counts record;
     clean record;
-    outliers bigint;
+    outliers record;
     time_from text;
     time_to text;
 begin
@@ -53,15 +53,18 @@ begin
             case when m.user_id_type = 'text' then format('octet_length(e.%I) > 512', m.user_id_column) end,
             case when m.item_id_type = 'text' then format('octet_length(e.%I) > 512', m.item_id_column) end,
             'false'),
-        case when m.users_table is null then 'false' else format(
-            'e.%1$I is not null and not exists (select from %2$I.%3$I u where u.%4$I = e.%1$I)',
-            m.user_id_column, m.users_schema, m.users_table, m.users_key_column) end,
-        case when m.items_table is null then 'false' else format(
-            'e.%1$I is not null and not exists (select from %2$I.%3$I i where i.%4$I = e.%1$I)',
-            m.item_id_column, m.items_schema, m.items_table, m.items_key_column) end,
+        case when m.users_table is null then 'false' else format('e.%I is not null and u.key is null', m.user_id_column) end,
+        case when m.items_table is null then 'false' else format('e.%I is not null and i.key is null', m.item_id_column) end,
         m.events_schema, m.events_table,
-        case when m.event_type_column is null then '' else format(
-            ' left join vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end
+        concat(
+            case when m.event_type_column is not null then format(
+                ' left join vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
+            case when m.users_table is not null then format(
+                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) u on u.key = e.%4$I',
+                m.users_key_column, m.users_schema, m.users_table, m.user_id_column) end,
+            case when m.items_table is not null then format(
+                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I',
+                m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end)
     ) into counts;
 
     execute format(
@@ -104,27 +107,29 @@ begin
     ) c
     order by c.position;
 
+    -- The cleaned events are computed once.
     execute format(
-        'select count(*) as events, count(distinct user_id) as users, count(distinct item_id) as items,'
-        ' (select count(*) from (select 1 from %1$I.clean_events group by item_id having count(*) = 1) s) as items_once,'
-        ' coalesce(max(occurred_at) - min(occurred_at), ''0'') as span,'
-        ' (select count(*) from %1$I.outlier_users) as outliers'
-        ' from %1$I.clean_events', m.name
+        'with clean as materialized (select c.user_id, c.item_id, c.occurred_at from %1$I.clean_events c),'
+        ' per_item as (select count(*) as events, min(occurred_at) as first, max(occurred_at) as last from clean group by item_id)'
+        ' select coalesce(sum(p.events), 0)::bigint as events, count(*) as items,'
+        ' (select count(*) from (select distinct c.user_id from clean c) u) as users,'
+        ' count(*) filter (where p.events = 1) as items_once,'
+        ' coalesce(max(p.last) - min(p.first), ''0'') as span'
+        ' from per_item p', m.name
     ) into clean;
 
-    execute format(
-        'select count(*) from %I.%I e where e.%I in (select o.user_id from %I.outlier_users o)',
-        m.events_schema, m.events_table, m.user_id_column, m.name
-    ) into outliers;
+    execute format('select count(*) as users, coalesce(sum(o.events), 0)::bigint as events from %I.outlier_users o', m.name)
+    into outliers;
 
     return query
     select c.check_name,
         case when not c.bad then 'pass' when c.fails then 'fail' else 'warn' end,
         c.row_count, c.share, c.threshold, case when c.bad then c.remedy end
     from (values
-        (1, 'outlier_users', outliers > 0, outliers > (m.options -> 'max_share' ->> 'outlier_users')::float8 * counts.total,
-            outliers, outliers / greatest(counts.total, 1)::float8, (m.options -> 'max_share' ->> 'outlier_users')::float8,
-            format('events of %s users with inhumanly many events are left out; see: select * from %I.outlier_users', clean.outliers, m.name)),
+        (1, 'outlier_users', outliers.users > 0,
+            outliers.events > (m.options -> 'max_share' ->> 'outlier_users')::float8 * counts.total,
+            outliers.events, outliers.events / greatest(counts.total, 1)::float8, (m.options -> 'max_share' ->> 'outlier_users')::float8,
+            format('outliers (%s) with more events on a day than people have are left out; see: select * from %I.outlier_users', outliers.users, m.name)),
         (2, 'items_seen_once', clean.items_once > 0.5 * clean.items,
             clean.items_once > (m.options -> 'max_share' ->> 'items_seen_once')::float8 * clean.items,
             clean.items_once, clean.items_once / greatest(clean.items, 1)::float8, (m.options -> 'max_share' ->> 'items_seen_once')::float8,

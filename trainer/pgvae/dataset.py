@@ -150,7 +150,7 @@ def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
     )
     keys = [row[0] for row in connection.execute("select item_key from pgvae_items order by item_index").fetchall()]
     if not keys:
-        raise PgvaeError(f"model {model} has no clean events", hint=f"see: select * from vae.check_events('{model}')")
+        raise PgvaeError(f"model {model} has no clean events", hint="see what vae.check_events says of it")
     present = {row[0] for row in connection.execute("select distinct event_type from pgvae_events").fetchall()}
     event_types = [name for name in EVENT_TYPES if name in present]
     rows = np.concatenate(list(_copy_rows(connection, event_types)))

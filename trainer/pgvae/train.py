@@ -95,7 +95,7 @@ def _read(
         names = ", ".join(f"{check['check_name']}: {check['remedy']}" for check in definition.failed_checks)
         raise PgvaeError(
             f"the quality gate of model {model} failed: {names}",
-            hint=f"see: select * from vae.check_events('{model}'); to train all the same: pgvae train {model} --force",
+            hint=f"see what vae.check_events says of it; to train all the same: pgvae train {model} --force",
         )
     dataset = read_dataset(connection, model)
     listener.on_data(dataset)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import psycopg
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -73,18 +74,24 @@ def train(
         kl_weight=kl_weight,
         token_dropout=token_dropout,
     )
-    # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
-    from pgvae.train import train as run
-
-    with _Display(config) as display:
-        result = run(dsn, model, config, force=force, listener=display.listener())
+    result = train_with_display(dsn, model, config, force=force)
     show(model, result)
     if activate:
         with connect(dsn) as connection:
             activate_version(connection, model, result.version)
         out.print(f"version {result.version} is active; now: call vae.refresh('{model}')", highlight=False)
     else:
-        out.print(f"next: select * from vae.activate('{model}', {result.version})", highlight=False)
+        hint = f"select * from vae.activate('{model}', {result.version})"  # noqa: S608  # shown, never run
+        out.print(f"next: {hint}", highlight=False)
+
+
+def train_with_display(dsn: str | None, model: str, config: TrainingConfig, *, force: bool) -> Training:
+    """Trains and publishes, with its progress shown."""
+    # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
+    from pgvae.train import train as run
+
+    with _Display(config) as display:
+        return run(dsn, model, config, force=force, listener=display.listener())
 
 
 def activate_version(connection: psycopg.Connection, model: str, version: int) -> None:
@@ -110,7 +117,7 @@ def show(model: str, result: Training) -> None:
 def metrics_table(metrics: list[Metric]) -> Table:
     """Gives the metrics as a table, a row per method."""
     k, users = metrics[0].k, metrics[0].user_count
-    table = Table(title=f"on the newest 10 % of the events, {users} users, all items ranked")
+    table = Table(box=SIMPLE_HEAD, title=f"on the newest 10 % of the events, {users} users, all items ranked")
     table.add_column("method")
     names = list(dict.fromkeys(metric.metric for metric in metrics))
     for name in names:
