@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Annotated, get_args
 
@@ -26,7 +27,7 @@ def simulate_command(
     days: Annotated[int, typer.Option(help="Length of the window in days.")] = 365,
     events_per_user: Annotated[float, typer.Option(help="Mean number of events per user.")] = 40.0,
     seed: Annotated[int, typer.Option(help="The same seed and options give the same data.")] = 0,
-    until: Annotated[str | None, typer.Option(help="Day after the last one, in UTC.  [default: today]")] = None,
+    until: Annotated[str | None, typer.Option(help="Day after the last one, in UTC; today without it.")] = None,
     key_type: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(get_args(KeyType))}.")] = "bigint",
     dirt: Annotated[float, typer.Option(help="Share of wrong events to add: duplicates, nulls, bots, returns …")] = 0.0,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier simulation in the schema.")] = False,
@@ -58,13 +59,14 @@ def _date(text: str) -> date:
 
 
 def _show(config: SimulationConfig, summary: SimulationSummary) -> None:
-    rows = Table(title=Text(f"simulated shop in schema {config.schema}, {config.since} to {config.until}"))
+    console.out.print(Text(f"simulated shop in schema {config.schema}, {config.since} to {config.until}"))
+    rows = Table()
     rows.add_column("what")
     rows.add_column("rows", justify="right")
     for name, count in (("users", summary.users), ("items", summary.items), ("events", summary.events)):
         rows.add_row(name, f"{count:,}")
     for kind, count in summary.events_by_type.items():
-        rows.add_row(Text(f"  {kind}"), f"{count:,}")
+        rows.add_row(f"  {kind or '(empty)'}", f"{count:,}")
     if summary.dirt:
         rows.add_row("wrong on purpose", f"{sum(summary.dirt.values()):,}")
     for kind, count in summary.dirt.items():
@@ -75,7 +77,9 @@ def _show(config: SimulationConfig, summary: SimulationSummary) -> None:
         f"written in {summary.write_seconds:.1f} s ({rate:,.0f} events/s), indexed in {summary.index_seconds:.1f} s",
         highlight=False,
     )
-    command = sql.SQL("select * from vae.create_model('shop', events => {})").format(
-        sql.Literal(sql.Identifier(config.schema, "events").as_string())
+    plain = re.fullmatch("[a-z_][a-z0-9_]*", config.schema)
+    schema = config.schema if plain else sql.Identifier(config.schema).as_string()
+    command = sql.SQL("select * from vae.create_model('shop', events => {}, users => {}, items => {})").format(
+        *(sql.Literal(f"{schema}.{table}") for table in ("events", "users", "items"))
     )
-    console.out.print(Text(f"next, in psql:\n    {command.as_string()};"))
+    console.out.print(Text(f"next, in psql:\n    {command.as_string()};"), soft_wrap=True)

@@ -58,9 +58,13 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """The events of one block, sorted by time, and what its users may replenish after the window."""
+    """The events of one block, sorted by time, and what its users may replenish after the window.
+
+    `sessions` counts the `visits` and the sessions that only replenish.
+    """
 
     events: Events
+    visits: int
     sessions: int
     pending: Pending
 
@@ -144,7 +148,7 @@ def behave(shop: Shop, people: People, rng: np.random.Generator, first_session: 
     events["at"] = events["at"] // 1000 * 1000
     events["session"] += np.where(events["session"] >= 0, first_session, 0)
     events = events[np.argsort(events["at"], kind="stable")]
-    return Behaviour(events=events, sessions=sessions + len(again.at), pending=pending)
+    return Behaviour(events=events, visits=sessions, sessions=sessions + len(again.at), pending=pending)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from pgvae.simulate.behaviour import EVENT_TYPES, PURCHASE, SECOND, VIEW, Event,
 from pgvae.simulate.calendar import DAY
 from pgvae.simulate.shop import Shop
 
-UNKNOWN_TYPES = ("wishlist", "PageView", "purchase_v2", "click", "")
+UNKNOWN_TYPES = ("wishlist", "PageView", "purchase_v2", "hover", "")
 UNIX_EPOCH = -10_957 * DAY  # 1970-01-01, counted from 2000-01-01
 ORPHANS = 1_000_000  # ids of orphans lie within this distance beyond the last real one
-BOT_BURST = 400  # views of a bot in one go, one a second
+BOT_BURST = 2000  # views of a bot in one go, one a second
 
 
 def add_dirt(

@@ -29,8 +29,8 @@ from pgvae.simulate.truth import FORMAT, Habits, no_purchase_probability, purcha
 from pgvae.simulate.words import ADJECTIVES, AGE_GROUPS, BRANDS, CATEGORIES, CHANNELS, COUNTRIES
 
 HORIZONS = (7, 30, 90)
-PILOT_USERS = 4096
-EXPOSURE_USERS = 65_536
+PILOT_USERS = 2048
+CROWD_USERS = 16_384
 
 Progress = Callable[[int, int], None]
 
@@ -131,21 +131,22 @@ def _fill(connection: psycopg.Connection, config: SimulationConfig, on_progress:
 def _rate_scale(shop: Shop) -> float:
     """Gives the mean session rate per day that makes the wanted mean number of events per user.
 
-    A pilot block gives the events of a session, a larger draw of users their mean time in the shop.
+    A crowd gives the users' mean time in the shop, a pilot block the events that come of one visit; these depend a
+    little on the rate (through replenishing), hence the second pass.
     """
+    constants = shop.constants
     rng = random_stream(shop.config.seed, "pilot")
-    crowd = draw_people(shop, rng, 1, EXPOSURE_USERS, 1.0)
+    crowd = draw_people(shop, rng, 1, CROWD_USERS, 1.0)
     end = np.minimum(crowd.churned_at, shop.calendar.until)
     exposure = shop.calendar.elapsed_at(end) - shop.calendar.elapsed_at(crowd.registered_at)
-    visits_per_rate = float(np.mean(exposure * crowd.session_rate))
+    # The rates' gamma factor has mean 1 and is left out: it would only add noise.
+    visits_per_rate = float(np.mean(exposure * np.where(crowd.newsletter, constants.newsletter_session_factor, 1.0)))
     scale = 5.0 / visits_per_rate
     for _ in range(2):
-        pilot = draw_people(shop, rng, 1, PILOT_USERS, scale)
-        behaviour = behave(shop, pilot, rng, 0)
-        per_visit = (len(behaviour.events) - PILOT_USERS) / behaviour.sessions
-        wanted = (shop.config.events_per_user - 1) / per_visit - behaviour.sessions / PILOT_USERS
-        scale += wanted / visits_per_rate
-        scale = max(scale, 0.01 / visits_per_rate)
+        behaviour = behave(shop, draw_people(shop, rng, 1, PILOT_USERS, scale), rng, 0)
+        events_per_visit = (len(behaviour.events) - PILOT_USERS) / behaviour.visits
+        visits = (shop.config.events_per_user - 1) / events_per_visit  # one event is the registration
+        scale = max(visits - 1, 0.05) / visits_per_rate  # one visit follows the registration at once
     return scale
 
 
