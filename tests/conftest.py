@@ -82,7 +82,7 @@ def template(server: Server) -> str:
     from pgvae.install import install
 
     name = "pgvae_template"
-    _create(server, name)
+    create_database(server, name)
     install(server.dsn(name))
     return name
 
@@ -91,18 +91,18 @@ def template(server: Server) -> str:
 def database(server: Server, template: str) -> Iterator[str]:
     """The DSN of a fresh database in which pgvae is installed."""
     name = f"test_{next(_numbers)}"
-    _create(server, name, template)
+    create_database(server, name, template)
     yield server.dsn(name)
-    _drop(server, name)
+    drop_database(server, name)
 
 
 @pytest.fixture
 def empty_database(server: Server) -> Iterator[str]:
     """The DSN of a fresh database with nothing in it."""
     name = f"test_{next(_numbers)}"
-    _create(server, name)
+    create_database(server, name)
     yield server.dsn(name)
-    _drop(server, name)
+    drop_database(server, name)
 
 
 @pytest.fixture
@@ -166,11 +166,13 @@ def _pg_config(bindir: Path, name: str) -> Path:
     return Path(subprocess.run([bindir / "pg_config", name], check=True, capture_output=True, text=True).stdout.strip())
 
 
-def _create(server: Server, name: str, template: str = "template1") -> None:
+def create_database(server: Server, name: str, template: str = "template1") -> None:
+    """Creates a database, a clone of another one."""
     with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
         admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
 
 
-def _drop(server: Server, name: str) -> None:
+def drop_database(server: Server, name: str) -> None:
+    """Drops a database, whoever is connected to it."""
     with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

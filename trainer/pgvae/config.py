@@ -21,10 +21,10 @@ class TrainingConfig:
     latent: int = 128
     epochs: int = 60
     patience: int = 6
-    batch_size: int = 512
+    batch_size: int = 256
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
-    kl_weight: float = 0.1
+    kl_weight: float = 0.2
     anneal_epochs: float = 5.0
     token_dropout: float = 0.5
     seed: int = 1

@@ -111,7 +111,7 @@ def drop_model(connection: psycopg.Connection) -> None:
 
 def answer(connection: psycopg.Connection, query: str) -> tuple[list[str], list[tuple[object, ...]]]:
     """Gives the column names and the rows of a script's last statement."""
-    cursor = connection.execute(sql.SQL(query))  # type: ignore[arg-type]  # fixed text of this module
+    cursor = connection.execute(sql.SQL(query))
     while cursor.nextset():
         pass
     if cursor.description is None:
