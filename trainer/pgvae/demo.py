@@ -105,7 +105,7 @@ order by x.metric, x.value desc;""",
 
 def drop_model(connection: psycopg.Connection) -> None:
     """Drops the demo's model of an earlier run, if there is one."""
-    if connection.execute("select from vae.models where name = %s", [MODEL]).fetchone():
+    if connection.execute("select 1 from vae.models where name = %s", [MODEL]).fetchone():
         connection.execute("select vae.drop_model(%s)", [MODEL])
 
 
