@@ -20,7 +20,14 @@ from psycopg.conninfo import make_conninfo
 
 from pgvae.errors import PgvaeError
 from pgvae.server import Server
-from pgvae.simulate import KeyType, SimulationConfig, SimulationSummary, simulate, true_purchase_probability
+from pgvae.simulate import (
+    KeyType,
+    SimulationConfig,
+    SimulationSummary,
+    simulate,
+    true_item_probability,
+    true_purchase_probability,
+)
 
 UNTIL = date(2026, 1, 1)
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -182,6 +189,25 @@ def _surprise(happened: np.ndarray[Any, Any], probability: np.ndarray[Any, Any])
     """Gives by how many standard deviations the count of what happened differs from its expectation."""
     deviation = float(np.sqrt(np.sum(probability * (1 - probability))))
     return abs(float(happened.sum() - probability.sum())) / max(deviation, 1.0)
+
+
+def test_items_are_bought_as_often_as_the_truth_says(shop: tuple[str, SimulationSummary]) -> None:
+    dsn, _ = shop
+    at, later = date(2025, 12, 2), date(2025, 12, 16)
+    truth = true_item_probability(dsn, [*range(1, 3001), -1], at=at, horizon_days=14)
+    assert truth.item_id == list(range(1, 1001))
+    assert truth.probability.shape == (len(truth.user_id), 1000)
+    statement = "select user_id, item_id from events where event_type = 'purchase' and occurred_at between %s and %s"
+    row = {user: position for position, user in enumerate(truth.user_id)}
+    bought = np.zeros(truth.probability.shape, dtype=bool)
+    for user, item in query(dsn, statement, "sim", at, later):
+        if user in row:
+            bought[row[user], item - 1] = True
+    assert bought.sum() > 500
+    bands = np.digitize(truth.probability, [1e-4, 1e-3, 0.01, 0.05, 0.2])
+    assert [band for band in range(6) if _surprise(bought[bands == band], truth.probability[bands == band]) > 4] == []
+    nobody = true_item_probability(dsn, [-1], at=at)
+    assert nobody.user_id == []
 
 
 def test_the_stored_truth_is_the_computed_one(shop: tuple[str, SimulationSummary]) -> None:

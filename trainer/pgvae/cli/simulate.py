@@ -47,7 +47,12 @@ def simulate_command(
     )
     with console.progress() as bar:
         task = bar.add_task("users simulated", total=config.users)
-        summary = simulate(dsn, config, on_progress=lambda done, total: bar.update(task, completed=done))
+
+        def show(done: int, total: int) -> None:
+            # The index is built after the last user, and takes half as long as all of them.
+            bar.update(task, completed=done, description="users simulated" if done < total else "building the index")
+
+        summary = simulate(dsn, config, on_progress=show)
     _show(config, summary)
 
 

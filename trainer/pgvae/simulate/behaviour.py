@@ -49,9 +49,13 @@ Events = NDArray[np.void]
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """The last purchase of each consumable by each user, which may be replenished; `user` is the row in the block."""
+    """The last purchase of each consumable by each user, which may be replenished.
+
+    `user` is the row in the block, `item` the index in the catalogue.
+    """
 
     user: Integers
+    item: Integers
     lasts: Floats
     purchased_at: Integers
 
@@ -214,7 +218,7 @@ def _replenish(
     final = np.ones(len(every.at), dtype=bool)
     final[:-1] = (np.diff(every.user) != 0) | (np.diff(every.item) != 0)
     every = every.keep(final)
-    return again, Pending(user=every.user, lasts=catalogue.lasts[every.item], purchased_at=every.at)
+    return again, Pending(user=every.user, item=every.item, lasts=catalogue.lasts[every.item], purchased_at=every.at)
 
 
 def _paid(shop: Shop, people: People, rng: np.random.Generator, bought: _Purchases) -> Events:

@@ -295,6 +295,7 @@ def _write_items(connection: psycopg.Connection, shop: Shop) -> None:
             copy.write_row(
                 (
                     keys[item],
+                    int(catalogue.number[item]),
                     catalogue.taste[item].astype(float).tolist(),
                     float(catalogue.appeal[item]),
                     float(catalogue.quality[item]),

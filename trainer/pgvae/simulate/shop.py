@@ -209,6 +209,16 @@ class Shop:
         found = _inverse(self.item_cdf, below + rng.random(len(row)) * (upto - below)) - base
         return np.asarray(np.clip(found, first, last - 1))
 
+    def item_shares(self, week: int, group: int) -> Floats:
+        """Gives the probability of each item to be the one that draw_items draws, shape (items,)."""
+        kinds, items, groups = len(CATEGORIES), len(self.catalogue), len(self.cart_mean)
+        row = week * groups + group
+        of_category = np.diff(self.category_cdf[row * kinds : (row + 1) * kinds], prepend=row)
+        weight = np.diff(self.item_cdf[group * items : (group + 1) * items], prepend=group)
+        weight = np.where(self.catalogue.week <= week, weight, 0.0)
+        on_sale = np.bincount(self.catalogue.category, weights=weight, minlength=kinds)
+        return np.asarray(weight / on_sale[self.catalogue.category] * of_category[self.catalogue.category])
+
 
 def cart_probability(
     constants: Constants, affinity: NDArray[np.float32], price_pain: Floats, discount: Floats | float = 0.0

@@ -107,6 +107,7 @@ TABLES = (
         "the truth about each item, which no model sees",
         (
             ("item_id", KEY, "The item."),
+            ("item_number", "bigint", "The item's number in the simulation, from 1."),
             ("taste", "real[]", "Latent position of the item in the space of tastes."),
             ("appeal", "double precision", "Base appeal, in log units of the weight in a choice."),
             ("quality", "double precision", "Stars that the item's reviews get above the average."),

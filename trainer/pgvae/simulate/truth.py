@@ -20,9 +20,9 @@ from pgvae.connection import connect
 from pgvae.errors import PgvaeError
 from pgvae.simulate.behaviour import Pending
 from pgvae.simulate.calendar import DAY, FUTURE_DAYS, microseconds
-from pgvae.simulate.config import Constants, SimulationConfig
+from pgvae.simulate.config import CONSTANTS, Constants, SimulationConfig
 from pgvae.simulate.people import NEVER
-from pgvae.simulate.shop import Floats, Integers, Shop
+from pgvae.simulate.shop import Floats, Integers, Shop, cart_probability
 
 # The form of the stored parameters; it changes when the same parameters would make other data.
 FORMAT = 1
@@ -54,6 +54,15 @@ class TruePurchases:
 
     user_id: list[Any]
     alive: NDArray[np.bool_]
+    probability: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueItemPurchases:
+    """The true probability that each user buys each item within the horizon; `probability` (users, items)."""
+
+    user_id: list[Any]
+    item_id: list[Any]
     probability: Floats
 
 
@@ -125,6 +134,53 @@ def _log_not_replenished(constants: Constants, pending: Pending, at: int, days: 
     return np.asarray(np.log1p(-after) - np.log1p(-before))
 
 
+def item_rates(shop: Shop, habits: Habits, week: int) -> Floats:
+    """Gives the expected purchases of each item by each user per day of one week, before the calendar's intensity.
+
+    Shape (users, items), in the catalogue's order. Complements are counted, replenishing is not.
+    """
+    constants, catalogue, groups = shop.constants, shop.catalogue, len(shop.constants.price_sensitivities)
+    discount = shop.discount[week, catalogue.category]
+    result = np.empty((len(habits), len(catalogue)))
+    for price_group, sensitivity in enumerate(constants.price_sensitivities):
+        chosen = np.stack([shop.item_shares(week, c * groups + price_group) for c in range(constants.interests)])
+        cart = cart_probability(constants, shop.affinity, sensitivity * catalogue.log_price, discount)
+        users = habits.price_group == price_group
+        result[users] = habits.weights[users] @ (chosen * cart)
+    result *= constants.views_per_session * (habits.session_rate * habits.pay)[:, None]
+    paired = np.flatnonzero(catalogue.complement >= 0)
+    paired = paired[catalogue.week[catalogue.complement[paired]] <= week]
+    together = np.zeros((len(catalogue), len(habits)))
+    np.add.at(together, catalogue.complement[paired], constants.complement_probability * result[:, paired].T)
+    return np.asarray(result + together.T)
+
+
+def no_item_purchase_probability(shop: Shop, habits: Habits, pending: Pending, at: int, horizon: int) -> Floats:
+    """Gives P(no purchase of the item within `horizon` days after `at`), shape (users, items).
+
+    The items are in the catalogue's order. The integral over the time of leaving is that of no_purchase_probability.
+    It is near and not exact: two purchases of one item in one session count as independent.
+    """
+    first = (at - shop.calendar.since) // DAY
+    daily = shop.calendar.daily(first, horizon)
+    bought = (pending.user, pending.item)
+    replenished = np.diff(_log_not_replenished(shop.constants, pending, at, horizon), axis=1)
+    log_survival = np.zeros((len(habits), len(shop.catalogue)))
+    survival, none = np.ones_like(log_survival), np.zeros_like(log_survival)
+    staying = np.exp(-habits.churn[:, None] * np.arange(horizon + 1))
+    rates, week = log_survival, -1
+    for day in range(horizon):
+        if (first + day) // 7 != week:
+            week = int(first + day) // 7
+            rates = item_rates(shop, habits, week)
+        log_survival = log_survival - daily[day] * rates
+        np.add.at(log_survival, bought, replenished[:, day])
+        before, survival = survival, np.exp(log_survival)
+        none += (staying[:, day] - staying[:, day + 1])[:, None] * (before + survival) / 2
+    none += staying[:, -1:] * survival
+    return np.asarray(np.where((habits.churned_at > at)[:, None], none, 1.0))
+
+
 def true_purchase_probability(
     dsn: str | None, *, schema: str = "sim", at: date | None = None, horizon_days: int = 30
 ) -> TruePurchases:
@@ -134,88 +190,142 @@ def true_purchase_probability(
     the schema holds no simulation, or `at` or the horizon lie outside of it.
     """
     with connect(dsn) as connection:
-        config = stored_config(connection, schema)
-        at = at or config.until
-        if not config.since < at <= config.until:
-            raise PgvaeError(
-                f"{at} lies outside of the simulated window",
-                hint=f"give a date after {config.since} and up to {config.until}",
-            )
-        longest = FUTURE_DAYS - 8 + (config.until - at).days
-        if not 1 <= horizon_days <= longest:
-            raise PgvaeError(f"a horizon of {horizon_days} days is out of range", hint=f"give from 1 to {longest} days")
-        return _read_truth(connection, config, microseconds(at), horizon_days)
+        past = _Past.read(connection, schema, at, horizon_days, None)
+    probability = np.empty(len(past.user_id))
+    for begin in range(0, len(probability), USERS_AT_A_TIME):
+        habits, pending = past.part(begin, begin + USERS_AT_A_TIME)
+        none = no_purchase_probability(past.shop, habits, pending, past.at, [horizon_days])[:, 0]
+        probability[begin : begin + USERS_AT_A_TIME] = 1 - none
+    return TruePurchases(user_id=past.user_id, alive=past.habits.churned_at > past.at, probability=probability)
+
+
+def true_item_probability(
+    dsn: str | None, users: Sequence[Any], *, schema: str = "sim", at: date | None = None, horizon_days: int = 30
+) -> TrueItemPurchases:
+    """Gives the true probability that each of the users buys each item in the `horizon_days` after 00:00 UTC of `at`.
+
+    `users` are keys; unknown ones and those who register at `at` or later are left out. It takes 40 bytes for each
+    pair of user and item. PgvaeError as in true_purchase_probability.
+    """
+    with connect(dsn) as connection:
+        past = _Past.read(connection, schema, at, horizon_days, list(users))
+        items = connection.execute(
+            sql.SQL("select item_id from {}.true_items order by item_number").format(sql.Identifier(schema))
+        ).fetchall()
+    none = no_item_purchase_probability(past.shop, past.habits, past.pending, past.at, horizon_days)
+    by_number = np.argsort(past.shop.catalogue.number)
+    return TrueItemPurchases(
+        user_id=past.user_id, item_id=[item[0] for item in items], probability=1 - none[:, by_number]
+    )
 
 
 def stored_config(connection: psycopg.Connection, schema: str) -> SimulationConfig:
     """Gives the configuration that a simulated schema was made with; PgvaeError where there is none."""
-    relation = sql.SQL("{}.true_parameters").format(sql.Identifier(schema)).as_string(connection)
-    found = connection.execute("select to_regclass(%s)::text", (relation,)).fetchone()
+    relation = sql.Identifier(schema, "true_parameters")
+    found = connection.execute("select to_regclass(%s)::text", (relation.as_string(),)).fetchone()
     if found is None or found[0] is None:
         raise PgvaeError(
             f"schema '{schema}' holds no simulated shop", hint=f"make one with: pgvae simulate --schema {schema}"
         )
-    rows = connection.execute(sql.SQL("select key, value from {}.true_parameters").format(sql.Identifier(schema)))
-    parameters: dict[str, Any] = dict(rows.fetchall())
+    parameters: dict[str, Any] = dict(
+        connection.execute(sql.SQL("select key, value from {}").format(relation)).fetchall()
+    )
     if parameters.get("format") != FORMAT:
         raise PgvaeError(
             f"schema '{schema}' was simulated by another version of pgvae",
             hint=f"make it again with: pgvae simulate --schema {schema} --replace",
         )
     stored = parameters["config"]
-    return SimulationConfig(**(stored | {"until": date.fromisoformat(stored["until"])}))
+    return SimulationConfig(**(stored | {"until": date.fromisoformat(stored["until"]), "schema": schema}))
 
 
-def _read_truth(connection: psycopg.Connection, config: SimulationConfig, at: int, horizon: int) -> TruePurchases:
-    shop = Shop.build(config, Constants())
-    schema = sql.Identifier(config.schema)
-    users = connection.execute(
-        sql.SQL(
-            "select user_id, interest_weights, price_group, session_rate, churn_hazard, pay_probability,"
-            " (extract(epoch from churned_at - '2000-01-01 00:00+00') * 1000000)::bigint"
-            " from {schema}.true_users join {schema}.users using (user_id)"
-            " where registered_at < '2000-01-01 00:00+00'::timestamptz + %s * interval '1 microsecond'"
-            " order by user_number"
-        ).format(schema=schema),
-        (at,),
-    ).fetchall()
-    row_of = {user[0]: row for row, user in enumerate(users)}
-    habits = Habits(
-        weights=np.array([user[1] for user in users], dtype=np.float32).reshape(len(users), -1),
-        price_group=np.array([user[2] for user in users], dtype=np.int64),
-        session_rate=np.array([user[3] for user in users], dtype=float),
-        churn=np.array([user[4] for user in users], dtype=float),
-        pay=np.array([user[5] for user in users], dtype=float),
-        churned_at=np.array([NEVER if user[6] is None else user[6] for user in users], dtype=np.int64),
-    )
-    bought = connection.execute(
-        sql.SQL(
-            "select user_id, lasts_days,"
-            " (extract(epoch from max(occurred_at) - '2000-01-01 00:00+00') * 1000000)::bigint"
-            " from {schema}.events join {schema}.true_users using (user_id) join {schema}.true_items using (item_id)"
-            " where event_type = 'purchase' and quantity > 0 and lasts_days is not null"
-            " and occurred_at < '2000-01-01 00:00+00'::timestamptz + %s * interval '1 microsecond'"
-            " group by user_id, item_id, lasts_days"
-        ).format(schema=schema),
-        (at,),
-    ).fetchall()
-    rows = np.array([row_of[purchase[0]] for purchase in bought], dtype=np.int64)
-    lasts = np.array([purchase[1] for purchase in bought], dtype=float)
-    purchased_at = np.array([purchase[2] for purchase in bought], dtype=np.int64)
-    probability = np.empty(len(users))
-    for begin in range(0, len(users), USERS_AT_A_TIME):
-        part = slice(begin, begin + USERS_AT_A_TIME)
-        mine = (rows >= begin) & (rows < begin + USERS_AT_A_TIME)
-        probability[part] = (
-            1
-            - no_purchase_probability(
-                shop,
-                Habits(**{name: getattr(habits, name)[part] for name in Habits.__dataclass_fields__}),
-                Pending(user=rows[mine] - begin, lasts=lasts[mine], purchased_at=purchased_at[mine]),
-                at,
-                [horizon],
-            )[:, 0]
+@dataclass(frozen=True, kw_only=True)
+class _Past:
+    """What is known at the timestamp `at`: the users by then, their habits and what they may replenish."""
+
+    shop: Shop
+    at: int
+    user_id: list[Any]
+    habits: Habits
+    pending: Pending
+
+    @classmethod
+    def read(
+        cls, connection: psycopg.Connection, schema: str, day: date | None, horizon: int, users: list[Any] | None
+    ) -> _Past:
+        """Reads the past of all users, or of the named ones."""
+        config = stored_config(connection, schema)
+        day = day or config.until
+        if not config.since < day <= config.until:
+            raise PgvaeError(
+                f"{day} lies outside of the simulated window",
+                hint=f"give a date after {config.since} and up to {config.until}",
+            )
+        longest = FUTURE_DAYS - 8 + (config.until - day).days
+        if not 1 <= horizon <= longest:
+            raise PgvaeError(f"a horizon of {horizon} days is out of range", hint=f"give from 1 to {longest} days")
+        at = microseconds(day)
+        shop = Shop.build(config, CONSTANTS)
+        names = {
+            "schema": sql.Identifier(schema),
+            "users": sql.SQL("" if users is None else "and user_id = any(%(users)s)"),
+        }
+        values = {"users": users, "at": at}
+        people = connection.execute(
+            sql.SQL(
+                "select user_id, interest_weights, price_group, session_rate, churn_hazard, pay_probability,"
+                " (extract(epoch from churned_at - '2000-01-01 00:00+00') * 1000000)::bigint"
+                " from {schema}.true_users join {schema}.users using (user_id)"
+                " where registered_at < '2000-01-01 00:00+00'::timestamptz + %(at)s * interval '1 microsecond' {users}"
+                " order by user_number"
+            ).format(**names),
+            values,
+        ).fetchall()
+        bought = connection.execute(
+            sql.SQL(
+                "select user_id, item_number, lasts_days,"
+                " (extract(epoch from max(occurred_at) - '2000-01-01 00:00+00') * 1000000)::bigint"
+                " from {schema}.events join {schema}.true_users using (user_id)"
+                " join {schema}.true_items using (item_id)"
+                " where event_type = 'purchase' and quantity > 0 and lasts_days is not null"
+                " and occurred_at < '2000-01-01 00:00+00'::timestamptz + %(at)s * interval '1 microsecond' {users}"
+                " group by user_id, item_number, lasts_days"
+            ).format(**names),
+            values,
+        ).fetchall()
+        row_of = {user[0]: row for row, user in enumerate(people)}
+        index_of = np.argsort(shop.catalogue.number)
+        return cls(
+            shop=shop,
+            at=at,
+            user_id=list(row_of),
+            habits=Habits(
+                weights=np.array([user[1] for user in people], dtype=np.float32).reshape(
+                    len(people), CONSTANTS.interests
+                ),
+                price_group=np.array([user[2] for user in people], dtype=np.int64),
+                session_rate=np.array([user[3] for user in people], dtype=float),
+                churn=np.array([user[4] for user in people], dtype=float),
+                pay=np.array([user[5] for user in people], dtype=float),
+                churned_at=np.array([NEVER if user[6] is None else user[6] for user in people], dtype=np.int64),
+            ),
+            pending=Pending(
+                user=np.array([row_of[purchase[0]] for purchase in bought], dtype=np.int64),
+                item=index_of[np.array([purchase[1] for purchase in bought], dtype=np.int64) - 1],
+                lasts=np.array([purchase[2] for purchase in bought], dtype=float),
+                purchased_at=np.array([purchase[3] for purchase in bought], dtype=np.int64),
+            ),
         )
-    return TruePurchases(
-        user_id=[user[0] for user in users], alive=habits.churned_at > at, probability=np.asarray(probability)
-    )
+
+    def part(self, begin: int, end: int) -> tuple[Habits, Pending]:
+        """Gives the users from one row to another."""
+        mine = (self.pending.user >= begin) & (self.pending.user < end)
+        return (
+            Habits(**{name: getattr(self.habits, name)[begin:end] for name in Habits.__dataclass_fields__}),
+            Pending(
+                user=self.pending.user[mine] - begin,
+                item=self.pending.item[mine],
+                lasts=self.pending.lasts[mine],
+                purchased_at=self.pending.purchased_at[mine],
+            ),
+        )
