@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from . import mapping
 from .errors import (
     CORRUPT_WEIGHTS,
     INCOMPATIBLE_VERSION,
@@ -45,6 +46,19 @@ class Version:
         """The number of items that the version can recommend."""
         return len(self.weights["item_popularity"])
 
+
+# What tells one version's weights from another's, without reading them: the chunks' own digests.
+_DIGEST = """
+select d.oid::bigint as database, coalesce((
+    select encode(sha256(string_agg(
+        convert_to(format('%s %s %s %s ', t.name, t.chunk, t.dtype, t.shape), 'UTF8') || t.sha256, ''
+        order by t.name, t.chunk)), 'hex')
+    from vae_private.scoring_tensors t
+    where t.version_id = $1
+), 'none') as digest
+from pg_catalog.pg_database d
+where d.datname = pg_catalog.current_database()
+"""
 
 _versions: OrderedDict[int, Version] = OrderedDict()
 _plans: dict[str, Any] = {}
@@ -146,6 +160,26 @@ def _load(plpy: Any, version_id: int) -> Version:
 
 
 def _load_weights(plpy: Any, version_id: int) -> dict[str, Any]:
+    """Gives the tensors of a version, from the map that the server's sessions share where it can be had."""
+    row = execute(plpy, _DIGEST, ["bigint"], [version_id])[0]
+    path = mapping.file_of(row["database"], version_id, row["digest"])
+    if (shared := mapping.read_map(path, row["digest"])) is not None:
+        return shared
+    weights = _read_weights(plpy, version_id)
+    try:
+        mapping.write_map(path, row["digest"], weights)
+        mapping.remove_maps(row["database"], keep=_active_version_ids(plpy))
+    except OSError as error:
+        plpy.notice(f"the weights cannot be shared between sessions, this one holds a copy of its own: {error}")
+    return mapping.read_map(path, row["digest"]) or weights
+
+
+def _active_version_ids(plpy: Any) -> list[int]:
+    rows = execute(plpy, "select v.version_id from vae.versions v where v.state = 'active'", [], [])
+    return [row["version_id"] for row in rows]
+
+
+def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
     plan = plpy.prepare(
         "select t.name, t.chunk, t.dtype, t.shape, t.sha256, t.data from vae_private.scoring_tensors t"
         " where t.version_id = $1 order by t.name, t.chunk",
