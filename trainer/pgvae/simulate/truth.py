@@ -21,11 +21,13 @@ from pgvae.errors import PgvaeError
 from pgvae.simulate.behaviour import Pending
 from pgvae.simulate.calendar import DAY, FUTURE_DAYS, microseconds
 from pgvae.simulate.config import CONSTANTS, Constants, SimulationConfig
-from pgvae.simulate.people import NEVER
+from pgvae.simulate.people import NEVER, People
 from pgvae.simulate.shop import Floats, Integers, Shop, cart_probability
 
 # The form of the stored parameters; it changes when the same parameters would make other data.
 FORMAT = 1
+# The horizons whose truth is stored beside each user, in days.
+HORIZONS = (7, 30, 90)
 USERS_AT_A_TIME = 8192
 
 
@@ -42,6 +44,11 @@ class Habits:
 
     def __len__(self) -> int:
         return len(self.churn)
+
+
+def habits_of(people: People) -> Habits:
+    """Gives the habits of a block's users."""
+    return Habits(**{name: getattr(people, name) for name in Habits.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
