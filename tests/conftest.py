@@ -30,6 +30,10 @@ FAST = {
 _numbers = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="Rewrite the files of tests/golden from what is.")
+
+
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A folder that the server's account can enter, which pytest's own folders are not."""
@@ -94,6 +98,39 @@ def database(server: Server, template: str) -> Iterator[str]:
     create_database(server, name, template)
     yield server.dsn(name)
     drop_database(server, name)
+
+
+@pytest.fixture(scope="session")
+def trained_template(server: Server, template: str) -> str:
+    """The name of a database with a shop whose model is trained, active and refreshed."""
+    from shop import Shop, train_and_activate
+
+    name = "pgvae_trained_template"
+    create_database(server, name, template)
+    dsn = server.dsn(name)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Shop().make(connection)
+        Shop().create_model(connection)
+    train_and_activate(dsn)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("call vae.refresh('shop')")
+    return name
+
+
+@pytest.fixture
+def trained_database(server: Server, trained_template: str) -> Iterator[str]:
+    """The DSN of a fresh database with a tiny shop (shop.Shop) and its model `shop`, active and refreshed."""
+    name = f"test_{next(_numbers)}"
+    create_database(server, name, trained_template)
+    yield server.dsn(name)
+    drop_database(server, name)
+
+
+@pytest.fixture
+def trained(trained_database: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection, as superuser, to `trained_database`."""
+    with psycopg.connect(trained_database, autocommit=True) as opened:
+        yield opened
 
 
 @pytest.fixture
