@@ -1,0 +1,186 @@
+"""A real shop, from its download to recommendations, through the command line and SQL as people use them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+import torch
+from psycopg import sql
+
+from conftest import create_database, drop_database
+from pgvae.config import TrainingConfig
+from pgvae.dataset import read_dataset
+from pgvae.model import AttentionVae
+from pgvae.server import Server
+from pgvae_runtime.tensors import Assembler
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+CREATE_MODEL = """
+select * from vae.create_model('shop',
+    events => 'public.events',
+    user_id => 'user_id',
+    item_id => 'item_id',
+    occurred_at => 'occurred_at')
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(server: Server, template: str, shared_data: Path, run_cli: RunCli) -> Iterator[str]:
+    """The DSN of a database in which Online Retail is loaded, trained on, activated and refreshed."""
+    create_database(server, "online_retail", template)
+    dsn = server.dsn("online_retail")
+    loaded = run_cli("load", "events", str(shared_data / "online-retail" / "online_retail.csv.xz"), "--yes", dsn=dsn)
+    assert loaded.returncode == 0, loaded.stderr
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(CREATE_MODEL)
+    trained = run_cli("train", "shop", "--activate", dsn=dsn)
+    assert trained.returncode == 0, trained.stderr
+    refreshed = run_cli("refresh", "shop", dsn=dsn)
+    assert refreshed.returncode == 0, refreshed.stderr
+    yield dsn
+    drop_database(server, "online_retail")
+
+
+@pytest.fixture
+def connection(shop: str) -> Iterator[psycopg.Connection]:
+    """A connection whose changes are rolled back, since the tests share the database."""
+    with psycopg.connect(shop) as opened:
+        yield opened
+        opened.rollback()
+
+
+def test_every_row_of_the_file_is_in_the_table(connection: psycopg.Connection) -> None:
+    assert value(connection, "select count(*) from public.events") == 541_909
+    assert value(connection, "select pg_typeof(user_id)::text from public.events limit 1") == "bigint"
+
+
+def test_the_gate_finds_what_is_known_to_be_wrong_with_this_shop(connection: psycopg.Connection) -> None:
+    rows = connection.execute("select check_name, status, row_count from vae.check_events('shop')").fetchall()
+    report = {name: (status, count) for name, status, count in rows}
+    assert report["null_user_ids"] == ("warn", 135_080)
+    assert report["returns"] == ("warn", 10_624)
+    assert report["duplicates"][0] == "warn"
+    assert "fail" not in {status for status, _ in report.values()}
+
+
+def test_the_model_clearly_beats_popularity(connection: psycopg.Connection) -> None:
+    metrics = {
+        (method, metric): (value, lower, upper)
+        for method, metric, value, lower, upper in connection.execute(
+            "select method, metric, value, lower, upper from vae.metrics"
+        ).fetchall()
+    }
+    for metric in ("recall", "ndcg"):
+        assert metrics["pgvae", metric][1] > metrics["popularity", metric][2]
+        # Against co-occurrence the intervals may overlap; the model must not rank worse.
+        assert metrics["pgvae", metric][0] > metrics["item_cooccurrence", metric][0]
+
+
+def test_every_user_of_the_cleaned_events_has_recommendations(connection: psycopg.Connection) -> None:
+    users = value(connection, "select count(distinct user_id) from shop.clean_events")
+    assert value(connection, "select count(distinct user_id) from shop.recommendations") == users == 4_339
+    assert value(connection, "select count(*) from shop.recommendations") == users * 20
+
+
+def test_nothing_that_was_bought_is_recommended(connection: psycopg.Connection) -> None:
+    bought = "select count(*) from shop.recommendations r join shop.clean_events e using (user_id, item_id)"
+    assert value(connection, bought) == 0
+
+
+def test_the_live_call_gives_the_rows_of_the_view(connection: psycopg.Connection) -> None:
+    for user in (17850, 13047, 12583, 14911):
+        live = connection.execute(
+            "select rank, item_id, score from shop.recommend(%s, k => 20) order by rank", [user]
+        ).fetchall()
+        view = connection.execute(
+            "select rank, item_id, score from shop.recommendations where user_id = %s order by rank", [user]
+        ).fetchall()
+        assert [row[:2] for row in live] == [row[:2] for row in view]
+        np.testing.assert_allclose([row[2] for row in live], [row[2] for row in view], rtol=1e-5)
+
+
+def test_the_database_gives_the_scores_of_pytorch(connection: psycopg.Connection) -> None:
+    network, dataset = network_of_active_version(connection)
+    users = [17850, 13047, 12583, 14911, 12748]
+    numbers = dict(
+        connection.execute(
+            "select user_id, dense_rank() over (order by user_id) - 1"
+            " from (select distinct user_id from shop.clean_events) u"
+        ).fetchall()
+    )
+    tokens = dataset.history(np.array([numbers[user] for user in users])).tokens(500)
+    with torch.no_grad():
+        expected = torch.softmax(network.decode(network.encode(tokens)[0]), dim=1).numpy()
+    for row, user in zip(expected, users, strict=True):
+        ranked = connection.execute(
+            """select item_id, score from shop.recommend(%s, k => 10000, options => '{"exclude_seen": false}')""",
+            [user],
+        ).fetchall()
+        in_database = dict(ranked)
+        assert len(in_database) == len(dataset.item_keys)
+        # Relative to the user's largest score: a share of 1e-12 has no digits worth comparing.
+        actual = np.array([in_database[key] for key in dataset.item_keys])
+        assert np.abs(actual - row).max() <= 1e-5 * row.max()
+        np.testing.assert_allclose(np.sort(actual)[-20:], np.sort(row)[-20:], rtol=1e-5)
+        assert [key for key, _ in ranked[:10]] == [dataset.item_keys[i] for i in np.argsort(-row, kind="stable")[:10]]
+
+
+def test_an_unknown_customer_gets_the_popular_items_flagged(connection: psycopg.Connection) -> None:
+    rows = connection.execute("select is_cold_start, item_id from shop.recommend(1, k => 3)").fetchall()
+    assert [row[0] for row in rows] == [True, True, True]
+    popular = connection.execute(
+        "select item_id from shop.clean_events group by item_id order by count(distinct user_id) desc limit 3"
+    ).fetchall()
+    assert {row[1] for row in rows} == {row[0] for row in popular}
+
+
+def test_a_purchase_of_a_minute_ago_changes_the_answer(connection: psycopg.Connection) -> None:
+    connection.execute(
+        "insert into public.events (user_id, item_id, occurred_at, quantity)"
+        " select 1, item_id, now() - interval '1 minute', 1 from unnest(array['22697', '22698']) as item_id"
+    )
+    rows = connection.execute("select item_id, is_cold_start from shop.recommend(1, k => 3)").fetchall()
+    # Two of the three Regency teacups were bought: the third one comes first.
+    assert rows[0] == ("22699", False)
+
+
+def test_a_prediction_row_leads_to_its_training(connection: psycopg.Connection) -> None:
+    row = connection.execute(
+        "select v.event_count, v.user_count, v.item_count, v.window_end::date::text, v.seed, v.quality, v.durations"
+        " from shop.recommendations r join vae.models m on m.name = 'shop'"
+        " join vae.versions v on v.model_id = m.model_id and v.version = r.model_version limit 1"
+    ).fetchone()
+    assert row is not None
+    assert row[:5] == (387_797, 4_339, 3_665, "2011-12-09", TrainingConfig().seed)
+    assert {check["check_name"] for check in row[5]} >= {"returns", "duplicates"}
+    assert all(seconds > 0 for seconds in row[6].values())
+
+
+def network_of_active_version(connection: psycopg.Connection) -> tuple[AttentionVae, object]:
+    """Gives the active version as a PyTorch network, and the data that it was trained on."""
+    assemblers: dict[str, Assembler] = {}
+    for name, chunk, dtype, shape, sha256, data in connection.execute(
+        "select name, chunk, dtype, shape, sha256, data from vae_private.tensors order by name, chunk"
+    ).fetchall():
+        assemblers.setdefault(name, Assembler(name, dtype, shape)).add(chunk, sha256, data)
+    weights = {name: torch.tensor(assembler.finish()) for name, assembler in assemblers.items()}
+    dataset = read_dataset(connection, "shop")
+    network = AttentionVae(
+        item_popularity=weights["item_popularity"].numpy(),
+        event_types=len(dataset.event_types),
+        config=TrainingConfig(),
+    )
+    network.load_state_dict(weights)
+    return network, dataset
+
+
+def value(connection: psycopg.Connection, query: str) -> object:
+    row = connection.execute(sql.SQL(query)).fetchone()
+    assert row is not None
+    return row[0]
