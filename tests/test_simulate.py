@@ -336,6 +336,10 @@ def test_dirt_is_added_counted_and_named(empty_database: str) -> None:
         " where event_id not in (select event_id from true_dirt)) e"
     )
     assert query(empty_database, without_ids) == query(empty_database, without_ids, "clean")
+    for at in (date(2025, 12, 1), UNTIL):  # the truth reads the events, and is not misled by the wrong ones
+        dirty, pure = (true_purchase_probability(empty_database, schema=name, at=at) for name in ("sim", "clean"))
+        assert dirty.user_id == pure.user_id
+        np.testing.assert_array_equal(dirty.probability, pure.probability)
 
     def found(condition: str) -> int:
         statement = "select count(*) from events e where event_id in (select event_id from true_dirt) and " + condition
