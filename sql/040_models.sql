@@ -58,7 +58,7 @@ comment on function vae_private.default_options() is 'Options of a model that va
 create or replace function vae_private.checked_options(given jsonb)
 returns jsonb
 language plpgsql
-immutable
+stable
 called on null input
 parallel safe
 security invoker

@@ -182,14 +182,14 @@ begin
     execute format(
         'create or replace function %I.history(user_id %s)'
         ' returns table (item_id %s, event_type text, occurred_at timestamptz)'
-        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
             vae_private.clean_select(model_id, true)));
     execute format(
         'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
         ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer)'
-        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(
             E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version'
@@ -199,11 +199,11 @@ begin
             i, model_id));
     execute format(
         'create or replace function %I.score(user_id %s, item_id %s) returns real'
-        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', model_id));
     execute format(
         'create or replace function %I.embedding(user_id %s) returns real[]'
-        ' language sql stable parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
 
     missing := to_regclass(format('%I.recommendations_materialized', m.name)) is null;
@@ -352,17 +352,23 @@ begin
     set options = vae_private.default_options() || m.options || jsonb_build_object(
         'max_share', (vae_private.default_options() -> 'max_share') || (m.options -> 'max_share'));
     for each in
-        select m.model_id, r.rolname as owner
+        select m.model_id, m.name, r.rolname as owner
         from vae.models m
         join pg_namespace n on n.nspname = m.name
         join pg_roles r on r.oid = n.nspowner
         order by m.model_id
     loop
-        -- As its owner: what the installing superuser made would belong to the superuser.
-        execute format('set local role %I', each.owner);
-        perform vae_private.build_model(each.model_id);
-        set local role none;
-        built := built + 1;
+        begin
+            -- As its owner: what the installing superuser made would belong to the superuser.
+            execute format('set local role %I', each.owner);
+            perform vae_private.build_model(each.model_id);
+            set local role none;
+            built := built + 1;
+        exception when others then
+            -- A model whose tables were dropped or changed keeps no other model from the upgrade.
+            raise warning 'model % is not rebuilt: %', each.name, sqlerrm
+                using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
+        end;
     end loop;
     return built;
 end;

@@ -463,6 +463,9 @@ def upgrade() -> None:
         schema="vae_private",
         comment="Weights of the versions. Written only while a version is loading.",
     )
+    # Alembic's own table, for whoever looks into the schema.
+    op.execute("comment on table vae.alembic_version is 'Revision of the tables, kept by pgvae install.'")
+    op.execute("comment on column vae.alembic_version.version_num is 'Name of the revision, see migrations/versions.'")
 
 
 def downgrade() -> None:

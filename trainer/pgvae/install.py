@@ -23,11 +23,12 @@ _LOCK = 0x7067766165
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """What stands in a database after `install`."""
+    """What stands in a database after `install`; `warnings` names the models that could not be rebuilt."""
 
     release: str
     digest: str
     models: int
+    warnings: list[str]
 
 
 def install(dsn: str | None = None) -> Installation:
@@ -38,16 +39,25 @@ def install(dsn: str | None = None) -> Installation:
     """
     with connect(dsn) as connection:
         check_server(connection)
-    engine = create_engine("postgresql+psycopg://", creator=lambda: connect(dsn), poolclass=NullPool)
+    warnings: list[str] = []
+
+    def opened() -> psycopg.Connection:
+        connection = connect(dsn)
+        connection.add_notice_handler(
+            lambda notice: warnings.append(f"{notice.message_primary}; {notice.message_hint or ''}")
+        )
+        return connection
+
+    engine = create_engine("postgresql+psycopg://", creator=opened, poolclass=NullPool)
     try:
         with engine.begin() as sqlalchemy_connection:
-            return _install(sqlalchemy_connection)
+            return _install(sqlalchemy_connection, warnings)
     except DBAPIError as error:
         # What PostgreSQL said, without SQLAlchemy's frame around it.
         raise (error.orig or error) from None
 
 
-def _install(connection: Connection) -> Installation:
+def _install(connection: Connection, warnings: list[str]) -> Installation:
     connection.execute(text("select pg_catalog.pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
     connection.execute(text("set local client_min_messages = warning"))
@@ -65,7 +75,7 @@ def _install(connection: Connection) -> Installation:
         text("update vae_private.installation set release = :release, runtime_digest = :digest, installed_at = now()"),
         {"release": __version__, "digest": digest},
     )
-    return Installation(release=__version__, digest=digest, models=models)
+    return Installation(release=__version__, digest=digest, models=models, warnings=warnings)
 
 
 def _create_extension(connection: Connection) -> None:
@@ -149,12 +159,21 @@ def uninstall(dsn: str | None = None) -> list[str]:
         if dependents := [row[0] for row in connection.execute(_DEPENDENTS, {"schemas": schemas}).fetchall()]:
             raise PgvaeError(f"other objects use pgvae: {', '.join(dependents)}", hint="drop them first")
         for model in models:
-            connection.execute("select vae.drop_model(%s)", [model])
+            _drop_model(connection, model)
         row = connection.execute("select created_extension, created_roles from vae_private.installation").fetchone()
         created_extension, created_roles = row if row else (False, [])
         connection.execute("drop schema vae, vae_private cascade")
         left = _drop_if_unused(connection, "extension", ["plpython3u"] if created_extension else [])
         return left + _drop_if_unused(connection, "role", created_roles)
+
+
+def _drop_model(connection: psycopg.Connection, model: str) -> None:
+    try:
+        connection.execute("select vae.drop_model(%s)", [model])
+    except psycopg.errors.DependentObjectsStillExist as error:
+        raise PgvaeError(
+            f"other objects use model {model}: {error.diag.message_detail}", hint="drop or move them first"
+        ) from error
 
 
 def _drop_if_unused(connection: psycopg.Connection, kind: str, names: list[str]) -> list[str]:

@@ -22,6 +22,8 @@ def install(dsn: Dsn = None) -> None:
 
     done = run(dsn)
     models = f", {done.models} models rebuilt" if done.models else ""
+    for warning in done.warnings:
+        err.print(f"warning: {warning}", highlight=False, markup=False)
     out.print(f"pgvae {done.release} is installed{models}", highlight=False)
     out.print(f"  runtime  {done.digest[:12]}", highlight=False)
     out.print("  next     select * from vae.create_model('shop', events => 'public.events', …)", highlight=False)

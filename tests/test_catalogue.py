@@ -1,0 +1,268 @@
+"""What the database says of pgvae: comments, declarations, the schema that installs and uninstalls leave."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from conftest import FAST
+from pgvae import resources
+from pgvae.errors import PgvaeError
+from pgvae.install import install, uninstall
+from pgvae.schema import PRIVATE, PUBLIC, metadata
+from pgvae.server import Server
+from shop import Shop
+
+# A model with every object that a model can have.
+MODEL = "shop"
+
+
+@pytest.fixture
+def with_model(connection: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a model of all tables: events, users and items."""
+    Shop().make(connection)
+    connection.execute("create table users (user_id bigint primary key)")
+    connection.execute("create table items (item_id bigint primary key)")
+    Shop().create_model(connection, MODEL, users="users", items="items")
+    return connection
+
+
+@pytest.fixture(scope="module")
+def lonely_server(scratch: Path) -> Iterator[Server]:
+    """A server on which pgvae was never installed, so that its roles are made and removed."""
+    lonely = Server(scratch / "lonely", settings=FAST)
+    lonely.up()
+    yield lonely
+    lonely.remove()
+
+
+def rows(connection: psycopg.Connection, query: str) -> list[str]:
+    return [str(row[0]) for row in connection.execute(query).fetchall()]
+
+
+def dump(server: Server, dsn: str) -> str:
+    """Gives the schema of a database as pg_dump writes it, without the key that differs from run to run."""
+    command = [server.bindir / "pg_dump", "--schema-only", "--dbname", dsn]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return "".join(line for line in text.splitlines(keepends=True) if not re.match(r"\\(un)?restrict ", line))
+
+
+def roles(dsn: str) -> list[str]:
+    with psycopg.connect(dsn) as connection:
+        return rows(
+            connection,
+            "select concat_ws(' ', r.rolname, r.rolcanlogin, m.roleid::regrole) from pg_roles r"
+            " left join pg_auth_members m on m.member = r.oid order by 1",
+        )
+
+
+# Declarations
+
+_ROUTINES = """
+select p.oid::regprocedure::text
+from pg_proc p
+where p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])
+"""
+
+
+def test_there_are_routines_to_check(with_model: psycopg.Connection) -> None:
+    found = rows(with_model, _ROUTINES)
+    assert "shop.recommend(bigint,integer,jsonb)" in found
+    assert "vae.refresh(text)" in found
+    assert len(found) > 35
+
+
+def test_every_routine_has_a_comment(with_model: psycopg.Connection) -> None:
+    assert rows(with_model, _ROUTINES + " and obj_description(p.oid, 'pg_proc') is null") == []
+
+
+def test_every_routine_pins_its_search_path_but_the_one_that_commits(with_model: psycopg.Connection) -> None:
+    unpinned = rows(
+        with_model,
+        _ROUTINES + " and not coalesce(p.proconfig, '{}') @> array['search_path=pg_catalog, pg_temp']",
+    )
+    assert unpinned == ["vae.refresh(text)"]
+
+
+def test_no_routine_can_be_executed_by_everybody(with_model: psycopg.Connection) -> None:
+    open_to_all = _ROUTINES + (
+        " and exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0)"
+    )
+    assert rows(with_model, open_to_all) == []
+
+
+def test_immutable_functions_read_no_tables_clock_or_settings(with_model: psycopg.Connection) -> None:
+    bodies = with_model.execute(
+        "select p.proname, p.prosrc from pg_proc p where p.provolatile = 'i'"
+        " and p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
+    ).fetchall()
+    assert bodies
+    reads = re.compile(r"\b(from|join)\s+(vae|shop|pg_)|plpy|current_setting|\bnow\(|::timestamp|::date|::reg", re.I)
+    # What stands in a comment or a literal is not what the function does.
+    assert [name for name, body in bodies if reads.search(re.sub(r"--.*|'[^']*'", "", body))] == []
+
+
+def test_what_is_security_definer_is_known(with_model: psycopg.Connection) -> None:
+    assert rows(with_model, _ROUTINES + " and p.prosecdef") == ["vae_private.refresh_view(integer,text)"]
+
+
+def test_every_function_in_sql_states_all_its_properties() -> None:
+    wanted = {
+        "volatility": r"\b(immutable|stable|volatile)\b",
+        "null behaviour": r"\b(strict|called on null input)\b",
+        "parallel safety": r"\bparallel (safe|restricted|unsafe)\b",
+        "security": r"\bsecurity (invoker|definer)\b",
+    }
+    count = 0
+    for path in resources.sql_files():
+        text = path.read_text(encoding="utf-8")
+        for header in re.findall(r"create or replace function (.*?)\bas (?:\$|%L)", text, re.DOTALL):
+            count += 1
+            missing = [name for name, pattern in wanted.items() if not re.search(pattern, header)]
+            assert not missing, f"{path.name}: {header.split('(')[0]} does not state {missing}"
+    assert count == sum(path.read_text().count("create or replace function") for path in resources.sql_files())
+
+
+def test_every_relation_and_column_has_a_comment(with_model: psycopg.Connection) -> None:
+    relations = (
+        "select c.oid::regclass from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')"
+        " and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
+    )
+    assert {"vae.models", "shop.known_users", "shop.recommendations"} <= set(rows(with_model, relations))
+    assert rows(with_model, relations + " and obj_description(c.oid, 'pg_class') is null") == []
+    # What the views of vae_private give is described where the tables beneath are.
+    columns = rows(
+        with_model,
+        "select format('%s.%I', c.oid::regclass, a.attname) from pg_class c join pg_attribute a on a.attrelid = c.oid"
+        " where c.relkind in ('r', 'p', 'v', 'm', 'f') and a.attnum > 0 and not a.attisdropped"
+        " and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
+        " and not (c.relkind = 'v' and c.relnamespace = 'vae_private'::regnamespace)"
+        " and col_description(c.oid, a.attnum) is null",
+    )
+    assert columns == []
+
+
+def test_every_schema_has_a_comment(with_model: psycopg.Connection) -> None:
+    uncommented = (
+        "select nspname from pg_namespace where nspname in ('vae', 'vae_private', 'shop')"
+        " and obj_description(oid, 'pg_namespace') is null"
+    )
+    assert rows(with_model, uncommented) == []
+
+
+# Installing and removing
+
+
+def test_the_migrations_add_up_to_the_metadata(database: str) -> None:
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database), poolclass=NullPool)
+    options = {
+        "include_schemas": True,
+        "include_name": lambda name, kind, parents: kind != "schema" or name in (PUBLIC, PRIVATE),
+        "version_table_schema": PUBLIC,
+        "compare_type": True,
+        "compare_server_default": True,
+    }
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+
+
+def test_a_second_install_changes_nothing(server: Server, database: str, with_model: psycopg.Connection) -> None:
+    before = dump(server, database)
+    assert "shop.recommendations" in before
+    installed = install(database)
+    assert (installed.models, installed.warnings) == (1, [])
+    assert dump(server, database) == before
+
+
+def test_a_model_whose_table_is_gone_stops_no_upgrade(database: str, with_model: psycopg.Connection) -> None:
+    Shop(events="other_events").make(with_model)
+    Shop(events="other_events").create_model(with_model, "other")
+    with_model.execute("drop table events cascade")
+    installed = install(database)
+    assert installed.models == 1
+    assert len(installed.warnings) == 1
+    assert "model shop is not rebuilt" in installed.warnings[0]
+    assert "vae.rebuild_model('shop')" in installed.warnings[0]
+    assert rows(with_model, "select count(*) from other.clean_events") == ["372"]
+    Shop().make(with_model)
+    assert install(database).models == 2
+    assert rows(with_model, "select 'shop.clean_events'::regclass") == ["shop.clean_events"]
+
+
+def test_uninstall_leaves_what_was_there_before(lonely_server: Server) -> None:
+    dsn = lonely_server.dsn("postgres")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Shop().make(connection)
+    before, roles_before = dump(lonely_server, dsn), roles(dsn)
+    install(dsn)
+    assert "vae_trainer f vae_operator" in roles(dsn)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Shop().create_model(connection, MODEL)
+    assert dump(lonely_server, dsn) != before
+    assert uninstall(dsn) == []
+    assert dump(lonely_server, dsn) == before
+    assert roles(dsn) == roles_before
+
+
+def test_uninstall_keeps_an_extension_that_was_there_before(lonely_server: Server) -> None:
+    dsn = lonely_server.dsn("template1")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("create extension plpython3u")
+        install(dsn)
+        assert uninstall(dsn) == []
+        assert rows(connection, "select extname from pg_extension where extname = 'plpython3u'") == ["plpython3u"]
+        connection.execute("drop extension plpython3u")
+
+
+def test_uninstall_names_what_is_used_elsewhere(lonely_server: Server) -> None:
+    dsn = lonely_server.dsn("postgres")
+    install(dsn)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("create table of_the_shop ()")
+        connection.execute("grant select on of_the_shop to vae_reader")
+        connection.execute("create function of_the_shop() returns void language plpython3u as 'pass'")
+        left = uninstall(dsn)
+        assert [line.split(" is in use")[0] for line in left] == ["extension plpython3u", "role vae_reader"]
+        assert "function of_the_shop()" in left[0]
+        assert "table of_the_shop" in left[1]
+        connection.execute("drop table of_the_shop")
+        connection.execute("drop extension plpython3u cascade")
+        connection.execute("drop role vae_reader")
+
+
+def test_uninstall_refuses_where_a_view_uses_a_prediction(server: Server, database: str, with_model: object) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("create view best as select * from shop.recommendations where rank = 1")
+        connection.execute("create materialized view models as select * from vae.models")
+        before = dump(server, database)
+        with pytest.raises(PgvaeError, match="materialized view models, view best") as caught:
+            uninstall(database)
+        assert caught.value.hint == "drop them first"
+        assert dump(server, database) == before
+        with pytest.raises(psycopg.errors.DependentObjectsStillExist, match=r"shop\.recommendations"):
+            connection.execute("select vae.drop_model('shop')")
+        assert dump(server, database) == before
+
+
+def test_uninstall_refuses_where_a_models_schema_holds_other_objects(
+    server: Server, database: str, with_model: psycopg.Connection
+) -> None:
+    with_model.execute("create table shop.notes ()")
+    before = dump(server, database)
+    with pytest.raises(PgvaeError, match=r"table shop\.notes"):
+        uninstall(database)
+    assert dump(server, database) == before
+
+
+def test_uninstall_says_where_there_is_nothing_to_remove(empty_database: str) -> None:
+    with pytest.raises(PgvaeError, match="not installed"):
+        uninstall(empty_database)
