@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from .tokens import Tokens
 
 # An array of `xp`: NumPy's type cannot name CuPy's.
@@ -57,18 +59,30 @@ def encoder_gates(xp: Any, weights: Weights, embedded: Array) -> Array:
     return sigmoid(xp, embedded @ weights["encoder_gate_weight"] + weights["encoder_gate_bias"])
 
 
+def sum_by_user(xp: Any, tokens: Tokens, values: Array) -> Array:
+    """Gives the sum over each user's tokens, shape [U, ...], of values of shape [N, ...]; 0 for a user without tokens.
+
+    CuPy's add.reduceat is no way to do this: it takes differences of one running sum over all tokens, which in float32
+    was off by 5e-3 for a batch of 4096 users.
+    """
+    sums = xp.zeros((tokens.user_count, *values.shape[1:]), dtype=xp.float32)
+    filled = tokens.start[1:] > tokens.start[:-1]
+    if xp is np:
+        # Twice as fast as add.at; it would give a user without tokens its neighbour's first token.
+        if filled.any():
+            sums[filled] = np.add.reduceat(values, tokens.start[:-1][filled], axis=0)
+    else:
+        xp.add.at(sums, xp.asarray(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))), values)
+    return sums
+
+
 def encode(xp: Any, weights: Weights, tokens: Tokens) -> Array:
     """Gives the mean of q(z | x) of each user, shape [U, Z]; a user without tokens gets that of an empty history."""
-    pooled = xp.zeros((tokens.user_count, weights["item_embedding"].shape[1]), dtype=xp.float32)
-    if len(tokens.item):
-        embedded = embed(xp, weights, tokens)
-        gates = encoder_gates(xp, weights, embedded)
-        # reduceat would give a user without tokens its neighbour's first token, so only the others are reduced.
-        filled = tokens.start[1:] > tokens.start[:-1]
-        starts = xp.asarray(tokens.start[:-1][filled])
-        sums = xp.add.reduceat(gates[:, None] * embedded, starts, axis=0)
-        norms = xp.sqrt(xp.add.reduceat(gates * gates, starts))
-        pooled[xp.asarray(filled)] = sums / xp.maximum(norms, xp.float32(1e-12))[:, None]
+    embedded = embed(xp, weights, tokens)
+    gates = encoder_gates(xp, weights, embedded)
+    sums = sum_by_user(xp, tokens, gates[:, None] * embedded)
+    norms = xp.sqrt(sum_by_user(xp, tokens, gates * gates))
+    pooled = sums / xp.maximum(norms, xp.float32(1e-12))[:, None]
     hidden = xp.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
     return hidden @ weights["mean_weight"].T + weights["mean_bias"]
 
@@ -87,10 +101,15 @@ def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Arr
     return logits
 
 
-def log_normalizer(xp: Any, logits: Array) -> Array:
-    """Gives log sum exp of each row, shape [U, 1]: probability = exp(logit - log_normalizer)."""
-    peak = logits.max(axis=1, keepdims=True)
-    return peak + xp.log(xp.exp(logits - peak).sum(axis=1, keepdims=True))
+def softmax(xp: Any, logits: Array) -> Array:
+    """Turns logits, shape [U, I], into the probabilities of each row, in place.
+
+    The peak is taken off first: subtracting log sum exp from large logits in float32 would leave sums of 1.0003.
+    """
+    logits -= logits.max(axis=1, keepdims=True)
+    xp.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+    return logits
 
 
 def top_k(xp: Any, scores: Array, k: int) -> tuple[Array, Array]:

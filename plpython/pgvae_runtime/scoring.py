@@ -19,9 +19,7 @@ def score_users(
     the shares of one user add up to 1. A user without events gets each item's share of the catalogue's popularity.
     """
     tokens = history.tokens(max_history)
-    scores = forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out)
-    scores -= forward.log_normalizer(xp, scores)
-    xp.exp(scores, out=scores)
+    scores = forward.softmax(xp, forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out))
     cold = xp.asarray(history.counts == 0)
     scores[cold] = weights["item_popularity"]
     return scores, cold
