@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from . import device, forward
 from .history import item_keys, read_histories
 from .scoring import mask_seen, score_users
 from .store import Version
+from .tokens import History
 
-# The scores of a batch take at most this much memory: batch size × items × 4 bytes.
+# The scores of a batch take at most the first (batch size × items × 4 bytes), the embeddings of its tokens a few times
+# the second (batch size × history × width × 4 bytes).
 _SCORES_BYTES = 64 * 1024 * 1024
+_TOKENS_BYTES = 256 * 1024 * 1024
 _MAX_BATCH = 4096
 
 
 def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives (user_key, item_keys, scores, is_cold_start, model_version) of each user, the lists as array literals.
 
-    One row per user with two array literals is the fastest way into a table that SQL can unpack.
+    One row per user with two array literals is the fastest way into a table that SQL can unpack. A GPU that fails on
+    the way leaves the rest to the CPU.
     """
-    size = max(1, min(_MAX_BATCH, _SCORES_BYTES // (4 * version.item_count)))
-    weights = device.to_device(xp, version.weights)
-    scores = xp.empty((size, version.item_count), dtype=xp.float32)
+    size = batch_size(version)
     literals = [array_element(key) for key in item_keys(plpy, version)]
+    score = None
     done = 0
     for users, history in read_histories(plpy, version, size):
-        batch, cold = score_users(xp, weights, history, max_history=version.max_history, out=scores[: len(users)])
-        mask_seen(xp, batch, history, version.targets)
-        items, values = (device.to_host(xp, array) for array in forward.top_k(xp, batch, k))
-        flags = device.to_host(xp, cold).tolist()
-        for user, row_items, row_values, is_cold in zip(users, items.tolist(), values.tolist(), flags, strict=True):
+        try:
+            score = score or _scorer(xp, version, size, k)
+            items, values, flags = score(history)
+        # Too little memory or a driver that breaks: CuPy has many ways to say it.
+        except Exception as error:
+            if xp is np:
+                raise
+            plpy.notice(f"the GPU failed ({error}); the CPU scores")
+            xp, score = np, _scorer(np, version, size, k)
+            items, values, flags = score(history)
+        for user, row_items, row_values, is_cold in zip(
+            users, items.tolist(), values.tolist(), flags.tolist(), strict=True
+        ):
             # Seen items have the score -1 and stand at the end of the row.
             kept = len(row_values) - sum(1 for value in reversed(row_values) if value < 0)
             yield (
@@ -42,6 +55,36 @@ def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tupl
             )
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {done} users scored")
+
+
+def _scorer(xp: Any, version: Version, size: int, k: int) -> Callable[[History], tuple[Any, Any, Any]]:
+    """Gives a function from the events of up to `size` users to their best items, these items' scores, and which users
+    are cold starts. It computes on `xp` and gives NumPy arrays.
+    """
+    weights = device.to_device(xp, version.weights)
+    buffer = xp.empty((size, version.item_count), dtype=xp.float32)
+
+    def score(history: History) -> tuple[Any, Any, Any]:
+        out = buffer[: len(history.counts)]
+        scores, cold = score_users(xp, weights, history, max_history=version.max_history, out=out)
+        mask_seen(xp, scores, history, version.targets)
+        items, values = forward.top_k(xp, scores, k)
+        return device.to_host(xp, items), device.to_host(xp, values), device.to_host(xp, cold)
+
+    return score
+
+
+def batch_size(version: Version) -> int:
+    """Gives how many users are scored at once, so that a batch stays within its memory."""
+    width: int = version.weights["item_embedding"].shape[1]
+    return max(
+        1,
+        min(
+            _MAX_BATCH,
+            _SCORES_BYTES // (4 * version.item_count),
+            _TOKENS_BYTES // (4 * width * version.max_history),
+        ),
+    )
 
 
 def estimated_flops(user_count: float, version: Version) -> float:

@@ -28,7 +28,8 @@ def choose(plpy: Any, flops: float) -> Any:
     try:
         import cupy
 
-        cupy.cuda.runtime.getDeviceCount()
+        if not cupy.cuda.runtime.getDeviceCount():
+            raise RuntimeError("no device")
     # Whatever keeps CuPy from working (not installed, no driver, no device) must not keep the query from an answer.
     except Exception as error:
         if setting == "cuda":
