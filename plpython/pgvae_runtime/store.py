@@ -17,6 +17,7 @@ from .errors import (
 )
 from .forward import FORMAT, SHAPES
 from .tensors import Assembler
+from .tokens import AGE_BUCKETS
 
 # A session that scores with many models keeps the weights of the last few, not of all.
 _KEPT_VERSIONS = 4
@@ -198,7 +199,7 @@ def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
 
 def _check_shapes(weights: dict[str, Any], *, types: int) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
-    sizes = {"T": types, "1": 1}
+    sizes = {"T": types, "A": AGE_BUCKETS, "1": 1}
     for name, letters in SHAPES.items():
         shape = weights[name].shape if name in weights else None
         fits = (

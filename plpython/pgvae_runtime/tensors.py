@@ -39,7 +39,10 @@ class Assembler:
         self._shape = tuple(shape)
         self._next = 0
         self._filled = 0
-        self._buffer = bytearray(math.prod(self._shape) * 4)
+        try:
+            self._buffer = bytearray(math.prod(self._shape) * 4)
+        except (MemoryError, OverflowError) as error:
+            raise _corrupt(name, f"its shape {list(shape)} does not fit into memory") from error
 
     def add(self, chunk: int, sha256: bytes, data: bytes) -> None:
         """Takes the next chunk; ScoringError where it is out of order, too long or altered."""
@@ -54,10 +57,12 @@ class Assembler:
         self._next += 1
 
     def finish(self) -> NDArray[Any]:
-        """Gives the array, read-only; ScoringError where bytes are missing."""
+        """Gives the array, read-only; ScoringError where bytes are missing or no finite numbers."""
         if self._filled != len(self._buffer):
             raise _corrupt(self._name, f"{len(self._buffer) - self._filled} bytes are missing")
         array = np.frombuffer(self._buffer, dtype=self._dtype).reshape(self._shape)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise _corrupt(self._name, "it holds values that are not finite numbers")
         array.flags.writeable = False
         return array
 
