@@ -1,0 +1,545 @@
+"""The numeric core that runs inside PostgreSQL: pure functions, tried on many inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fake_cupy
+from pgvae_runtime import batch, device, forward, tensors
+from pgvae_runtime.errors import ScoringError
+from pgvae_runtime.scoring import mask_seen, score_users
+from pgvae_runtime.store import Version, _check_shapes
+from pgvae_runtime.tokens import AGE_BUCKETS, History, Tokens, age_bucket
+
+DAY = 86_400
+ITEMS, TYPES = 30, 3
+SIZES = {"I": ITEMS, "D": 12, "T": TYPES, "A": AGE_BUCKETS, "H": 10, "Z": 6, "1": 1}
+Event = tuple[int, int, float]
+
+settings.register_profile("pgvae", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("pgvae")
+
+# Few items, types and moments, so that repeated items and equal times are the rule.
+events = st.tuples(
+    st.integers(0, ITEMS - 1), st.integers(0, TYPES - 1), st.integers(0, 40).map(lambda hours: 1.7e9 + 3600.0 * hours)
+)
+users = st.lists(st.lists(events, max_size=9), max_size=7)
+long_ago = st.lists(
+    st.lists(events | st.tuples(st.just(0), st.just(0), st.floats(-1e10, 1e10)), max_size=9), max_size=4
+)
+
+
+def history_of(users: list[list[Event]]) -> History:
+    flat = [event for user in users for event in user]
+    return History(
+        counts=np.array([len(user) for user in users], dtype=np.int64),
+        item=np.array([event[0] for event in flat], dtype=np.int64),
+        event_type=np.array([event[1] for event in flat], dtype=np.int64),
+        occurred_at=np.array([event[2] for event in flat], dtype=np.float64),
+    )
+
+
+def random_history(generator: np.random.Generator, count: int, longest: int) -> History:
+    counts = generator.integers(0, longest + 1, count)
+    total = int(counts.sum())
+    return History(
+        counts=counts,
+        item=generator.integers(0, ITEMS, total),
+        event_type=generator.integers(0, TYPES, total),
+        occurred_at=1.7e9 + 3600.0 * generator.integers(0, 5000, total),
+    )
+
+
+def random_weights(seed: int = 0) -> dict[str, Any]:
+    """Gives weights of ordinary size: no gate, embedding or bias is zero, as after a training."""
+    generator = np.random.default_rng(seed)
+    weights = {
+        name: generator.normal(0, 0.5, [SIZES[letter] for letter in letters]).astype(np.float32)
+        for name, letters in forward.SHAPES.items()
+    }
+    popularity = generator.random(ITEMS)
+    weights["item_popularity"] = (popularity / popularity.sum()).astype(np.float32)
+    return weights
+
+
+# Tokens
+
+
+@given(st.integers(0, AGE_BUCKETS + 3), st.floats(0, 0.999))
+def test_an_age_falls_into_the_bucket_of_its_power_of_two_of_days(power: int, share: float) -> None:
+    days = 2**power - 1 + share * 2**power
+    expected = min(power, AGE_BUCKETS - 1)
+    assert age_bucket(np.array([days * DAY]))[0] == expected
+
+
+def test_ages_at_the_edges_have_a_bucket() -> None:
+    ages = np.array([-1e12, -1.0, 0.0, DAY - 1e-6, DAY, 3 * DAY, 1e15])
+    assert age_bucket(ages).tolist() == [0, 0, 0, 0, 1, 2, AGE_BUCKETS - 1]
+
+
+@given(users | long_ago, st.integers(1, 10))
+def test_tokens_are_the_latest_events_of_each_user_oldest_first(users: list[list[Event]], max_history: int) -> None:
+    tokens = history_of(users).tokens(max_history)
+    assert tokens.user_count == len(users)
+    for number, user in enumerate(users):
+        latest = sorted(user, key=lambda event: (event[2], event[0], event[1]))[-max_history:]
+        part = slice(tokens.start[number], tokens.start[number + 1])
+        assert tokens.item[part].tolist() == [event[0] for event in latest]
+        assert tokens.event_type[part].tolist() == [event[1] for event in latest]
+        # math.log2 of 1 + a whole number of days: exact at the powers of two, where the buckets begin.
+        ages = [latest[-1][2] - event[2] for event in latest]
+        assert tokens.age[part].tolist() == [min(int(math.log2(1 + age / DAY)), AGE_BUCKETS - 1) for age in ages]
+
+
+@given(users, st.randoms(use_true_random=False), st.integers(1, 10))
+def test_tokens_do_not_depend_on_the_order_in_which_events_were_read(
+    users: list[list[Event]], random: Any, max_history: int
+) -> None:
+    shuffled = [random.sample(user, len(user)) for user in users]
+    one, other = history_of(users).tokens(max_history), history_of(shuffled).tokens(max_history)
+    for name in ("start", "item", "event_type", "age"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+@given(users, st.floats(-1e9, 1e9))
+def test_tokens_do_not_depend_on_when_it_was_only_on_how_long_before_the_last_event(
+    users: list[list[Event]], shift: float
+) -> None:
+    shift = round(shift / DAY) * DAY
+    moved = [[(item, kind, at + shift) for item, kind, at in user] for user in users]
+    np.testing.assert_array_equal(history_of(users).tokens(5).age, history_of(moved).tokens(5).age)
+
+
+@given(users, st.sets(st.integers(0, TYPES - 1)))
+def test_seen_pairs_are_those_of_target_events(users: list[list[Event]], targets: set[int]) -> None:
+    pairs = zip(*(column.tolist() for column in history_of(users).seen(sorted(targets))), strict=True)
+    expected = [(number, item) for number, user in enumerate(users) for item, kind, _ in user if kind in targets]
+    assert list(pairs) == expected
+
+
+# Encoder and decoder
+
+
+def reference_scores(weights: dict[str, Any], tokens: Tokens, user: int) -> np.ndarray[Any, Any]:
+    """Gives the scores of one user by the formulas of docs/model.md, token by token, in double precision."""
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    pooled, squares = np.zeros(SIZES["D"]), 0.0
+    for i in range(tokens.start[user], tokens.start[user + 1]):
+        h = (
+            w["item_embedding"][tokens.item[i]]
+            + w["event_type_embedding"][tokens.event_type[i]]
+            + w["age_embedding"][tokens.age[i]]
+        )
+        a = 1 / (1 + np.exp(-(w["encoder_gate_weight"] @ h + w["encoder_gate_bias"][0])))
+        pooled, squares = pooled + a * h, squares + a * a
+    pooled = pooled / np.sqrt(squares) if squares else pooled
+    z = w["mean_weight"] @ np.tanh(w["encoder_weight"] @ pooled + w["encoder_bias"]) + w["mean_bias"]
+    b = 1 / (1 + np.exp(-(w["decoder_gate_weight"] @ z + w["decoder_gate_bias"])))
+    hidden = np.tanh(w["decoder_weight"] @ (b * z) + w["decoder_bias"])
+    logits = w["output_weight"] @ hidden + w["output_bias"]
+    odds = np.exp(logits - logits.max())
+    return np.asarray(odds / odds.sum())
+
+
+@given(users.filter(bool), st.integers(0, 5), st.integers(1, 10))
+def test_scores_follow_the_formulas(users: list[list[Event]], seed: int, max_history: int) -> None:
+    weights, history = random_weights(seed), history_of(users)
+    scores, cold = score_users(np, weights, history, max_history=max_history)
+    tokens = history.tokens(max_history)
+    assert scores.dtype == np.float32
+    assert cold.tolist() == [not user for user in users]
+    for number, user in enumerate(users):
+        expected = reference_scores(weights, tokens, number) if user else weights["item_popularity"]
+        np.testing.assert_allclose(scores[number], expected, rtol=1e-5)
+
+
+@given(users.filter(bool))
+def test_a_user_gets_the_same_scores_alone_as_among_others(users: list[list[Event]]) -> None:
+    weights = random_weights()
+    together, _ = score_users(np, weights, history_of(users), max_history=5)
+    for number, user in enumerate(users):
+        alone, _ = score_users(np, weights, history_of([user]), max_history=5)
+        np.testing.assert_allclose(alone[0], together[number], rtol=1e-5)
+
+
+@given(users)
+def test_scores_of_a_user_are_shares_of_one(users: list[list[Event]]) -> None:
+    scores, _ = score_users(np, random_weights(), history_of(users), max_history=5)
+    assert (scores >= 0).all()
+    np.testing.assert_allclose(scores.sum(axis=1), np.ones(len(users)), rtol=1e-5)
+
+
+def test_an_empty_batch_and_a_batch_of_empty_users_are_scored() -> None:
+    weights = random_weights()
+    assert score_users(np, weights, history_of([]), max_history=5)[0].shape == (0, ITEMS)
+    scores, cold = score_users(np, weights, history_of([[], [], []]), max_history=5)
+    np.testing.assert_array_equal(scores, np.tile(weights["item_popularity"], (3, 1)))
+    assert cold.all()
+
+
+def test_absurd_logits_give_shares_all_the_same() -> None:
+    weights = random_weights()
+    weights["output_weight"] *= 1e4
+    scores, _ = score_users(np, weights, random_history(np.random.default_rng(1), 50, 20), max_history=10)
+    assert np.isfinite(scores).all()
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
+
+
+@given(hnp.arrays(np.float32, 5, elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+def test_the_sigmoid_is_that_of_double_precision(x: np.ndarray[Any, Any]) -> None:
+    with np.errstate(all="raise", under="ignore"):
+        actual = forward.sigmoid(np, x)
+    np.testing.assert_allclose(actual, 1 / (1 + np.exp(-np.clip(x.astype(np.float64), -500, 500))), atol=1e-7)
+
+
+# Top k
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(-3, 3)),
+    st.integers(1, 15),
+)
+def test_top_k_gives_the_largest_in_order_whatever_the_ties(scores: np.ndarray[Any, Any], k: int) -> None:
+    columns, values = forward.top_k(np, scores, k)
+    assert columns.shape == values.shape == (scores.shape[0], min(k, scores.shape[1]))
+    for row, row_columns, row_values in zip(scores, columns.tolist(), values.tolist(), strict=True):
+        assert row_values == sorted(row.tolist(), reverse=True)[:k]
+        assert row[row_columns].tolist() == row_values
+        assert len(set(row_columns)) == len(row_columns)
+        # Among equal values the columns rise.
+        assert list(zip(row_values, row_columns, strict=True)) == sorted(
+            zip(row_values, row_columns, strict=True), key=lambda pair: (-pair[0], pair[1])
+        )
+
+
+@given(
+    hnp.arrays(np.float32, (3, 40), elements=st.floats(0, 1, width=32), unique=True, fill=st.nothing()),
+    st.integers(1, 40),
+)
+def test_top_k_without_ties_is_that_of_a_full_sort(scores: np.ndarray[Any, Any], k: int) -> None:
+    columns, _ = forward.top_k(np, scores, k)
+    np.testing.assert_array_equal(columns, np.argsort(-scores, axis=1, kind="stable")[:, :k])
+
+
+def test_seen_items_stand_behind_all_others() -> None:
+    history = history_of([[(4, 1, 0.0), (7, 2, 0.0)], [], [(4, 2, 0.0)]])
+    scores = np.full((3, ITEMS), 0.5, dtype=np.float32)
+    mask_seen(np, scores, history, targets=[2])
+    assert np.argwhere(scores < 0).tolist() == [[0, 7], [2, 4]]
+
+
+# The array module is a parameter
+
+
+@pytest.fixture(autouse=True)
+def working_device() -> None:
+    fake_cupy.state.failure = None
+
+
+def to_fake_device(weights: dict[str, Any]) -> dict[str, Any]:
+    return device.to_device(fake_cupy, weights)
+
+
+def test_the_stand_in_refuses_what_cupy_refuses() -> None:
+    host, on_device = np.ones(3), fake_cupy.asarray(np.ones(3))
+    for mix in (
+        lambda: host + on_device,
+        lambda: on_device + host,
+        lambda: on_device[np.array([1])],
+        lambda: host[on_device],
+        lambda: np.exp(on_device),
+        lambda: np.asarray(on_device),
+        lambda: fake_cupy.exp(host),
+        lambda: fake_cupy.add.at(on_device, np.array([0]), on_device),
+    ):
+        with pytest.raises((TypeError, IndexError)):
+            mix()
+    on_device[fake_cupy.asarray(np.array([0]))] = 5.0
+    assert fake_cupy.asnumpy(on_device * 2.0).tolist() == [10.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("longest", [0, 1, 12])
+def test_scoring_on_a_device_mixes_nothing_with_the_host_and_gives_its_scores(longest: int) -> None:
+    weights, history = random_weights(), random_history(np.random.default_rng(longest), 40, longest)
+    expected, expected_cold = score_users(np, weights, history, max_history=7)
+    scores, cold = score_users(fake_cupy, to_fake_device(weights), history, max_history=7)
+    assert isinstance(scores, fake_cupy.ndarray)
+    np.testing.assert_allclose(device.to_host(fake_cupy, scores), expected, rtol=1e-5)
+    np.testing.assert_array_equal(device.to_host(fake_cupy, cold), expected_cold)
+    mask_seen(np, expected, history, [1])
+    mask_seen(fake_cupy, scores, history, [1])
+    for k in (1, 10, ITEMS, ITEMS + 1):
+        columns, values = (device.to_host(fake_cupy, array) for array in forward.top_k(fake_cupy, scores, k))
+        np.testing.assert_array_equal(columns, forward.top_k(np, expected, k)[0])
+        np.testing.assert_allclose(values, forward.top_k(np, expected, k)[1], rtol=1e-5)
+
+
+def test_the_sums_of_a_large_batch_are_as_exact_on_a_device() -> None:
+    # Differences of a running sum, which is what CuPy's add.reduceat gives, are off by 1e-3 here.
+    generator = np.random.default_rng(0)
+    history = random_history(generator, 2000, 80)
+    tokens = history.tokens(80)
+    values = generator.normal(0.05, 0.1, (len(tokens.item), 8)).astype(np.float32)
+    parts = np.split(values.astype(np.float64), tokens.start[1:-1])
+    expected = np.stack([part.sum(axis=0) for part in parts])
+    for xp in (np, fake_cupy):
+        sums = device.to_host(xp, forward.sum_by_user(xp, tokens, xp.asarray(values)))
+        np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+
+
+# Batches
+
+
+def version(weights: dict[str, Any], **changes: Any) -> Version:
+    values: dict[str, Any] = {
+        "version_id": 1,
+        "version": 3,
+        "model": "shop",
+        "user_id_type": "bigint",
+        "weights": weights,
+        "event_types": {"view": 0, "add_to_cart": 1, "purchase": 2},
+        "targets": (2,),
+        "max_history": 7,
+        "user_count": 40,
+        "has_users": False,
+    }
+    return Version(**(values | changes))
+
+
+class Plpy:
+    """What PL/Python gives a function, as far as batches and the choice of a device use it."""
+
+    def __init__(self, setting: str | None = None) -> None:
+        self.setting = setting
+        self.notices: list[str] = []
+
+    def execute(self, query: str) -> list[dict[str, Any]]:
+        return [{"device": self.setting}]
+
+    def notice(self, message: str) -> None:
+        self.notices.append(message)
+
+    def quote_literal(self, text: str) -> str:
+        return f"'{text}'"
+
+
+@pytest.fixture
+def histories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], History]]:
+    """Three batches of users, which a batch run reads."""
+    generator = np.random.default_rng(5)
+    batches = [([f"{b}-{u}" for u in range(20)], random_history(generator, 20, 6)) for b in range(3)]
+    monkeypatch.setattr(batch, "read_histories", lambda plpy, version, size: iter(batches))
+    monkeypatch.setattr(batch, "item_keys", lambda plpy, version: [f"item {i}" for i in range(ITEMS)])
+    return batches
+
+
+def parsed(rows: Any) -> list[tuple[str, list[str], list[float], bool, int]]:
+    return [
+        (user, items[2:-2].split('","'), [float(score) for score in scores[1:-1].split(",")], cold, number)
+        for user, items, scores, cold, number in rows
+    ]
+
+
+def test_a_batch_run_gives_each_user_the_list_of_a_single_call(histories: list[tuple[list[str], History]]) -> None:
+    weights = random_weights()
+    rows = parsed(batch.recommend_all(Plpy(), np, version(weights), 8))
+    expected = [user for keys, _ in histories for user in keys]
+    assert [row[0] for row in rows] == expected
+    numbers = iter(rows)
+    for keys, history in histories:
+        scores, cold = score_users(np, weights, history, max_history=7)
+        mask_seen(np, scores, history, (2,))
+        columns, values = forward.top_k(np, scores, 8)
+        for number in range(len(keys)):
+            _, items, row_scores, is_cold, model_version = next(numbers)
+            assert items == [f"item {i}" for i in columns[number]]
+            np.testing.assert_allclose(row_scores, values[number], rtol=1e-6)
+            assert (is_cold, model_version) == (cold[number], 3)
+
+
+def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = history_of([[(item, 2, 0.0) for item in range(ITEMS)], [(1, 2, 0.0)]])
+    monkeypatch.setattr(batch, "read_histories", lambda *_: iter([(["greedy", "modest"], everything)]))
+    monkeypatch.setattr(batch, "item_keys", lambda *_: [str(i) for i in range(ITEMS)])
+    greedy, modest = batch.recommend_all(Plpy(), np, version(random_weights()), ITEMS)
+    assert greedy[1:3] == ("{}", "{}")
+    assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1
+
+
+def test_a_batch_run_on_a_device_gives_the_rows_of_the_host(histories: list[tuple[list[str], History]]) -> None:
+    on_host = parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
+    before = fake_cupy.state.computations
+    on_device = parsed(batch.recommend_all(Plpy(), fake_cupy, version(random_weights()), 8))
+    assert fake_cupy.state.computations > before
+    assert [(row[0], row[1], row[3:]) for row in on_device] == [(row[0], row[1], row[3:]) for row in on_host]
+    for one, other in zip(on_device, on_host, strict=True):
+        np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
+
+
+def test_a_device_that_fails_midway_leaves_the_rest_to_the_host(histories: list[tuple[list[str], History]]) -> None:
+    on_host = parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
+    plpy = Plpy()
+    rows = batch.recommend_all(plpy, fake_cupy, version(random_weights()), 8)
+    first = [next(rows) for _ in range(20)]
+    fake_cupy.state.failure = RuntimeError("out of memory allocating 42 bytes")
+    assert [row[:2] for row in parsed(first + list(rows))] == [row[:2] for row in on_host]
+    assert plpy.notices == ["the GPU failed (out of memory allocating 42 bytes); the CPU scores"]
+
+
+def test_a_device_that_cannot_hold_the_weights_leaves_all_to_the_host(
+    histories: list[tuple[list[str], History]],
+) -> None:
+    plpy = Plpy()
+    fake_cupy.state.failure = RuntimeError("out of memory allocating 42 bytes")
+    rows = parsed(batch.recommend_all(plpy, fake_cupy, version(random_weights()), 8))
+    assert rows == parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
+    assert len(plpy.notices) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "flops", "expected"),
+    [
+        (None, 1e6, np),
+        ("", 1e6, np),
+        ("auto", 1e6, np),
+        ("auto", 1e13, fake_cupy),
+        ("cpu", 1e13, np),
+        ("cuda", 1e6, fake_cupy),
+    ],
+)
+def test_the_device_follows_the_setting_and_the_size_of_the_work(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, flops: float, expected: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
+    plpy = Plpy(setting)
+    assert device.choose(plpy, flops) is expected
+    assert plpy.notices == []
+
+
+@pytest.mark.parametrize("reason", ["not installed", "no device", "no driver"])
+def test_without_a_usable_gpu_the_host_computes(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def no_driver() -> int:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    count = no_driver if reason == "no driver" else lambda: 0
+    broken = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
+    monkeypatch.setitem(sys.modules, "cupy", None if reason == "not installed" else broken)
+    silent, told = Plpy("auto"), Plpy("cuda")
+    assert device.choose(silent, 1e13) is device.choose(told, 1e6) is np
+    assert silent.notices == []
+    assert len(told.notices) == 1
+    assert told.notices[0].startswith("vae.device is cuda, but no GPU is usable (")
+
+
+@pytest.mark.parametrize("setting", ["gpu", "CUDA", "cuda:1", "'"])
+def test_a_wrong_device_is_refused_by_name(setting: str) -> None:
+    with pytest.raises(ScoringError) as refused:
+        device.choose(Plpy(setting), 1.0)
+    assert repr(setting) in refused.value.message
+    assert refused.value.hint == "set it to one of auto, cpu, cuda"
+
+
+# Weights
+
+
+finite = {"<f4": {"allow_nan": False, "allow_infinity": False}, "<i4": None}
+small_arrays = st.sampled_from([*finite]).flatmap(
+    lambda dtype: hnp.arrays(
+        dtype, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=6), elements=finite[dtype]
+    )
+)
+
+
+def assemble(chunks: Any) -> Any:
+    chunks = list(chunks)
+    assembler = tensors.Assembler("t", chunks[0][1], chunks[0][2])
+    for number, _, _, sha256, data in chunks:
+        assembler.add(number, sha256, data)
+    return assembler.finish()
+
+
+@given(small_arrays, st.integers(1, 40))
+def test_a_tensor_survives_its_chunks_bit_for_bit(array: np.ndarray[Any, Any], chunk_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "CHUNK_BYTES", chunk_bytes)
+        chunks = list(tensors.to_chunks(array))
+    assert all(len(chunk[4]) <= chunk_bytes for chunk in chunks)
+    back = assemble(chunks)
+    assert back.shape == array.shape
+    assert back.tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
+    assert not back.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.object_, np.float16])
+def test_other_types_are_not_stored(dtype: type) -> None:
+    with pytest.raises(ValueError, match="tensors are stored as"):
+        list(tensors.to_chunks(np.zeros(3, dtype=dtype)))
+
+
+def damaged(how: str) -> list[tuple[int, str, list[int], bytes, bytes]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "CHUNK_BYTES", 16)
+        chunks = list(tensors.to_chunks(np.arange(10, dtype=np.float32)))
+    number, dtype, shape, sha256, data = chunks[1]
+    if how == "bit":
+        chunks[1] = (number, dtype, shape, sha256, bytes([data[0] ^ 1]) + data[1:])
+    elif how == "missing":
+        del chunks[1]
+    elif how == "last missing":
+        del chunks[2]
+    elif how == "order":
+        chunks[1], chunks[2] = chunks[2], chunks[1]
+    elif how == "longer":
+        chunks.append((3, dtype, shape, hashlib.sha256(b"1234").digest(), b"1234"))
+    elif how == "not a number":
+        chunks = list(tensors.to_chunks(np.array([1, np.nan], dtype=np.float32)))
+    elif how == "dtype":
+        chunks[0] = (0, "|O", shape, chunks[0][3], chunks[0][4])
+    elif how == "negative":
+        chunks[0] = (0, dtype, [-1], chunks[0][3], chunks[0][4])
+    elif how == "enormous":
+        chunks[0] = (0, dtype, [2**31 - 1] * 3, chunks[0][3], chunks[0][4])
+    return chunks
+
+
+@pytest.mark.parametrize(
+    "how", ["bit", "missing", "last missing", "order", "longer", "dtype", "negative", "enormous", "not a number"]
+)
+def test_damaged_weights_are_refused(how: str) -> None:
+    assert assemble(damaged("not")).tolist() == list(range(10))
+    with pytest.raises(ScoringError, match="tensor 't' is corrupt") as refused:
+        assemble(damaged(how))
+    assert refused.value.sqlstate == "VA004"
+    assert "vae.rollback" in refused.value.hint
+
+
+def test_weights_that_fit_together_are_taken() -> None:
+    _check_shapes(random_weights(), types=TYPES)
+
+
+@pytest.mark.parametrize("name", forward.SHAPES)
+@pytest.mark.parametrize("how", ["missing", "one more dimension", "wrong type", "one row more"])
+def test_weights_that_do_not_fit_together_are_refused(name: str, how: str) -> None:
+    weights = random_weights()
+    array = weights[name]
+    if how == "missing":
+        del weights[name]
+    elif how == "one more dimension":
+        weights[name] = array[None]
+    elif how == "wrong type":
+        weights[name] = array.astype("<i4")
+    else:
+        weights[name] = np.concatenate((array, array[:1]))
+    with pytest.raises(ScoringError, match="tensor ") as refused:
+        _check_shapes(weights, types=TYPES)
+    assert refused.value.sqlstate == "VA004"
