@@ -1,0 +1,270 @@
+"""`pgvae load`: files of all kinds into a real table, and what cannot be read kept with its reason."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+CSV = """\
+CustomerID,StockCode,InvoiceDate,Quantity,UnitPrice
+17850.0,85123A,2010-12-01 08:26:00,6,2.55
+17850.0,71053,2010-12-01 08:26:00,-1,3.39
+,00123,2010-12-01 08:28:00,2,
+"""
+
+
+def rows(dsn: str, query: str = "select * from public.events order by 2") -> list[tuple[object, ...]]:
+    with psycopg.connect(dsn) as connection:
+        return connection.execute(query).fetchall()
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path) -> str:
+    return write(tmp_path / "events.csv", CSV)
+
+
+def test_columns_are_known_by_their_usual_names_and_typed(empty_database: str, run_cli: RunCli, csv_file: str) -> None:
+    done = run_cli("load", "events", csv_file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "3 rows loaded into public.events" in done.stdout
+    with psycopg.connect(empty_database) as connection:
+        cursor = connection.execute(
+            "select user_id, item_id, occurred_at, quantity, price from events order by item_id"
+        )
+        types = [connection.adapters.types[column.type_code].name for column in cursor.description or ()]
+        assert types == ["int8", "text", "timestamptz", "int8", "numeric"]
+        found = [tuple(str(value) for value in row) for row in cursor.fetchall()]
+    assert found == [
+        ("None", "00123", "2010-12-01 08:28:00+00:00", "2", "None"),
+        ("17850", "71053", "2010-12-01 08:26:00+00:00", "-1", "3.39"),
+        ("17850", "85123A", "2010-12-01 08:26:00+00:00", "6", "2.55"),
+    ]
+    indexes = rows(empty_database, "select indexdef from pg_indexes where tablename = 'events'")
+    assert "(user_id, occurred_at)" in str(indexes[0][0])
+    comment = rows(empty_database, "select col_description('public.events'::regclass, 1)")
+    assert comment == [("Key of the user.",)]
+
+
+@pytest.mark.parametrize(
+    "compress", [gzip.compress, lzma.compress, lambda data: zstandard.ZstdCompressor().compress(data)]
+)
+def test_compressed_files_are_known_by_their_content(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    file = write(tmp_path / "no-telling-name", compress(CSV.encode()))
+    assert run_cli("load", "events", file, "--yes", dsn=empty_database).returncode == 0
+    assert len(rows(empty_database)) == 3
+
+
+def test_standard_input_is_loaded_and_never_waited_for(empty_database: str, run_cli: RunCli) -> None:
+    refused = run_cli("load", "events", "-", dsn=empty_database, input=CSV)
+    assert refused.returncode == 1
+    assert "--yes" in refused.stderr
+    assert run_cli("load", "events", "-", "--yes", dsn=empty_database, input=CSV).returncode == 0
+    assert len(rows(empty_database)) == 3
+
+
+def test_parquet_goes_the_same_way(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    table = pyarrow.table(
+        {
+            "user": pyarrow.array([1, None, 3], pyarrow.int64()),
+            "sku": ["a", "b\tc\\", "d\n'e"],
+            "ts": [datetime(2024, 1, day, 12, tzinfo=UTC) for day in (1, 2, 3)],
+            "event": ["view", "buy", None],
+        }
+    )
+    parquet.write_table(table, tmp_path / "events.parquet")
+    done = run_cli("load", "events", str(tmp_path / "events.parquet"), "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select user_id, item_id, event_type, occurred_at from events order by item_id") == [
+        (1, "a", "view", datetime(2024, 1, 1, 12, tzinfo=UTC)),
+        (None, "b\tc\\", "buy", datetime(2024, 1, 2, 12, tzinfo=UTC)),
+        (3, "d\n'e", None, datetime(2024, 1, 3, 12, tzinfo=UTC)),
+    ]
+
+
+def test_rejected_rows_are_kept_with_line_and_reason(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    good = "".join(f'{n},"two\nlines {n}",2024-01-01T00:00:00Z,1\n' for n in range(60_000))
+    bad = b"x1,a,2024-01-01,1\n5,b,2024-13-01,1\n6,c\n7,\xff\xfe,2024-01-01,1\n99999999999999999999,e,2024-01-01,1\n"
+    # The wrong rows stand beyond the sample, where nothing was known of them.
+    file = write(tmp_path / "events.csv", b"user_id,item_id,ts,n\n" + good.encode() + bad)
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "5 rejected" in done.stdout
+    first = 2 + 2 * 60_000
+    found = rows(empty_database, "select line_number, reason from events_rejects order by line_number")
+    assert [line for line, _ in found] == [first, first + 1, first + 2, first + 3, first + 4]
+    for reason, words in zip(
+        (str(reason) for _, reason in found),
+        ("user_id: 'x1'", "occurred_at: '2024-13-01'", "2 fields where the header has 4", "item_id", "range"),
+        strict=True,
+    ):
+        assert words in reason
+    assert rows(empty_database, "select count(*) from events") == [(60_000,)]
+
+
+def test_too_many_rejects_load_nothing(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    lines = "".join(f"{n},a,2024-01-01\n" for n in range(50_000)) + "".join(
+        f"z{n},a,2024-01-01\n" for n in range(20_000)
+    )
+    file = write(tmp_path / "events.csv", "user_id,item_id,ts\n" + lines)
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 1
+    assert "20000 of 70000 rows are rejected" in done.stderr
+    assert "--type" in done.stderr
+    assert rows(empty_database, "select to_regclass('public.events'), to_regclass('public.events_rejects')") == [
+        (None, None)
+    ]
+    allowed = run_cli("load", "events", file, "--yes", "--type", "user_id=text", dsn=empty_database)
+    assert allowed.returncode == 0, allowed.stderr
+    assert rows(empty_database, "select count(*) from events") == [(70_000,)]
+
+
+def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    ids = ["O'Neil", 'say "hi"', "back\\slash", "\\N", "NULL", "{a,b}", "tab\there", "x" * 10_000]
+    ids += [chr(0x10000 * plane + 0x61) for plane in range(17)]
+    lines = "".join('1,"' + key.replace('"', '""') + '",2024-01-01T00:00:00Z\n' for key in ids)
+    file = write(tmp_path / "events.csv", "user_id,item_id,ts\n" + lines)
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert {row[0] for row in rows(empty_database, "select item_id from events")} == set(ids)
+
+
+@pytest.mark.parametrize(
+    ("dates", "options", "expected"),
+    [
+        (["25/12/2010 08:26", "01/02/2011 09:00"], (), "2011-02-01 09:00:00+00"),
+        (["12/25/2010 8:26", "01/02/2011 9:00"], (), "2011-01-02 09:00:00+00"),
+        (["03/04/2010 8:26", "01/02/2011 9:00"], ("--date-order", "mdy"), "2011-01-02 09:00:00+00"),
+        (["2010-01-01 00:00", "2011-01-02 09:00"], ("--timezone", "Europe/Berlin"), "2011-01-02 08:00:00+00"),
+        (["1262304000", "1293958800"], ("--type", "occurred_at=timestamptz"), "2011-01-02 09:00:00+00"),
+    ],
+)
+def test_times_are_read_in_the_order_that_they_tell(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, dates: list[str], options: tuple[str, ...], expected: str
+) -> None:
+    file = write(tmp_path / "events.csv", "user,item,time\n" + "".join(f"1,a,{date}\n" for date in dates))
+    done = run_cli("load", "events", file, "--yes", *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    query = "select (max(occurred_at) at time zone 'UTC')::text || '+00' from events"
+    assert rows(empty_database, query) == [(expected,)]
+
+
+def test_a_table_in_the_way_is_added_to_or_exchanged_only_on_demand(
+    empty_database: str, run_cli: RunCli, csv_file: str
+) -> None:
+    assert run_cli("load", "events", csv_file, "--yes", dsn=empty_database).returncode == 0
+    again = run_cli("load", "events", csv_file, "--yes", dsn=empty_database)
+    assert again.returncode == 1
+    assert "--append" in again.stderr
+    assert "--replace" in again.stderr
+    assert run_cli("load", "events", csv_file, "--yes", "--append", dsn=empty_database).returncode == 0
+    assert len(rows(empty_database)) == 6
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("create view in_use as select * from events")
+    assert run_cli("load", "events", csv_file, "--yes", "--replace", dsn=empty_database).returncode == 0
+    assert len(rows(empty_database, "select * from in_use")) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message", "remedy"),
+    [
+        ("", (), "is empty", "first line"),
+        ("user_id,item_id,ts\n", (), "no rows", "right file"),
+        ("a,b,c\n1,2,3\n", (), "known to be user_id", "--map user_id="),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--map", "user_id=nope"), "'nope'", "user_id, item_id, ts"),
+        ("user_id,item_id,ts,ts\n1,a,b,c\n", (), "'ts' is there twice", "rename"),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--type", "item_id=money"), "type money", "bigint"),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--type", "nope=text"), "'nope'", "item_id"),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--table", "a.b.c"), "'a.b.c'", "public.events"),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--table", "pg_catalog.pg_class"), "exists already", "--append"),
+        ("user_id,item_id,ts\n1,a,2024-01-01\n", ("--timezone", "Mars/Base"), "'Mars/Base'", "Europe/Berlin"),
+        (gzip.compress(CSV.encode() + os.urandom(100_000))[:-50_000], (), "damaged", "fetch it again"),
+        (b"PAR1 no parquet at all PAR1", (), "damaged", "fetch it again"),
+        ('user_id,item_id,ts\n1,"a,2024-01-01\n' + "x" * 5_000_000, (), "line 2", "quote"),
+    ],
+)
+def test_what_cannot_be_loaded_gets_a_message_and_a_remedy(
+    empty_database: str,
+    run_cli: RunCli,
+    tmp_path: Path,
+    content: str | bytes,
+    options: tuple[str, ...],
+    message: str,
+    remedy: str,
+) -> None:
+    done = run_cli("load", "events", write(tmp_path / "file", content), "--yes", *options, dsn=empty_database)
+    assert done.returncode == 1
+    error, _, hint = done.stderr.partition("hint:")
+    assert message in error
+    assert remedy in hint
+    assert "Traceback" not in done.stderr
+    assert rows(empty_database, "select to_regclass('public.events')") == [(None,)]
+
+
+def test_a_missing_file_is_named(empty_database: str, run_cli: RunCli) -> None:
+    done = run_cli("load", "events", "nowhere.csv", "--yes", dsn=empty_database)
+    assert done.returncode == 1
+    assert "nowhere.csv does not exist" in done.stderr
+
+
+def test_a_dry_run_changes_nothing(empty_database: str, run_cli: RunCli, csv_file: str) -> None:
+    done = run_cli("load", "events", csv_file, "--dry-run", dsn=empty_database)
+    assert done.returncode == 0
+    assert "occurred_at" in done.stdout
+    assert rows(empty_database, "select to_regclass('public.events')") == [(None,)]
+
+
+def test_a_killed_load_leaves_the_old_table(empty_database: str, run_cli: RunCli, csv_file: str) -> None:
+    assert run_cli("load", "events", csv_file, "--yes", dsn=empty_database).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgvae.cli", "load", "events", "-", "--yes", "--replace", "--dsn", empty_database],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    process.stdin.write(CSV.encode() + b"1,a,2024-01-01 00:00:00,1,1\n" * 200_000)
+    process.stdin.flush()
+    deadline = time.monotonic() + 30
+    copying = "select 1 from pg_stat_activity where query like 'copy%' and datname = current_database()"
+    while not rows(empty_database, copying) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert rows(empty_database, copying), "the load never came to its COPY"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    assert len(rows(empty_database)) == 3
+
+
+def test_users_and_items_have_their_own_standard_columns(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    items = write(tmp_path / "items.csv", "SKU;Name;Category;UnitPrice\nA1;Teapot;Kitchen;9.95\n")
+    users = write(tmp_path / "users.csv", "id,SignupDate,Country\n7,2024-02-03,France\n")
+    assert run_cli("load", "items", items, "--yes", dsn=empty_database).returncode == 0
+    assert run_cli("load", "users", users, "--yes", dsn=empty_database).returncode == 0
+    assert [str(v) for v in rows(empty_database, "select item_id, title, category, price from items")[0]] == [
+        *("A1", "Teapot", "Kitchen", "9.95")
+    ]
+    assert rows(empty_database, "select user_id, registered_at::text, country from users") == [
+        (7, "2024-02-03", "France")
+    ]

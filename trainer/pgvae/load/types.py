@@ -1,0 +1,199 @@
+"""SQL types: which one a column's texts have, and each text as COPY takes it."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, tzinfo
+from typing import Literal
+
+from pgvae.errors import PgvaeError
+
+DateOrder = Literal["dmy", "mdy"]
+
+_INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
+_LEADING_ZERO = re.compile(r"[+-]?0\d")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_SLASHED = re.compile(r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?)?")
+_BOOLEANS = {"true": "t", "false": "f", "t": "t", "f": "f", "yes": "t", "no": "f", "1": "t", "0": "f"}
+_BOOLEAN_WORDS = {"true", "false", "t", "f", "yes", "no"}
+_RANGES = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+NULL = "\\N"
+
+
+class Bad(str):
+    """Why a text is no value of its type."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How texts are read: which mean null, which order short dates have, which zone a time without one is in."""
+
+    nulls: frozenset[str] = frozenset({""})
+    date_order: DateOrder | None = None
+    timezone: tzinfo = UTC
+
+
+def infer(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
+    """Gives the narrowest type that all values have, and a remark where a choice was made."""
+    filled = [value.strip() for value in values if value not in dialect.nulls and value.strip()]
+    if not filled:
+        return "text", "no values in the sample"
+    if all(_INTEGER.fullmatch(value) and not _LEADING_ZERO.match(value) for value in filled):
+        if all(-(2**63) <= int(value.split(".")[0]) < 2**63 for value in filled):
+            return "bigint", "whole numbers written with a point" if any("." in value for value in filled) else None
+        return "text", None
+    if all(value.lower() in _BOOLEAN_WORDS for value in filled):
+        return "boolean", None
+    if all(_NUMBER.fullmatch(value) and not _LEADING_ZERO.match(value) for value in filled):
+        return "numeric", None
+    if all(_is_uuid(value) for value in filled):
+        return "uuid", None
+    if all(_SLASHED.fullmatch(value) for value in filled):
+        order, remark = date_order_of(filled, dialect)
+        name = "timestamptz" if any(":" in value for value in filled) else "date"
+        if all(_slashed(value, order) for value in filled):
+            return name, remark
+    if all(len(value) <= 10 and _is_date(value) for value in filled):
+        return "date", None
+    if all(len(value) >= 8 and _is_timestamp(value) for value in filled):
+        return "timestamptz", "times without a zone are read as UTC" if dialect.timezone is UTC else None
+    return "text", None
+
+
+def date_order_of(values: Sequence[str], dialect: Dialect) -> tuple[DateOrder, str | None]:
+    """Gives the order of day and month in dates such as 01/12/2010: the caller's, or what the values tell."""
+    if dialect.date_order:
+        return dialect.date_order, None
+    matches = [match for value in values if (match := _SLASHED.fullmatch(value.strip()))]
+    if any(int(match[1]) > 12 for match in matches):
+        return "dmy", "day before month"
+    if any(int(match[2]) > 12 for match in matches):
+        return "mdy", "month before day"
+    return "dmy", "day before month is a guess: --date-order mdy for the other"
+
+
+def converter(sql_type: str, dialect: Dialect) -> Callable[[str], str]:
+    """Gives the function that turns a text into COPY's text format, or into Bad; PgvaeError for an unknown type."""
+    base = {"timestamp": "timestamptz", "double precision": "numeric", "real": "numeric", "varchar": "text"}
+    convert = {
+        "smallint": lambda text: _integer(text, "smallint"),
+        "integer": lambda text: _integer(text, "integer"),
+        "bigint": lambda text: _integer(text, "bigint"),
+        "numeric": _number,
+        "boolean": _boolean,
+        "uuid": _uuid,
+        "date": lambda text: _date(text, dialect),
+        "timestamptz": lambda text: _timestamp(text, dialect),
+        "text": None,
+    }
+    name = base.get(sql_type, sql_type)
+    if name not in convert:
+        raise PgvaeError(f"type {sql_type} cannot be loaded", hint=f"use one of {', '.join(convert)}")
+    chosen = convert[name]
+    nulls = dialect.nulls
+
+    def convert_text(text: str) -> str:
+        return NULL if text in nulls else _text(text)
+
+    def convert_value(text: str) -> str:
+        stripped = text.strip()
+        return NULL if text in nulls or not stripped else chosen(stripped)  # type: ignore[misc]
+
+    return convert_text if chosen is None else convert_value
+
+
+def _text(text: str) -> str:
+    if "\0" in text:
+        return Bad("it holds a NUL character, which PostgreSQL cannot store")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Bad("its bytes are not of the file's encoding")
+    return text.translate(_ESCAPES)
+
+
+def _shown(text: str) -> str:
+    cleaned = text.encode("utf-8", "replace").decode().replace("\0", "�")
+    return repr(cleaned if len(cleaned) <= 60 else cleaned[:57] + "…")
+
+
+def _integer(text: str, name: str) -> str:
+    if not _INTEGER.fullmatch(text):
+        return Bad(f"{_shown(text)} is no {name}")
+    number = int(text.split(".")[0])
+    if not -_RANGES[name] <= number < _RANGES[name]:
+        return Bad(f"{_shown(text)} is out of the range of {name}")
+    return str(number)
+
+
+def _number(text: str) -> str:
+    return text if _NUMBER.fullmatch(text) else Bad(f"{_shown(text)} is no number")
+
+
+def _boolean(text: str) -> str:
+    return _BOOLEANS.get(text.lower()) or Bad(f"{_shown(text)} is no boolean")
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _uuid(text: str) -> str:
+    return str(uuid.UUID(text)) if _is_uuid(text) else Bad(f"{_shown(text)} is no uuid")
+
+
+def _slashed(text: str, order: DateOrder) -> datetime | None:
+    match = _SLASHED.fullmatch(text)
+    if not match:
+        return None
+    first, second, year = int(match[1]), int(match[2]), int(match[3])
+    day, month = (first, second) if order == "dmy" else (second, first)
+    try:
+        return datetime(year, month, day, int(match[4] or 0), int(match[5] or 0), int(match[6] or 0))
+    except ValueError:
+        return None
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return len(text) == 10
+
+
+def _is_timestamp(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return "-" in text
+
+
+def _date(text: str, dialect: Dialect) -> str:
+    if _is_date(text):
+        return text
+    if found := _slashed(text, dialect.date_order or "dmy"):
+        return found.date().isoformat()
+    return Bad(f"{_shown(text)} is no date")
+
+
+def _timestamp(text: str, dialect: Dialect) -> str:
+    try:
+        if text.isdigit() and len(text) >= 9:
+            # Whole seconds since 1970, or milliseconds: those of 1973 and later have 12 digits or more.
+            return datetime.fromtimestamp(int(text) / (1000 if len(text) >= 12 else 1), UTC).isoformat()
+        found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=dialect.timezone)).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return Bad(f"{_shown(text)} is no time")
