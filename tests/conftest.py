@@ -169,7 +169,7 @@ def shared_data() -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `pgvae ARGS…` in a process of its own: run_cli('status', dsn=database)."""
 
