@@ -61,7 +61,7 @@ begin
             return null;
         end if;
     end if;
-    raise exception '% of a published version cannot be changed', tg_table_name
+    raise exception '% of a published version cannot be changed', case tg_table_name when 'versions' then 'state' else tg_table_name end
         using errcode = 'VA006', hint = 'versions are immutable: publish a new one with pgvae train';
 end;
 $$;
@@ -84,3 +84,11 @@ begin
     end loop;
 end;
 $$;
+
+-- A version that loads again could be written again.
+drop trigger if exists immutable_update on vae.versions;
+create trigger immutable_update
+before update of state on vae.versions
+for each row
+when (old.state <> 'loading' and new.state = 'loading')
+execute function vae_private.refuse_change();

@@ -213,7 +213,7 @@ begin
             '\nselect r.user_key::%s as user_id, r.item_keys::%s[] as item_ids, r.scores::real[] as scores,'
             '\n    r.is_cold_start, r.model_version, now() as scored_at'
             '\nfrom vae_private.recommend_all(%s, %s) r\nwith no data',
-            m.name, u, i, m.model_id, m.options -> 'recommendations');
+            m.name, u, i, m.model_id, (m.options ->> 'recommendations')::integer);
         execute format('create unique index recommendations_user_id on %I.recommendations_materialized (user_id)', m.name);
     end if;
     execute format(

@@ -111,18 +111,37 @@ begin
         raise exception 'model % has no prediction view %', id, view_name
             using errcode = 'undefined_table', hint = 'see: select * from vae.models';
     end if;
+    -- Within SECURITY DEFINER nobody can tell who called. But only who may use the model can have logged the start.
+    if not exists (
+        select from vae.refreshes r
+        where r.model_id = id and r.view = view_name and r.state = 'running' and r.backend_pid = pg_backend_pid()
+    ) then
+        raise exception 'no refresh of %.% was started in this session', model_name, view_name
+            using errcode = 'insufficient_privilege', hint = format('refresh with: call vae.refresh(%L)', model_name);
+    end if;
     select c.relispopulated into populated
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     where n.nspname = model_name and c.relname = source;
     -- A view that holds something is refreshed concurrently: its readers go on reading.
     execute format('refresh materialized view %s %I.%I', case when populated then 'concurrently' else '' end, model_name, source);
+    -- The view is its owner's, who could have given the column a type whose casts run code, here as a superuser.
+    if not exists (
+        select from pg_attribute a
+        where a.attrelid = format('%I.%I', model_name, source)::regclass
+            and a.attname = 'model_version' and a.atttypid = 'integer'::regtype
+    ) then
+        raise exception '%.% has no integer column model_version', model_name, source
+            using errcode = 'wrong_object_type',
+                hint = format('somebody changed it: drop it, then: select vae.rebuild_model(%L)', model_name);
+    end if;
     return query execute format('select count(*), max(model_version) from %I.%I', model_name, source);
 end;
 $$;
 
 comment on function vae_private.refresh_view(integer, text) is
-    'Refreshes one prediction view. SECURITY DEFINER, since only its owner may; the scoring itself runs with the rights of the model''s owner.';
+    'Refreshes one prediction view, for a refresh that was logged in this session. SECURITY DEFINER, since only its owner '
+    'may; the scoring itself runs with the rights of the model''s owner.';
 
 
 create or replace function vae_private.finish_refresh(run bigint, users_scored bigint, version_scored integer, failure text)

@@ -66,11 +66,14 @@ grant execute on function
     vae_private.grant_model(vae.models)
 to vae_trainer;
 
--- Row security: everybody may read the catalogue, only who may use a model's schema may write about it.
+-- Row security: everybody may read the catalogue, only who may use a model's schema may write about it, and only who
+-- owns that schema may define or drop the model: an upgrade remakes models as the owner of their schema.
 do $$
 declare
     name text;
     command text;
+    owned constant text := 'exists (select from pg_catalog.pg_namespace n'
+        ' where n.nspname = models.name and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
     foreach name in array array['models', 'event_types', 'versions', 'metrics', 'epochs', 'activations', 'refreshes'] loop
         execute format('alter table vae.%I enable row level security', name);
@@ -79,13 +82,18 @@ begin
         end loop;
         execute format('create policy select_policy on vae.%I for select to vae_reader using (true)', name);
         execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
-            case when name in ('metrics', 'epochs')
+            case
+                when name = 'models' then owned
+                when name in ('metrics', 'epochs')
                 then 'exists (select from vae.versions v where v.version_id = ' || quote_ident(name) || '.version_id and vae_private.may_use(v.model_id))'
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
-            case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
+            case
+                when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
+                when name in ('metrics', 'epochs') then 'false'
+                else 'vae_private.may_use(model_id)' end);
     end loop;
 end;
 $$;

@@ -10,7 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import sql
+from psycopg.errors import Diagnostic
 from psycopg.types.json import Jsonb
 
 from pgvae.config import TrainingConfig
@@ -144,3 +146,10 @@ def train_and_activate(dsn: str, model: str = "shop") -> int:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("select * from vae.activate(%s, %s, force => true)", [model, version])
     return version
+
+
+def refusal(connection: psycopg.Connection, query: str, parameters: Sequence[Any] | None = None) -> Diagnostic:
+    """Runs a query that must fail, and gives what the server said: sqlstate, message_primary, message_hint."""
+    with pytest.raises(psycopg.Error) as caught:
+        connection.execute(query, parameters)
+    return caught.value.diag

@@ -99,6 +99,15 @@ def upgrade() -> None:
             nullable=False,
             comment="Role that created the model.",
         ),
+        sa.CheckConstraint(
+            "user_id_type in ('bigint', 'integer', 'uuid', 'text')", name=op.f("ck_models_user_id_type")
+        ),
+        sa.CheckConstraint(
+            "item_id_type in ('bigint', 'integer', 'uuid', 'text')", name=op.f("ck_models_item_id_type")
+        ),
+        sa.CheckConstraint(
+            "occurred_at_type in ('timestamptz', 'timestamp', 'date')", name=op.f("ck_models_occurred_at_type")
+        ),
         sa.PrimaryKeyConstraint("model_id", name=op.f("pk_models")),
         sa.UniqueConstraint("name", name=op.f("uq_models_name")),
         schema="vae",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -19,19 +20,31 @@ MAX_K = 10_000
 _OPTIONS: Mapping[str, type] = {"exclude_seen": bool}
 
 
-def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns a ScoringError into a PostgreSQL error with its SQLSTATE and hint."""
+@contextmanager
+def _translation(plpy: Any) -> Iterator[None]:
+    """Turns a ScoringError, or an error of a query, into a PostgreSQL error with its SQLSTATE and hint."""
+    try:
+        yield
+    except ScoringError as error:
+        raise _postgres_error(plpy, error.message, error.sqlstate, None, error.hint) from None
+    except plpy.SPIError as error:
+        detail, hint = (error.spidata or (None, None, None))[1:3]
+        raise _postgres_error(plpy, str(error), error.sqlstate, detail, hint) from None
 
+
+def _postgres_error(plpy: Any, message: str, sqlstate: str, detail: str | None, hint: str | None) -> Exception:
+    # PL/Python puts the exception's class before the message, so the class has a name that people know.
+    kind = type("pgvae", (plpy.Error,), {"__module__": "__main__"})
+    raised: Exception = kind(message)
+    vars(raised).update(sqlstate=sqlstate, detail=detail, hint=hint)
+    return raised
+
+
+def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(plpy: Any, *args: Any) -> Any:
-        try:
+        with _translation(plpy):
             return function(plpy, *args)
-        except ScoringError as error:
-            # PL/Python puts the exception's class before the message, so the class has a name that people know.
-            kind = type("pgvae", (plpy.Error,), {"__module__": "__main__"})
-            raised = kind(error.message)
-            raised.sqlstate, raised.hint = error.sqlstate, error.hint
-            raise raised from None
 
     return call
 
@@ -85,13 +98,13 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
     return mean
 
 
-@_translated
 def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives a row per user for a materialized view, see batch.recommend_all."""
-    k = checked_k(k)
-    version = active_version(plpy, model_id)
-    xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
-    return batch.recommend_all(plpy, xp, version, k)
+    with _translation(plpy):
+        k = checked_k(k)
+        version = active_version(plpy, model_id)
+        xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
+        yield from batch.recommend_all(plpy, xp, version, k)
 
 
 def checked_k(k: int | None) -> int:

@@ -92,6 +92,10 @@ models = Table(
     ),
     _timestamp("created_at", "When the model was created.", default_now=True),
     Column("created_by", Text, nullable=False, server_default=_user, comment="Role that created the model."),
+    # Types become part of the statements that make a model's schema.
+    CheckConstraint("user_id_type in ('bigint', 'integer', 'uuid', 'text')", name="user_id_type"),
+    CheckConstraint("item_id_type in ('bigint', 'integer', 'uuid', 'text')", name="item_id_type"),
+    CheckConstraint("occurred_at_type in ('timestamptz', 'timestamp', 'date')", name="occurred_at_type"),
     schema=PUBLIC,
     comment="Models: which shop tables each one reads. One row per call of vae.create_model.",
 )

@@ -1,0 +1,471 @@
+"""Who may do what: the rights of each role on each object, and what real logins can and cannot do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from conftest import as_role
+from pgvae.server import Server
+from shop import Shop, refusal, train, train_and_activate
+
+GOLDEN = Path(__file__).parent / "golden" / "privileges.txt"
+USER, OTHER = Shop().users[:2]
+
+Login = Callable[[str], psycopg.Connection]
+
+
+@pytest.fixture(scope="session")
+def people(server: Server, template: str) -> dict[str, str]:
+    """Login roles, one a role of pgvae; their rights on objects go with each test's database."""
+    names = {kind: f"the_{kind}" for kind in ("reader", "scorer", "operator", "trainer")}
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        for kind, name in names.items():
+            admin.execute(
+                sql.SQL("create role {} login in role {}").format(*map(sql.Identifier, (name, f"vae_{kind}")))
+            )
+    return names
+
+
+@pytest.fixture
+def login(people: dict[str, str], trained_database: str) -> Iterator[Login]:
+    """Opens connections to `trained_database` as one of the people: login('scorer')."""
+    opened = []
+
+    def connect(kind: str) -> psycopg.Connection:
+        opened.append(psycopg.connect(as_role(trained_database, people[kind]), autocommit=True))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
+
+
+def state(connection: psycopg.Connection) -> list[Any]:
+    """What a refused act must leave as it was: the catalogue's rows, weights, functions and views."""
+    tables = ("vae.models", "vae.versions", "vae.metrics", "vae.activations", "vae.event_types", "vae_private.tensors")
+    counts = " union all ".join(
+        f"select md5(string_agg(t::text, '|' order by t::text)) from {name} t" for name in tables
+    )
+    definitions = (
+        " union all select md5(string_agg(pg_get_functiondef(p.oid), '|' order by p.oid)) from pg_proc p"
+        " where p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
+        " union all select md5(string_agg(pg_get_viewdef(c.oid), '|' order by c.oid)) from pg_class c"
+        " where c.relkind in ('v', 'm') and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
+    )
+    return connection.execute(counts + definitions).fetchall()
+
+
+# The golden file
+
+_RIGHTS = """
+with schemas as (
+    select oid, nspname from pg_namespace where nspname in ('vae', 'vae_private', 'shop')
+), rights (kind, object, acl) as (
+    select 'schema', s.nspname::text, coalesce(n.nspacl, acldefault('n', n.nspowner))
+    from schemas s join pg_namespace n on n.oid = s.oid
+    union all
+    select case c.relkind when 'r' then 'table' when 'v' then 'view' when 'm' then 'materialized view' end,
+        format('%I.%I', s.nspname, c.relname), coalesce(c.relacl, acldefault('r', c.relowner))
+    from schemas s join pg_class c on c.relnamespace = s.oid where c.relkind in ('r', 'v', 'm')
+    union all
+    select 'column', format('%I.%I.%I', s.nspname, c.relname, a.attname), a.attacl
+    from schemas s join pg_class c on c.relnamespace = s.oid join pg_attribute a on a.attrelid = c.oid
+    where a.attacl is not null
+    union all
+    select case p.prokind when 'p' then 'procedure' else 'function' end,
+        p.oid::regprocedure::text || case when p.prosecdef then ' (security definer)' else '' end,
+        coalesce(p.proacl, acldefault('f', p.proowner))
+    from schemas s join pg_proc p on p.pronamespace = s.oid
+    union all
+    select 'policy', format('%I.%I %s', s.nspname, c.relname, p.polname),
+        array(select makeaclitem(r, 0, 'USAGE', false) from unnest(p.polroles) r)
+    from schemas s join pg_class c on c.relnamespace = s.oid join pg_policy p on p.polrelid = c.oid
+)
+select r.kind, r.object, coalesce(g.name, 'public'), string_agg(lower(a.privilege_type), ', ' order by a.privilege_type)
+from rights r
+left join aclexplode(r.acl) a on a.grantee <> (select relowner from pg_class where oid = 'vae.models'::regclass)
+left join pg_roles g2 on g2.oid = a.grantee
+cross join lateral (select case when a.grantee is null then '-' else g2.rolname::text end) as g (name)
+group by r.kind, r.object, g.name
+order by array_position(array['schema', 'table', 'column', 'policy', 'view', 'materialized view', 'function'], r.kind),
+    r.object, 3
+"""
+
+
+def rights(connection: psycopg.Connection) -> str:
+    """Gives every right of the roles of pgvae and of everybody, a line an object; owners may do all."""
+    lines = ["# Rights on each object; '-' is nobody but the owner. Each role has the rights of the one before it:"]
+    lines.append(
+        "# vae_reader, vae_scorer, vae_operator, vae_trainer. A policy's roles are those whom it lets through."
+    )
+    lines.append("# Rewrite with: pytest tests/test_privileges.py --update-golden")
+    granted: dict[str, list[str]] = {}
+    for kind, name, role, privileges in connection.execute(_RIGHTS).fetchall():
+        right = "applies" if kind == "policy" else privileges
+        granted.setdefault(f"{kind} {name}", []).append("-" if role == "-" else f"{role} {right}")
+    lines += [f"{name}: {'; '.join(roles)}" for name, roles in granted.items()]
+    return "\n".join(lines) + "\n"
+
+
+def test_rights_are_those_of_the_golden_file(connection: psycopg.Connection, request: pytest.FixtureRequest) -> None:
+    Shop().make(connection)
+    connection.execute("create table users (user_id bigint)")
+    Shop().create_model(connection, users="users")
+    found = rights(connection)
+    if request.config.getoption("--update-golden"):
+        GOLDEN.write_text(found)
+    assert found == GOLDEN.read_text()
+
+
+def test_each_role_has_the_rights_of_the_one_before(connection: psycopg.Connection) -> None:
+    members = connection.execute(
+        "select m.member::regrole::text, m.roleid::regrole::text from pg_auth_members m"
+        " where m.member::regrole::text like 'vae%' order by 1"
+    ).fetchall()
+    assert members == [("vae_operator", "vae_scorer"), ("vae_scorer", "vae_reader"), ("vae_trainer", "vae_operator")]
+    assert connection.execute(
+        "select bool_or(rolcanlogin or rolsuper or rolcreaterole or rolcreatedb or rolbypassrls)"
+        " from pg_roles where rolname like 'vae%'"
+    ).fetchone() == (False,)
+
+
+# Readers
+
+
+def test_a_reader_reads_predictions_only_with_usage_of_the_models_schema(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    reader = login("reader")
+    assert reader.execute("select name from vae.models").fetchall() == [("shop",)]
+    refused = refusal(reader, "select * from shop.recommendations")
+    assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for schema shop")
+    trained.execute("grant usage on schema shop to the_reader")
+    assert reader.execute("select count(*) from shop.recommendations").fetchone() != (0,)
+    for query in (
+        "select * from shop.recommend(1)",
+        "select shop.score(1, 2)",
+        "select shop.embedding(1)",
+        "select * from shop.history(1)",
+        "select * from shop.clean_events",
+        "select * from vae_private.scoring_tensors",
+        "call vae.refresh('shop')",
+        "select * from vae.activate('shop', 1)",
+    ):
+        assert refusal(reader, query).sqlstate == "42501", query
+
+
+# Scorers
+
+
+def test_a_scorer_reads_the_shops_events_with_rights_of_its_own(trained: psycopg.Connection, login: Login) -> None:
+    scorer = login("scorer")
+    trained.execute("grant usage on schema shop to the_scorer")
+    for query in ("select * from shop.recommend(%s)", "select * from shop.history(%s)", "select shop.embedding(%s)"):
+        refused = refusal(scorer, query, [USER])
+        assert refused.sqlstate == "42501"
+        assert str(refused.message_primary).removeprefix("pgvae: ") == "permission denied for table events", query
+    trained.execute("grant select on events to the_scorer")
+    mine = scorer.execute("select * from shop.recommend(%s)", [USER]).fetchall()
+    assert mine == trained.execute("select * from shop.recommend(%s)", [USER]).fetchall()
+    assert len(mine) > 3
+
+
+def test_row_security_of_the_events_decides_what_is_scored(trained: psycopg.Connection, login: Login) -> None:
+    scorer = login("scorer")
+    trained.execute("grant usage on schema shop to the_scorer")
+    trained.execute("grant select on events to the_scorer")
+    trained.execute("alter table events enable row level security")
+    trained.execute(f"create policy own on events to the_scorer using (user_id = {USER})")
+
+    def first(connection: psycopg.Connection, user: int) -> Any:
+        return connection.execute("select * from shop.recommend(%s, k => 1)", [user]).fetchall()
+
+    assert scorer.execute("select count(*) from shop.history(%s)", [USER]).fetchone() != (0,)
+    assert scorer.execute("select count(*) from shop.history(%s)", [OTHER]).fetchone() == (0,)
+    assert first(scorer, USER) == first(trained, USER)
+    (hidden,), (seen,) = first(scorer, OTHER), first(trained, OTHER)
+    assert (hidden[3], seen[3]) == (True, False), "without events a user is a cold start"
+    assert scorer.execute("select shop.embedding(%s)", [OTHER]).fetchone() == (None,)
+
+
+def test_a_scorer_without_usage_is_refused_though_the_session_holds_the_weights(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    live = "select * from vae_private.recommend((select model_id from vae.models), %s, 5, null)"
+    trained.execute("grant select on events to the_scorer")
+    trained.execute("grant usage on schema shop to the_scorer")
+    scorer = login("scorer")
+    assert len(scorer.execute(live, [str(USER)]).fetchall()) == 5
+    trained.execute("revoke usage on schema shop from the_scorer")
+    # The role's own session, a superuser's session that became the role, and a definer's function around it.
+    trained.execute(live, [str(USER)])
+    trained.execute("set role the_scorer")
+    for connection in (scorer, trained):
+        refused = refusal(connection, live, [str(USER)])
+        assert refused.sqlstate == "42501"
+        assert refused.message_primary == "pgvae: permission denied for model shop"
+        assert refused.message_hint == "its owner can allow it: grant usage on schema shop to the_scorer"
+        assert refusal(connection, "select * from shop.recommend(%s)", [USER]).sqlstate == "42501"
+        assert connection.execute("select count(*) from vae_private.scoring_tensors").fetchone() == (0,)
+        assert connection.execute("select count(*) from vae_private.scoring_items").fetchone() == (0,)
+    trained.execute("reset role")
+    assert len(trained.execute(live, [str(USER)]).fetchall()) == 5
+
+
+def test_a_scorer_changes_neither_code_nor_weights_nor_views(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant usage on schema shop to the_scorer")
+    trained.execute("grant select on events to the_scorer")
+    before = state(trained)
+    scorer = login("scorer")
+    for query in (
+        "select * from vae_private.tensors",
+        "select * from vae_private.items",
+        "select * from vae_private.installation",
+        "update vae_private.tensors set data = ''",
+        "delete from vae_private.tensors",
+        "truncate vae_private.tensors",
+        "insert into vae_private.items values (1, 99, 'x')",
+        "update vae_private.scoring_tensors set data = ''",
+        "update vae.versions set state = 'retired'",
+        "delete from vae.models",
+        "insert into vae.metrics values (1, 'pgvae', 'temporal', 'ndcg', 20, 1, 1, 1, 1)",
+        "create or replace function vae_private.load_runtime(wanted text) returns void language sql as 'select'",
+        "create function vae_private.mine() returns void language sql as 'select'",
+        "create function vae_private.mine() returns void language plpython3u as 'pass'",
+        "alter function vae_private.load_runtime(text) owner to the_scorer",
+        "drop function vae_private.recommend(integer, text, integer, jsonb)",
+        "create or replace view shop.recommendations as select 1",
+        "create or replace function shop.score(user_id bigint, item_id bigint) returns real language sql as 'select 1'",
+        "create table shop.mine ()",
+        "drop view shop.recommendations",
+        "refresh materialized view shop.recommendations_materialized",
+        "select * from shop.clean_events",
+        "select * from vae_private.refresh_view(1, 'recommendations')",
+        "call vae.refresh('shop')",
+        "select * from vae.activate('shop', 1, true)",
+        "select * from vae.rollback('shop')",
+        "select * from vae.check_events('shop')",
+        "select vae.drop_model('shop')",
+        "select vae_private.build_model(1)",
+    ):
+        assert refusal(scorer, query).sqlstate == "42501", query
+    assert state(trained) == before
+
+
+# Operators
+
+
+def test_an_operator_refreshes_activates_and_rolls_back_but_does_not_train(
+    trained: psycopg.Connection, login: Login, trained_database: str
+) -> None:
+    assert train(trained_database) == 2
+    trained.execute("grant usage on schema shop to the_operator")
+    trained.execute("grant select on events to the_operator")
+    operator = login("operator")
+    assert len(operator.execute("select * from vae.check_events('shop')").fetchall()) > 10
+    assert operator.execute("select * from vae.activate('shop', 2, force => true)").fetchall() == [(2, 1)]
+    operator.execute("call vae.refresh('shop')")
+    assert operator.execute("select distinct model_version from shop.recommendations").fetchall() == [(2,)]
+    assert operator.execute("select * from vae.rollback('shop', reason => 'a drill')").fetchall() == [(1, 2)]
+    last = operator.execute(
+        "select action, activated_by, reason from vae.activations order by activation_id desc limit 1"
+    )
+    assert last.fetchall() == [("rollback", "the_operator", "a drill")]
+    before = state(trained)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        train(operator.info.dsn)
+    for query in (
+        "select vae.drop_model('shop')",
+        "select * from vae.create_model('other', 'events')",
+        "select vae.set_event_type('shop', 'look', 'view')",
+        "select vae.rebuild_model('shop')",
+        "insert into vae_private.tensors select 1, 'x', 0, '<f4', '{1}', '', ''",
+        "update vae.versions set code_digest = ''",
+        "update vae.activations set reason = ''",
+        "delete from vae.activations",
+        "drop materialized view shop.recommendations_materialized",
+    ):
+        assert refusal(operator, query).sqlstate == "42501", query
+    assert state(trained) == before
+
+
+def test_an_operator_acts_only_on_models_whose_schema_it_may_use(trained: psycopg.Connection, login: Login) -> None:
+    before = state(trained)
+    log = trained.execute("select * from vae.refreshes").fetchall()
+    operator = login("operator")
+    for query in (
+        "call vae.refresh('shop')",
+        "select * from vae.activate('shop', 1, true)",
+        "select * from vae.rollback('shop')",
+        "select * from vae.check_events('shop')",
+    ):
+        refused = refusal(operator, query)
+        assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for model shop"), query
+        assert refused.message_hint == "its owner can allow it: grant usage on schema shop to the_operator"
+    for query in (
+        "select * from vae_private.refresh_view(1, 'recommendations')",
+        "select * from vae_private.start_refresh(1, 'recommendations')",
+        "select * from vae_private.switch_version(1, 1, 'activate', true, null)",
+        "insert into vae.activations (model_id, version, action, forced) values (1, 1, 'activate', true)",
+        "insert into vae.refreshes (model_id, view) values (1, 'recommendations')",
+    ):
+        if "switch_version" in query:
+            # It changes what row security lets it see: nothing.
+            operator.execute(query)
+        else:
+            assert refusal(operator, query).sqlstate == "42501", query
+    assert operator.execute("update vae.versions set state = 'retired'").rowcount == 0
+    assert operator.execute("update vae.refreshes set error = 'mine'").rowcount == 0
+    assert state(trained) == before
+    assert trained.execute("select * from vae.refreshes").fetchall() == log
+
+
+def test_an_operator_cannot_open_a_published_version_again(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant usage on schema shop to the_operator")
+    refused = refusal(login("operator"), "update vae.versions set state = 'loading'")
+    assert refused.sqlstate == "VA006"
+    assert refused.message_hint
+
+
+# Trainers
+
+
+def test_a_trainer_defines_trains_and_drops_models_without_being_superuser(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    trained.execute("create schema sales")
+    trained.execute("create table sales.events as select * from events")
+    trained.execute("grant usage on schema sales to the_trainer")
+    trainer = login("trainer")
+    shop = Shop(schema="sales")
+    refused = refusal(trainer, "select * from vae.create_model('mine', 'sales.events')")
+    assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for sales.events")
+    assert refused.message_hint == "its owner can allow it: grant select on sales.events to the_trainer"
+    trained.execute("grant select on sales.events to the_trainer")
+    assert refusal(trainer, "select * from vae.create_model('mine', 'sales.events')").sqlstate == "42501"
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
+    shop.create_model(trainer, "mine")
+    trainer.execute("select vae.set_event_type('mine', 'look', 'view')")
+    assert train_and_activate(trainer.info.dsn, "mine") == 1
+    trainer.execute("call vae.refresh('mine')")
+    trainer.execute("call vae.refresh('mine')")
+    assert len(trainer.execute("select * from mine.recommend(%s)", [USER]).fetchall()) > 3
+    assert trainer.execute("select count(*) from mine.recommendations").fetchone() != (0,)
+    trainer.execute("select vae.rebuild_model('mine')")
+    trainer.execute("select vae.drop_model('mine')")
+    assert trained.execute("select name from vae.models").fetchall() == [("shop",)]
+    assert trained.execute("select to_regnamespace('mine')").fetchone() == (None,)
+    assert trained.execute("select count(distinct version_id) from vae_private.tensors").fetchone() == (1,)
+
+
+def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trainer = login("trainer")
+    before = state(trained)
+    assert refusal(trainer, "select vae.drop_model('shop')").message_primary == "permission denied for model shop"
+    assert refusal(trainer, "select vae.set_event_type('shop', 'x', 'view')").sqlstate == "42501"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for model shop"):
+        train(trainer.info.dsn)
+    assert trainer.execute("delete from vae.models").rowcount == 0
+    assert state(trained) == before
+    # Usage lets it train and activate, not drop.
+    trained.execute("grant usage on schema shop to the_trainer")
+    assert refusal(trainer, "select vae.drop_model('shop')").sqlstate == "42501"
+    assert trainer.execute("delete from vae.models").rowcount == 0
+    assert refusal(trainer, "delete from vae.versions").sqlstate == "42501"
+    assert refusal(trainer, "delete from vae_private.tensors").sqlstate == "42501"
+    assert state(trained) == before
+
+
+_FORGED = (
+    "insert into vae.models (name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column,"
+    " user_id_type, item_id_type, occurred_at_type, options) values (%s, 'public', 'events', 'user_id', 'item_id',"
+    " 'occurred_at', %s, 'bigint', %s, vae_private.default_options() || %s)"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "user_type", "time_type", "sqlstate"),
+    [
+        ("public", "bigint", "timestamptz", "42501"),
+        ("shop2", "bigint", "timestamptz", "42501"),
+        ("mine", "bigint) returns int language sql as 'select 1'; create table bad (); --", "timestamptz", "23514"),
+        ("mine", "bigint", "timestamptz; create table bad (); --", "23514"),
+    ],
+)
+def test_a_trainer_cannot_forge_a_model_that_others_would_build(
+    trained: psycopg.Connection, login: Login, name: str, user_type: str, time_type: str, sqlstate: str
+) -> None:
+    trained.execute("create schema mine authorization the_trainer")
+    refused = refusal(login("trainer"), _FORGED, [name, user_type, time_type, "{}"])
+    assert refused.sqlstate == sqlstate
+
+
+def test_options_that_are_no_numbers_reach_no_statement(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("create schema mine authorization the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trainer = login("trainer")
+    forged = '{"recommendations": "1) r with no data; create table public.bad (); --"}'
+    trainer.execute(_FORGED, ["mine", "bigint", "timestamptz", forged])
+    refused = refusal(trained, "select vae.rebuild_model('mine')")
+    assert refused.sqlstate == "22P02"
+    assert trained.execute("select to_regclass('public.bad')").fetchone() == (None,)
+
+
+def test_no_code_of_a_models_owner_runs_with_more_rights_in_a_refresh(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    """The owner of a model puts a view in place of its predictions, with a type whose cast runs a function."""
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trainer = login("trainer")
+    Shop().create_model(trainer, "mine")
+    train_and_activate(trainer.info.dsn, "mine")
+    trainer.execute(
+        """
+        drop view mine.recommendations;
+        drop materialized view mine.recommendations_materialized;
+        create table mine.ran_as (role text);
+        create type mine.number as (value integer);
+        create function mine.run(n mine.number) returns integer language plpgsql as $$
+        begin insert into mine.ran_as values (current_user); return 1; end $$;
+        create cast (mine.number as integer) with function mine.run(mine.number) as implicit;
+        create materialized view mine.recommendations_materialized as
+            select 1::bigint as user_id, row(1)::mine.number as model_version;
+        create unique index on mine.recommendations_materialized (user_id);
+        """
+    )
+    with pytest.raises(psycopg.errors.WrongObjectType, match="model_version"):
+        trained.execute("call vae.refresh('mine')")
+    assert trained.execute("select * from mine.ran_as").fetchall() == []
+
+
+# Code
+
+
+def test_only_a_superuser_changes_the_runtime_even_where_another_owns_it(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    trained.execute("grant usage on schema shop to the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trained.execute("grant create on schema vae_private to the_trainer")
+    trained.execute("alter function vae_private.load_runtime(text) owner to the_trainer")
+    trained.execute("alter function vae_private.recommend(integer, text, integer, jsonb) owner to the_trainer")
+    before = trained.execute("select prosrc from pg_proc where proname = 'load_runtime'").fetchall()
+    trainer = login("trainer")
+    refused = refusal(
+        trainer,
+        "create or replace function vae_private.load_runtime(wanted text) returns void language plpython3u as 'pass'",
+    )
+    assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for language plpython3u")
+    assert refusal(trainer, "do language plpython3u $$ plpy.notice('mine') $$").sqlstate == "42501"
+    assert refusal(trainer, "update pg_proc set prosrc = 'pass' where proname = 'load_runtime'").sqlstate == "42501"
+    assert trained.execute("select prosrc from pg_proc where proname = 'load_runtime'").fetchall() == before
+    assert len(trainer.execute("select * from shop.recommend(%s)", [USER]).fetchall()) > 3
