@@ -48,7 +48,8 @@ begin
         format('e.%I is not null', m.user_id_column),
         format('e.%I is not null', m.item_id_column),
         format('e.%I >= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'))),
-        format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'now()'))
+        -- Not now(): in a long transaction that would hide what others wrote since it began.
+        format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
     ];
     if m.quantity_column is not null then
         rules := rules || format('(e.%1$I > 0 or e.%1$I is null)', m.quantity_column);
@@ -165,7 +166,7 @@ begin
         m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
         m.events_schema, m.events_table, m.user_id_column,
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest')),
-        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'now()'),
+        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
         m.user_id_column,
         case m.occurred_at_type
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)

@@ -28,7 +28,7 @@ begin
                 hint = format('dropping its event table with cascade took them along; remake them: select vae.rebuild_model(%L)', model);
     end if;
     time_from := vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'));
-    time_to := vae_private.time_literal(m.occurred_at_type, 'now()');
+    time_to := vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()');
 
     execute format(
         'select count(*) as total,'
