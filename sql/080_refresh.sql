@@ -12,6 +12,7 @@ declare
     result record;
     failure text;
     failure_state text;
+    failure_detail text;
     failure_hint text;
 begin
     -- Fails at once inside a transaction block, before anything is locked or logged.
@@ -23,7 +24,7 @@ begin
     end if;
     begin
         run := vae_private.start_refresh(id, 'recommendations');
-    exception when others then
+    exception when others or query_canceled then
         perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
         raise;
     end;
@@ -32,13 +33,25 @@ begin
         select * into result from vae_private.refresh_view(id, 'recommendations');
     exception when others or query_canceled then
         get stacked diagnostics
-            failure = message_text, failure_state = returned_sqlstate, failure_hint = pg_exception_hint;
+            failure = message_text, failure_state = returned_sqlstate,
+            failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
+        -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
+        failure := case
+            when failure_detail like 'pgvae: %' then pg_catalog.substr(failure_detail, 8)
+            when failure_detail <> '' then failure || ': ' || failure_detail
+            else failure
+        end;
     end;
-    if failure is null then
-        perform vae_private.finish_refresh(run, result.users_scored, result.version_scored, null);
-    else
-        perform vae_private.finish_refresh(run, null, null, failure);
-    end if;
+    begin
+        if failure is null then
+            perform vae_private.finish_refresh(run, result.users_scored, result.version_scored, null);
+        else
+            perform vae_private.finish_refresh(run, null, null, failure);
+        end if;
+    exception when others or query_canceled then
+        perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
+        raise;
+    end;
     perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
     commit;
     if failure is not null then
