@@ -83,7 +83,7 @@ begin
                     hint = format('known options: %s', (select string_agg(k, ', ' order by k) from jsonb_object_keys(defaults) k));
         end if;
         if jsonb_typeof(value) <> jsonb_typeof(defaults -> name)
-            or (jsonb_typeof(value) = 'number' and (value)::numeric not between 1 and 1000000)
+            or (jsonb_typeof(value) = 'number' and ((value)::numeric not between 1 and 1000000 or (value)::numeric % 1 <> 0))
             or (name = 'recommendations' and (value)::numeric > 10000)
         then
             raise exception 'option "%" is %', name, value
@@ -93,7 +93,7 @@ begin
     if given ? 'earliest' then
         begin
             perform (given ->> 'earliest')::timestamptz;
-        exception when datetime_field_overflow or invalid_datetime_format then
+        exception when datetime_field_overflow or invalid_datetime_format or invalid_parameter_value then
             raise exception 'option "earliest" is %', given -> 'earliest'
                 using errcode = 'invalid_parameter_value', hint = 'give a date, as in 2015-01-01';
         end;
@@ -214,6 +214,7 @@ declare
     relation regclass;
     checked jsonb;
     entry record;
+    event_types_hint constant text := $h$give an object: '{"look": "view", "buy": {"event_type": "purchase", "weight": 4}}'$h$;
 begin
     if model is null or model !~ '^[a-z_][a-z0-9_]*$' or quote_ident(model) <> model or octet_length(model) > 48
         or model ~ '^(pg_|vae$|vae_|information_schema$)'
@@ -288,6 +289,10 @@ begin
             using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
     end if;
     checked := vae_private.checked_options(options);
+    if jsonb_typeof(event_types) <> 'object' then
+        raise exception 'event_types is %', event_types
+            using errcode = 'invalid_parameter_value', hint = event_types_hint;
+    end if;
 
     execute format('create schema %I', model);
     insert into vae.models (
@@ -309,6 +314,15 @@ begin
     insert into vae.event_types (model_id, name, event_type, weight)
     select new_id, s.name, s.event_type, s.weight from vae_private.standard_event_types() s;
     for entry in select * from jsonb_each(coalesce(event_types, '{}')) loop
+        if jsonb_typeof(entry.value) not in ('string', 'number', 'object') or jsonb_typeof(entry.value -> 'event_type') <> 'string' then
+            raise exception 'event type "%" is mapped to %', entry.key, entry.value
+                using errcode = 'invalid_parameter_value', hint = event_types_hint;
+        end if;
+        if jsonb_typeof(entry.value) = 'object' and entry.value - array['event_type', 'weight'] <> '{}' then
+            raise exception 'event type "%" has the unknown key "%"',
+                entry.key, (select min(k) from jsonb_object_keys(entry.value - array['event_type', 'weight']) k)
+                using errcode = 'invalid_parameter_value', hint = event_types_hint;
+        end if;
         perform vae_private.map_event_type(
             new_id,
             entry.key,

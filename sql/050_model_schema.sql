@@ -138,6 +138,10 @@ declare
     missing boolean;
 begin
     select * into m from vae.models where models.model_id = build_model.model_id;
+    if to_regclass(format('%I.%I', m.events_schema, m.events_table)) is null then
+        raise exception 'table %.% of model % does not exist', m.events_schema, m.events_table, m.name
+            using errcode = 'undefined_table', hint = 'restore it, or drop the model with vae.drop_model and create it anew';
+    end if;
     u := m.user_id_type;
     i := m.item_id_type;
     -- From 15 on a view can read with the rights of whoever asks; before, the views read with the owner's.

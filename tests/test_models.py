@@ -1,0 +1,457 @@
+"""Defining a model, and the quality gate before its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.errors import Diagnostic
+from psycopg.types.json import Jsonb
+
+from pgvae.errors import PgvaeError
+from shop import SMALL, Shop, create_model, keys, refusal, train
+
+CHECKS = [
+    "null_user_ids", "null_item_ids", "null_timestamps", "overlong_ids", "unknown_event_types", "future_timestamps",
+    "absurd_timestamps", "orphan_users", "orphan_items", "returns", "duplicates", "outlier_users", "items_seen_once",
+    "enough_events", "enough_users", "enough_items", "enough_days",
+]  # fmt: skip
+
+
+def report(connection: psycopg.Connection, model: str = "shop") -> dict[str, tuple[str, int]]:
+    """The quality report: status and rows of each check."""
+    rows = connection.execute("select check_name, status, row_count from vae.check_events(%s)", [model]).fetchall()
+    return {name: (status, count) for name, status, count in rows}
+
+
+def schemas(connection: psycopg.Connection) -> list[Any]:
+    """What a refused call must leave as it was."""
+    return connection.execute(
+        "select nspname from pg_namespace union all select name from vae.models"
+        " union all select name from vae.event_types"
+    ).fetchall()
+
+
+@pytest.fixture
+def shop(connection: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a shop, without a model."""
+    Shop().make(connection)
+    return connection
+
+
+# vae.create_model
+
+
+def refused_model(connection: psycopg.Connection, **arguments: Any) -> Diagnostic:
+    before = schemas(connection)
+    with pytest.raises(psycopg.Error) as caught:
+        create_model(connection, **({"model": "shop", "events": "events"} | arguments))
+    assert caught.value.diag.message_hint
+    assert schemas(connection) == before
+    return caught.value.diag
+
+
+def test_a_model_is_defined_with_one_call(shop: psycopg.Connection) -> None:
+    made = shop.execute("select * from vae.create_model('shop', events => 'events')").fetchall()
+    assert [row[0] for row in made] == [
+        "shop.outlier_users",
+        "shop.clean_events",
+        "shop.history(bigint)",
+        "shop.recommend(bigint, integer, jsonb)",
+        "shop.score(bigint, bigint)",
+        "shop.embedding(bigint)",
+        "shop.recommendations",
+    ]
+    assert all(row[1] for row in made)
+    assert shop.execute(
+        "select events_schema, events_table, event_type_column, quantity_column, created_by from vae.models"
+    ).fetchone() == ("public", "events", "event_type", None, "postgres")
+
+
+@pytest.mark.parametrize(
+    "name", ["select", "table", "user", "Shop", "my shop", "1st", "pg_shop", "vae", "x" * 49, None]
+)
+def test_a_name_that_cannot_be_a_schema_is_refused(shop: psycopg.Connection, name: str | None) -> None:
+    refused = refused_model(shop, model=name)
+    assert refused.sqlstate == "42602"
+    assert f'"{name or "<NULL>"}"' in str(refused.message_primary)
+
+
+def test_a_name_that_is_taken_is_refused(shop: psycopg.Connection) -> None:
+    create_model(shop, "shop", events="events")
+    refused = refused_model(shop)
+    assert (refused.sqlstate, refused.message_primary) == ("42710", 'model "shop" exists already')
+    assert "vae.drop_model('shop')" in str(refused.message_hint)
+    refused = refused_model(shop, model="public")
+    assert (refused.sqlstate, refused.message_primary) == ("42P06", 'schema "public" exists already')
+
+
+def test_a_table_that_does_not_exist_is_named(shop: psycopg.Connection) -> None:
+    refused = refusal(shop, "select * from vae.create_model('shop', events => 'nothing')")
+    assert (refused.sqlstate, refused.message_primary) == ("42P01", 'relation "nothing" does not exist')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sqlstate", "message"),
+    [
+        ({"events": None}, "22004", "events is null"),
+        ({"events": "events_id_seq"}, "42809", "public.events_id_seq is not a table or view"),
+        ({"events": "events_by_user"}, "42809", "public.events_by_user is not a table or view"),
+        ({"user_id": "customer"}, "42703", 'public.events has no column "customer"'),
+        ({"item_id": "Item_Id"}, "42703", 'public.events has no column "Item_Id"'),
+        ({"occurred_at": None}, "42703", 'public.events has no column "<NULL>"'),
+        ({"event_type": "kind"}, "42703", 'public.events has no column "kind"'),
+        ({"quantity": "pieces"}, "42703", 'public.events has no column "pieces"'),
+        ({"user_id": "ctid"}, "42703", 'public.events has no column "ctid"'),
+        ({"user_id": "gone"}, "42703", 'public.events has no column "gone"'),
+        ({"user_id": "price"}, "42804", 'column "price" of public.events has the type numeric'),
+        ({"item_id": "tags"}, "42804", 'column "tags" of public.events has the type text[]'),
+        ({"occurred_at": "event_type"}, "42804", 'column "event_type" of public.events has the type text'),
+        ({"quantity": "event_type"}, "42804", 'column "event_type" of public.events has the type text'),
+        ({"users": "people"}, "42703", 'public.people has no column "user_id"'),
+        (
+            {"users": "people", "users_key": "id"},
+            "42804",
+            "keys of users differ: bigint in public.events, text in public.people",
+        ),
+        (
+            {"items": "people", "items_key": "id"},
+            "42804",
+            "keys of items differ: bigint in public.events, text in public.people",
+        ),
+    ],
+)
+def test_tables_and_columns_that_do_not_fit_are_refused(
+    shop: psycopg.Connection, arguments: dict[str, Any], sqlstate: str, message: str
+) -> None:
+    shop.execute(
+        "alter table events add id serial, add price numeric, add tags text[], add gone bigint;"
+        " alter table events drop gone;"
+        " create index events_by_user on events (user_id);"
+        " create table people (id text)"
+    )
+    refused = refused_model(shop, **arguments)
+    assert (refused.sqlstate, refused.message_primary) == (sqlstate, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"colour": 1}, 'option "colour" is unknown'),
+        ({"min_events": "many"}, 'option "min_events" is "many"'),
+        ({"min_events": 0}, 'option "min_events" is 0'),
+        ({"min_events": None}, 'option "min_events" is null'),
+        ({"min_users": 10**9}, 'option "min_users" is 1000000000'),
+        ({"max_history": 2.5}, 'option "max_history" is 2.5'),
+        ({"recommendations": 0.5}, 'option "recommendations" is 0.5'),
+        ({"recommendations": 10_001}, 'option "recommendations" is 10001'),
+        ({"recommendations": True}, 'option "recommendations" is true'),
+        ({"earliest": "soon"}, 'option "earliest" is "soon"'),
+        ({"earliest": ""}, 'option "earliest" is ""'),
+        ({"earliest": "2024-13-41"}, 'option "earliest" is "2024-13-41"'),
+        ({"earliest": "2024-01-01 Nowhere/City"}, 'option "earliest" is "2024-01-01 Nowhere/City"'),
+        ({"earliest": 2024}, 'option "earliest" is 2024'),
+        ({"max_share": 0.5}, 'option "max_share" is 0.5'),
+        ({"max_share": {"rain": 0.5}}, 'option "max_share" names the unknown check "rain"'),
+        ({"max_share": {"duplicates": 1.5}}, 'option "max_share" of "duplicates" is 1.5'),
+        ({"max_share": {"duplicates": "all"}}, 'option "max_share" of "duplicates" is "all"'),
+        (Jsonb([1]), "options is [1]"),
+        (Jsonb("x"), 'options is "x"'),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(shop: psycopg.Connection, options: Any, message: str) -> None:
+    refused = refused_model(shop, options=options)
+    assert (refused.sqlstate, refused.message_primary) == ("22023", message)
+
+
+@pytest.mark.parametrize(
+    ("event_types", "message"),
+    [
+        ({"buy": "bought"}, 'event type "buy" is mapped to "bought"'),
+        ({"mystery": 3}, 'event type "mystery" is mapped to "<NULL>"'),
+        ({"buy": {"event_type": "purchase", "weight": -1}}, 'weight of event type "buy" is -1'),
+        ({"buy": {"event_type": "purchase", "weight": "heavy"}}, 'weight of event type "buy" is "heavy"'),
+        ({"buy": {"event_type": "purchase", "wieght": 4}}, 'event type "buy" has the unknown key "wieght"'),
+        ({"buy": ["purchase"]}, 'event type "buy" is mapped to ["purchase"]'),
+        (Jsonb(["purchase"]), 'event_types is ["purchase"]'),
+    ],
+)
+def test_event_types_that_mean_nothing_are_refused(shop: psycopg.Connection, event_types: Any, message: str) -> None:
+    refused = refused_model(shop, event_types=event_types)
+    assert (refused.sqlstate, refused.message_primary) == ("22023", message)
+
+
+def test_event_types_are_mapped_by_name_by_weight_or_by_both(shop: psycopg.Connection) -> None:
+    given = {"look": "view", "buy": 7, "take": {"event_type": "add_to_cart", "weight": 0.5}, "view": {"weight": 3}}
+    create_model(shop, "shop", events="events", event_types=given)
+    shop.execute("select vae.set_event_type('shop', 'show', 'view')")
+    shop.execute("select vae.set_event_type('shop', 'look', 'share', 2.5)")
+    rows = shop.execute(
+        "select name, event_type, weight from vae.event_types where name in ('look', 'buy', 'take', 'view', 'show')"
+        " order by name"
+    ).fetchall()
+    assert rows == [
+        ("buy", "purchase", 7.0), ("look", "share", 2.5), ("show", "view", 1.0), ("take", "add_to_cart", 0.5),
+        ("view", "view", 3.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select * from vae.check_events(%s)",
+        "select vae.set_event_type(%s, 'look', 'view')",
+        "select vae.rebuild_model(%s)",
+        "select vae.drop_model(%s)",
+        "select * from vae.activate(%s, 1)",
+        "select * from vae.rollback(%s)",
+        "call vae.refresh(%s)",
+    ],
+)
+def test_a_model_that_does_not_exist_is_named(shop: psycopg.Connection, query: str) -> None:
+    refused = refusal(shop, query, ["nothing"])
+    assert (refused.sqlstate, refused.message_primary) == ("VA001", 'model "nothing" does not exist')
+    assert "vae.create_model" in str(refused.message_hint)
+    create_model(shop, "shop", events="events")
+    assert refusal(shop, query, ["nothing"]).message_hint == "there are: shop"
+    assert refusal(shop, query, [None]).sqlstate == "VA001"
+
+
+# vae.check_events
+
+
+# So many users that one of them does not change what is a busy day in this shop.
+MANY = Shop(user_type="text", item_type="text", user_keys=keys("user", "text", 150))
+BASE_TIME = datetime(2024, 2, 2, tzinfo=UTC)
+
+
+def planted() -> dict[str, Sequence[tuple[Any, Any, Any, Any, Any]]]:
+    """Rows that each concern one check of the gate: user, item, event type, time, quantity."""
+    user, item = MANY.users[0], MANY.items[0]
+    at = datetime(2024, 2, 1, tzinfo=UTC)
+    later = datetime.now(UTC) + timedelta(hours=1)
+
+    def moments(count: int) -> list[datetime]:
+        return [at + timedelta(seconds=number) for number in range(count)]
+
+    return {
+        "null_user_ids": [(None, item, "view", moment, 1) for moment in moments(3)],
+        "null_item_ids": [(user, None, "view", moment, 1) for moment in moments(2)],
+        "null_timestamps": [(MANY.users[number], item, "view", None, 1) for number in range(4)],
+        "overlong_ids": [("u" * 513, item, "view", at, 1), (user, "é" * 257, "view", at, 1)],
+        "unknown_event_types": [(user, item, kind, at, 1) for kind in ("mystery", "View", " view", "", None)],
+        "future_timestamps": [(user, item, "view", moment, 1) for moment in (later, "infinity", "294276-01-01")],
+        "absurd_timestamps": [
+            (user, item, "view", moment, 1) for moment in ("1970-01-01", "-infinity", "4713-01-01 BC")
+        ],
+        "orphan_users": [("a ghost", item, "view", moment, 1) for moment in moments(6)],
+        "orphan_items": [(user, "a phantom", "view", moment, 1) for moment in moments(7)],
+        "returns": [
+            (user, item, "view", at + timedelta(days=1, seconds=-quantity), quantity) for quantity in (0, -1, -5)
+        ],
+        "duplicates": [(*MANY.rows()[number], None) for number in (0, 0, 5)],
+        # What busy people do in two months, in one day, and on the day before.
+        "outlier_users": [("a bot", item, "view", moment, 1) for moment in moments(150)]
+        + [("a bot", item, "view", at - timedelta(days=1), 1)],
+        "items_seen_once": [(user, f"rare {number}", "view", at, 1) for number in range(2)],
+    }
+
+
+@pytest.fixture
+def dirty(connection: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a shop's events, users and items, and dirt of every kind in the events."""
+    MANY.make(connection)
+    connection.execute("alter table events add quantity integer")
+    for rows in planted().values():
+        MANY.add(connection, rows)
+    # Searches and registrations have no item; they are no dirt.
+    MANY.add(connection, [(MANY.users[0], None, kind, BASE_TIME, 1) for kind in ("search", "register")])
+    connection.execute("create table users (user_id varchar(600)); create table items (item_id varchar(600))")
+    for table, known in (
+        ("users", [*MANY.users, "a bot", "u" * 513]),
+        ("items", [*MANY.items, "rare 0", "rare 1", "é" * 257]),
+    ):
+        connection.execute(f"insert into {table} select unnest(%s::text[])", [known])
+    # Keys that are there twice, or null, count once, and not.
+    connection.execute("insert into users select user_id from users; insert into users values (null)")
+    return connection
+
+
+def test_each_check_counts_what_was_planted_and_nothing_else(dirty: psycopg.Connection) -> None:
+    MANY.create_model(dirty, users="users", items="items")
+    expected = {name: len(rows) for name, rows in planted().items()}
+    found = report(dirty)
+    assert list(found) == CHECKS
+    assert {name: found[name][1] for name in expected} == expected
+    good = len(MANY.rows()) + expected["items_seen_once"]
+    assert found["enough_events"] == ("pass", good)
+    assert found["enough_users"] == ("pass", 150)
+    assert found["enough_items"] == ("pass", 14)
+    assert found["enough_days"] == ("pass", 55)
+    assert dirty.execute("select count(*) from shop.clean_events").fetchone() == (good,)
+    assert dirty.execute(
+        "select user_id, busiest_day_events, threshold, events from shop.outlier_users"
+    ).fetchall() == [("a bot", 150, 100.0, 151)]
+    total = dirty.execute("select count(*) from events").fetchone()
+    assert total is not None
+    shares = dirty.execute("select check_name, share from vae.check_events('shop') where share > 0").fetchall()
+    for name, share in shares:
+        assert share == pytest.approx(expected[name] / (14 if name == "items_seen_once" else total[0])), name
+
+
+def test_a_check_warns_below_its_threshold_and_fails_above_it(dirty: psycopg.Connection) -> None:
+    gentle = dict.fromkeys(planted(), 1.0)
+    MANY.create_model(dirty, "gentle", users="users", items="items", options=SMALL | {"max_share": gentle})
+    strict = dict.fromkeys(planted(), 0.0)
+    MANY.create_model(dirty, "strict", users="users", items="items", options=SMALL | {"max_share": strict})
+    # Few items with one event are no reason to worry: only where they are the most of a shop's items.
+    quiet = {"items_seen_once"}
+    for name in planted():
+        assert report(dirty, "gentle")[name][0] == ("pass" if name in quiet else "warn"), name
+        assert report(dirty, "strict")[name][0] == ("pass" if name in quiet else "fail"), name
+    for model in ("gentle", "strict"):
+        rows = dirty.execute("select status, remedy from vae.check_events(%s)", [model]).fetchall()
+        assert all((status == "pass") == (remedy is None) for status, remedy in rows)
+    with pytest.raises(
+        PgvaeError, match="quality gate of model strict failed: null_user_ids: rows without a user"
+    ) as caught:
+        train(dirty.info.dsn, "strict")
+    assert "pgvae train strict --force" in str(caught.value.hint)
+    assert dirty.execute("select count(*) from vae.versions").fetchone() == (0,)
+    assert train(dirty.info.dsn, "strict", force=True) == 1
+
+
+def test_a_clean_shop_passes_every_check(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    assert {status for status, _ in report(shop).values()} == {"pass"}
+
+
+def test_items_seen_once_are_a_warning_where_they_are_most_of_the_items(shop: psycopg.Connection) -> None:
+    Shop().add(shop, [(2**40, number, "view", BASE_TIME) for number in range(13)])
+    Shop().create_model(shop)
+    assert report(shop)["items_seen_once"] == ("warn", 13)
+    Shop().add(shop, [(2**40, number, "view", BASE_TIME) for number in range(100, 100 + 96)])
+    assert report(shop)["items_seen_once"] == ("fail", 109)
+
+
+@pytest.mark.parametrize(
+    ("check", "option", "count"),
+    [("enough_events", "min_events", 372), ("enough_users", "min_users", 30), ("enough_items", "min_items", 12)],
+)
+def test_too_few_rows_fail(shop: psycopg.Connection, check: str, option: str, count: int) -> None:
+    Shop().create_model(shop, "enough", options=SMALL | {option: count})
+    Shop().create_model(shop, "few", options=SMALL | {option: count + 1})
+    assert report(shop, "enough")[check] == ("pass", count)
+    assert report(shop, "few")[check] == ("fail", count)
+    with pytest.raises(PgvaeError, match=check):
+        train(shop.info.dsn, "few")
+
+
+def test_too_few_days_are_a_warning(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    shop.execute("delete from events where occurred_at >= '2024-01-07'")
+    assert report(shop)["enough_days"] == ("warn", 5)
+
+
+def test_an_empty_table_fails_and_is_not_trained_on(shop: psycopg.Connection) -> None:
+    shop.execute("truncate events")
+    Shop().create_model(shop)
+    found = report(shop)
+    assert list(found) == CHECKS
+    assert {name for name, (status, _) in found.items() if status == "fail"} == {
+        "enough_events", "enough_users", "enough_items",
+    }  # fmt: skip
+    with pytest.raises(PgvaeError, match="quality gate of model shop failed"):
+        train(shop.info.dsn)
+    with pytest.raises(PgvaeError, match="model shop has no clean events"):
+        train(shop.info.dsn, force=True)
+    assert shop.execute("select count(*) from vae.versions").fetchone() == (0,)
+
+
+def test_without_an_event_type_every_row_is_a_purchase(shop: psycopg.Connection) -> None:
+    shop.execute("alter table events rename event_type to kind")
+    create_model(shop, "shop", events="events", options=SMALL)
+    assert shop.execute("select distinct event_type, weight from shop.clean_events").fetchall() == [("purchase", 4.0)]
+    assert report(shop)["unknown_event_types"] == ("pass", 0)
+
+
+def test_a_table_dropped_with_cascade_is_told_and_rebuilding_mends_it(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    clean = shop.execute("select count(*) from shop.clean_events").fetchone()
+    shop.execute("drop table events cascade")
+    refused = refusal(shop, "select * from vae.check_events('shop')")
+    assert (refused.sqlstate, refused.message_primary) == ("42P01", "table public.events of model shop does not exist")
+    assert "restore it" in str(refused.message_hint)
+    refused = refusal(shop, "select vae.rebuild_model('shop')")
+    assert (refused.sqlstate, refused.message_primary) == ("42P01", "table public.events of model shop does not exist")
+    assert refused.message_hint
+    Shop().make(shop)
+    refused = refusal(shop, "select * from vae.check_events('shop')")
+    assert (refused.sqlstate, refused.message_primary) == ("42P01", "the views of model shop are gone")
+    assert "select vae.rebuild_model('shop')" in str(refused.message_hint)
+    shop.execute("select vae.rebuild_model('shop')")
+    assert report(shop)["enough_events"] == ("pass", 372)
+    assert shop.execute("select count(*) from shop.clean_events").fetchone() == clean
+
+
+# Types and kinds of the tables
+
+
+@pytest.mark.parametrize("key_type", ["bigint", "integer", "uuid", "text", "varchar(40)", "char(12)", "shop_id"])
+@pytest.mark.parametrize("time_type", ["timestamptz", "timestamp", "date"])
+def test_events_of_every_type_are_read_alike(connection: psycopg.Connection, key_type: str, time_type: str) -> None:
+    connection.execute("create domain shop_id as integer check (value > 0)")
+    same = "integer" if key_type == "shop_id" else key_type
+    base = Shop(
+        user_type=key_type, item_type=key_type, time_type=time_type,
+        user_keys=keys("user", same, 30), item_keys=keys("item", same, 12),
+    )  # fmt: skip
+    # A time without a zone is UTC, whatever the session thinks.
+    connection.execute("set timezone to 'Asia/Tokyo'")
+    base.make(connection)
+    base.create_model(connection)
+    found = report(connection)
+    assert {status for status, _ in found.values()} == {"pass"}
+    assert found["enough_events"] == ("pass", 372)
+    history = connection.execute("select * from shop.history(%s)", [base.users[3]]).fetchall()
+    expected = sorted((row for row in base.rows() if row[0] == base.users[3]), key=lambda row: row[3])
+    assert [row[0] for row in history] == [row[1] for row in expected]
+    if time_type != "date":
+        assert [row[2] for row in history] == [row[3] for row in expected]
+    # The ends of time are no events, and no errors.
+    extremes = [(base.users[0], base.items[0], "view", moment) for moment in ("infinity", "-infinity")]
+    base.add(connection, extremes)
+    found = report(connection)
+    assert (found["future_timestamps"], found["absurd_timestamps"]) == (("warn", 1), ("warn", 1))
+    assert found["enough_events"] == ("pass", 372)
+
+
+@pytest.mark.parametrize("kind", ["partitioned", "view", "materialized view"])
+def test_events_may_lie_in_a_partitioned_table_or_a_view(connection: psycopg.Connection, kind: str) -> None:
+    Shop(events="origin").make(connection)
+    if kind == "partitioned":
+        connection.execute(
+            "create table events (like origin) partition by range (occurred_at);"
+            " create table events_1 partition of events for values from ('2024-01-01') to ('2024-02-01');"
+            " create table events_2 partition of events default;"
+            " insert into events select * from origin"
+        )
+    else:
+        connection.execute(f"create {kind} events as select * from origin")
+    Shop().create_model(connection)
+    assert report(connection)["enough_events"] == ("pass", 372)
+    assert connection.execute("select count(*) from shop.history(%s)", [2**40]).fetchone() != (0,)
+    assert train(connection.info.dsn) == 1
+
+
+def test_keys_of_other_types_need_a_view_that_casts_them(connection: psycopg.Connection) -> None:
+    Shop(user_type="smallint", user_keys=range(30)).make(connection)
+    refused = refused_model(connection)
+    assert refused.sqlstate == "42804"
+    assert "give a view that casts the column" in str(refused.message_hint)
+    connection.execute("create view better as select user_id::integer, item_id, event_type, occurred_at from events")
+    Shop(events="better").create_model(connection)
+    assert report(connection)["enough_users"] == ("pass", 30)
