@@ -98,13 +98,18 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
     return mean
 
 
+@_translated
 def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives a row per user for a materialized view, see batch.recommend_all."""
+    k = checked_k(k)
+    version = active_version(plpy, model_id)
+    xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
+    return _translated_rows(plpy, batch.recommend_all(plpy, xp, version, k))
+
+
+def _translated_rows(plpy: Any, rows: Iterator[Any]) -> Iterator[Any]:
     with _translation(plpy):
-        k = checked_k(k)
-        version = active_version(plpy, model_id)
-        xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
-        yield from batch.recommend_all(plpy, xp, version, k)
+        yield from rows
 
 
 def checked_k(k: int | None) -> int:
