@@ -470,7 +470,11 @@ declare
     dropped record;
 begin
     -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
-    for dropped in select * from vae_private.model_objects(id) o order by o.step desc loop
+    for dropped in
+        select * from vae_private.model_objects(id) o
+        where o.kind = 'function' or to_regclass(format('%I.%I', model, o.object)) is not null
+        order by o.step desc
+    loop
         execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);
     end loop;
     delete from vae.models m where m.model_id = id;
