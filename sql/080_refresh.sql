@@ -18,17 +18,19 @@ begin
     -- Fails at once inside a transaction block, before anything is locked or logged.
     commit;
     id := vae_private.model_id(model);
-    if not pg_catalog.pg_try_advisory_lock(pg_catalog.hashtext('pgvae refresh'), id) then
+    -- A lock for the transaction that logs the start, and again for the one that refreshes: no cancel, at whatever
+    -- moment, leaves a lock behind that the session would keep.
+    if not pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id) then
         raise exception 'model % is being refreshed by another session', model
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
     end if;
-    begin
-        run := vae_private.start_refresh(id, 'recommendations');
-    exception when others or query_canceled then
-        perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
-        raise;
-    end;
+    run := vae_private.start_refresh(id, 'recommendations');
     commit;
+    perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
+    if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
+        raise exception 'another session began to refresh model % at the same moment', model
+            using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
+    end if;
     begin
         select * into result from vae_private.refresh_view(id, 'recommendations');
     exception when others or query_canceled then
@@ -36,23 +38,17 @@ begin
             failure = message_text, failure_state = returned_sqlstate,
             failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
         -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
-        failure := case
-            when failure_detail like 'pgvae: %' then pg_catalog.substr(failure_detail, 8)
-            when failure_detail <> '' then failure || ': ' || failure_detail
-            else failure
-        end;
+        failure := pg_catalog.regexp_replace(
+            case when failure_detail like 'pgvae: %' then failure_detail
+                when failure_detail <> '' then failure || ': ' || failure_detail
+                else failure
+            end, '^pgvae: ', '');
     end;
-    begin
-        if failure is null then
-            perform vae_private.finish_refresh(run, result.users_scored, result.version_scored, null);
-        else
-            perform vae_private.finish_refresh(run, null, null, failure);
-        end if;
-    exception when others or query_canceled then
-        perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
-        raise;
-    end;
-    perform pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), id);
+    if failure is null then
+        perform vae_private.finish_refresh(run, result.users_scored, result.version_scored, null);
+    else
+        perform vae_private.finish_refresh(run, null, null, failure);
+    end if;
     commit;
     if failure is not null then
         raise exception 'refresh of %.recommendations failed: %', model, failure
@@ -90,7 +86,8 @@ begin
                 hint = format('dropping its event table with cascade took them along; its owner remakes them: select vae.rebuild_model(%L)',
                     (select m.name from vae.models m where m.model_id = id));
     end if;
-    -- The caller holds the model's refresh lock, so whoever left a row running is gone.
+    -- The caller holds the model's refresh lock, so whoever left a row running is gone, or waits for the lock and will
+    -- see that it came too late.
     update vae.refreshes r
     set state = 'failed', finished_at = now(), error = 'the session ended before the refresh did'
     where r.model_id = id and r.state = 'running';

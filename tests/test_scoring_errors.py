@@ -100,7 +100,7 @@ def test_an_unknown_device_is_refused_by_name(trained: psycopg.Connection) -> No
     trained.execute("set vae.device to 'tpu'")
     refused = refusal(trained, "call vae.refresh('shop')")
     assert refused.sqlstate == "22023"
-    assert refused.message_primary == "refresh of shop.recommendations failed: pgvae: vae.device is 'tpu'"
+    assert refused.message_primary == "refresh of shop.recommendations failed: vae.device is 'tpu'"
     assert "auto, cpu, cuda" in str(refused.message_hint)
 
 
@@ -334,7 +334,7 @@ def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg
     stored = ask("select * from shop.recommendations order by user_id, rank")
     tamper(trained, "delete from vae_private.tensors where name = 'mean_bias'")
     refused = refusal(trained, "call vae.refresh('shop')")
-    assert "refresh of shop.recommendations failed: pgvae: tensor 'mean_bias' is missing" in str(
+    assert "refresh of shop.recommendations failed: tensor 'mean_bias' is missing" in str(
         refused.message_primary
     )
     assert str(refused.message_hint).endswith("the view keeps its last good content")
