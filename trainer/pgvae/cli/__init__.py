@@ -38,6 +38,12 @@ def main() -> None:
     except PgvaeError as error:
         _fail(error.message, error.hint)
     except psycopg.Error as error:
+        if error.sqlstate is None or isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
+            reason = (error.diag.message_primary or str(error)).splitlines()[0]
+            _fail(
+                f"the connection to the server was lost: {reason}",
+                "nothing half-done was kept; once the server takes connections, run the command again",
+            )
         _fail(error.diag.message_primary or str(error), error.diag.message_hint)
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-done was kept")
