@@ -16,11 +16,12 @@ from pgvae.publish import publish
 from pgvae.training import Fit
 
 
-def install_variant(dsn: str, module: str, old: str, new: str) -> str:
-    """Installs this release with one line of one of the runtime's modules replaced; gives the digest of that code."""
+def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
+    """Installs this release with lines of one of the runtime's modules replaced; gives the digest of that code."""
     modules = resources.runtime_modules()
-    assert modules[module].count(old) == 1
-    modules[module] = modules[module].replace(old, new)
+    for old, new in changes:
+        assert modules[module].count(old) == 1
+        modules[module] = modules[module].replace(old, new)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resources, "runtime_modules", lambda: modules)
         return install(dsn).digest
