@@ -1,0 +1,1 @@
+"""Each figure that the documentation quotes about speed, measured anew: `make bench`."""

@@ -1,0 +1,167 @@
+"""How fast a database scores: a refresh of all users against the bare matrix product, and one user at a dashboard.
+
+`python -m benchmarks.scoring` on a throwaway server; the network is random, since the speed does not depend on what it
+learned. The floor is the same matrix products in the same process with the same BLAS.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psycopg
+import torch
+import typer
+
+from benchmarks.report import Figure, report
+from pgvae.config import TrainingConfig
+from pgvae.console import err
+from pgvae.dataset import read_dataset, read_definition
+from pgvae.install import install
+from pgvae.model import AttentionVae
+from pgvae.publish import publish
+from pgvae.server import Server
+from pgvae.training import Fit
+
+_EVENTS = """
+create table events as
+select u as user_id, (n_items * power(random(), 3))::bigint as item_id, 'view' as event_type,
+    timestamptz '2024-01-01' + random() * interval '300 days' as occurred_at
+from (select {items}::float8 - 1 as n_items) c, generate_series(1, {users}) u, generate_series(1, {events}) e
+"""
+_FLOOR = """
+create function pg_temp.floor_seconds(users integer, items integer, hidden integer, batch integer) returns float8
+language plpython3u as $$
+import time
+import numpy as np
+left = np.ones((batch, hidden), dtype=np.float32)
+right = np.ones((items, hidden), dtype=np.float32)
+out = np.empty((batch, items), dtype=np.float32)
+begun = time.perf_counter()
+for _ in range(-(-users // batch)):
+    np.matmul(left, right.T, out=out)
+return time.perf_counter() - begun
+$$
+"""
+
+
+def main(
+    users: Annotated[int, typer.Option(help="Users to score.")] = 20_000,
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 5_000,
+    events: Annotated[int, typer.Option(help="Events of each user.")] = 20,
+    hidden: Annotated[int, typer.Option(help="Width of the decoder's hidden layer.")] = 200,
+    k: Annotated[int, typer.Option(help="Recommendations per user.")] = 20,
+    calls: Annotated[int, typer.Option(help="Live calls to time.")] = 200,
+) -> None:
+    """Measures a refresh and live calls on a throwaway server."""
+    folder = Path(tempfile.mkdtemp(prefix="pgvae-bench-"))
+    folder.chmod(0o755)
+    server = Server(folder / "server", settings={"fsync": "off", "shared_buffers": "256MB", "max_wal_size": "4GB"})
+    server.up()
+    try:
+        dsn = server.dsn("postgres")
+        install(dsn)
+        err.print(f"making {users * events} events", highlight=False)
+        _make_model(dsn, users, items, events, hidden, k)
+        figures = _refresh(dsn, users, items, hidden) + _live(dsn, users, calls)
+    finally:
+        server.remove()
+    facts = {"users": users, "items": items, "events_per_user": events, "hidden": hidden, "k": k}
+    report(f"scoring-{users}x{items}-h{hidden}-k{k}", figures, facts)
+
+
+def _make_model(dsn: str, users: int, items: int, events: int, hidden: int, k: int) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(_EVENTS.format(users=users, items=items, events=events))  # type: ignore[arg-type]
+        connection.execute("create index on events (user_id, occurred_at)")
+        connection.execute("vacuum analyze events")
+        connection.execute(
+            "select * from vae.create_model('shop', events => 'events', options => %s)",
+            [f'{{"recommendations": {k}}}'],
+        )
+    config = TrainingConfig(hidden=hidden)
+    with psycopg.connect(dsn) as connection:
+        definition, dataset = read_definition(connection, "shop"), read_dataset(connection, "shop")
+        network = AttentionVae(item_popularity=dataset.popularity(), event_types=1, config=config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        fitted = Fit(weights=network.weights(), best_epoch=1, curve=[])
+        publish(
+            connection,
+            definition=definition,
+            dataset=dataset,
+            config=config,
+            fit=fitted,
+            curve=[],
+            metrics=[],
+            durations={},
+        )
+        connection.execute("select * from vae.activate('shop', 1)")
+
+
+def _refresh(dsn: str, users: int, items: int, hidden: int) -> list[Figure]:
+    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "concurrent": [], "reading": []}
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(_FLOOR)
+        for round_number in range(3):
+            err.print(f"refresh, round {round_number + 1} of 3", highlight=False)
+            row = connection.execute(
+                "select pg_temp.floor_seconds(%s, %s, %s, %s)", [users, items, hidden, 1024]
+            ).fetchone()
+            seconds["floor"].append(float(row[0]) if row else 0.0)
+            seconds["plain"].append(_timed(connection, "refresh materialized view shop.recommendations_materialized"))
+            seconds["concurrent"].append(
+                _timed(connection, "refresh materialized view concurrently shop.recommendations_materialized")
+            )
+            seconds["reading"].append(_timed(connection, "select count(*) from shop.clean_events"))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return [
+        Figure(
+            figure="refresh", value=medians["plain"] / medians["floor"], unit="ratio", target=1.6, peer="matrix product"
+        ),
+        Figure(
+            figure="refresh concurrently",
+            value=medians["concurrent"] / medians["plain"],
+            unit="ratio",
+            target=1.5,
+            peer="refresh",
+        ),
+        Figure(figure="refresh", value=medians["plain"], unit="s"),
+        Figure(figure="matrix product", value=medians["floor"], unit="s"),
+        Figure(figure="reading the cleaned events", value=medians["reading"], unit="s"),
+        Figure(figure="users scored", value=users / medians["plain"], unit="users/s"),
+    ]
+
+
+def _live(dsn: str, users: int, calls: int) -> list[Figure]:
+    generator = np.random.default_rng(1)
+    first = []
+    for _ in range(5):
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            first.append(_timed(connection, "select * from shop.recommend(1, 10)"))
+    warm = []
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for user in generator.integers(1, users, calls + 10):
+            begun = time.perf_counter()
+            connection.execute("select * from shop.recommend(%s, 10)", [int(user)]).fetchall()
+            warm.append(time.perf_counter() - begun)
+    warm = sorted(warm[10:])
+    return [
+        Figure(figure="first call of a connection", value=1000 * statistics.median(first), unit="ms", target=350),
+        Figure(figure="live call, median", value=1000 * statistics.median(warm), unit="ms", target=4),
+        Figure(figure="live call, 99th percentile", value=1000 * warm[int(0.99 * len(warm))], unit="ms", target=10),
+    ]
+
+
+def _timed(connection: psycopg.Connection, query: str) -> float:
+    begun = time.perf_counter()
+    connection.execute(query)  # type: ignore[arg-type]
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    typer.run(main)
