@@ -4,7 +4,7 @@ PGVAE := .venv/bin/pgvae
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test lint wheel clean
+.PHONY: help bootstrap demo test lint bench wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -23,6 +23,9 @@ lint: bootstrap ## Style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: bootstrap ## Measure a refresh and live calls; writes benchmarks/results
+	@.venv/bin/python -m benchmarks.scoring $(ARGS)
 
 wheel: bootstrap ## Build the wheel into dist/
 	@rm -rf dist

@@ -120,7 +120,7 @@ def top_k(xp: Any, scores: Array, k: int) -> tuple[Array, Array]:
     """Gives the columns and values of the k largest entries of each row, largest first, both of shape [U, k].
 
     Equal values come in the order of their columns. The k largest entries lie in the k groups of columns with the
-    largest maxima, so only these groups are partitioned: of 20 000 columns that takes a third to a sixth of the time of all.
+    largest maxima, so only these groups are partitioned: a third to a sixth of the time of all of 20 000 columns.
     """
     items = scores.shape[1]
     k = min(k, items)
