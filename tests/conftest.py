@@ -142,6 +142,26 @@ def empty_database(server: Server) -> Iterator[str]:
     drop_database(server, name)
 
 
+@pytest.fixture(scope="module")
+def shared(server: Server, template: str) -> Iterator[psycopg.Connection]:
+    """As `connection`, for those tests of a module that leave the database as they found it."""
+    name = f"test_{next(_numbers)}"
+    create_database(server, name, template)
+    with psycopg.connect(server.dsn(name), autocommit=True) as opened:
+        yield opened
+    drop_database(server, name)
+
+
+@pytest.fixture(scope="module")
+def shared_trained(server: Server, trained_template: str) -> Iterator[psycopg.Connection]:
+    """As `trained`, for those tests of a module that leave the database as they found it."""
+    name = f"test_{next(_numbers)}"
+    create_database(server, name, trained_template)
+    with psycopg.connect(server.dsn(name), autocommit=True) as opened:
+        yield opened
+    drop_database(server, name)
+
+
 @pytest.fixture
 def connection(database: str) -> Iterator[psycopg.Connection]:
     """An autocommit connection, as superuser, to `database`."""

@@ -26,13 +26,25 @@ from shop import Shop
 MODEL = "shop"
 
 
-@pytest.fixture
-def with_model(connection: psycopg.Connection) -> psycopg.Connection:
-    """A connection to a database with a model of all tables: events, users and items."""
+def make_model(connection: psycopg.Connection) -> None:
+    """Makes a model of all tables: events, users and items."""
     Shop().make(connection)
     connection.execute("create table users (user_id bigint primary key)")
     connection.execute("create table items (item_id bigint primary key)")
     Shop().create_model(connection, MODEL, users="users", items="items")
+
+
+@pytest.fixture(scope="module")
+def described(shared: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a model of all tables, to look at."""
+    make_model(shared)
+    return shared
+
+
+@pytest.fixture
+def with_model(connection: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a model of all tables."""
+    make_model(connection)
     return connection
 
 
@@ -74,34 +86,34 @@ where p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])
 """
 
 
-def test_there_are_routines_to_check(with_model: psycopg.Connection) -> None:
-    found = rows(with_model, _ROUTINES)
+def test_there_are_routines_to_check(described: psycopg.Connection) -> None:
+    found = rows(described, _ROUTINES)
     assert "shop.recommend(bigint,integer,jsonb)" in found
     assert "vae.refresh(text)" in found
     assert len(found) > 35
 
 
-def test_every_routine_has_a_comment(with_model: psycopg.Connection) -> None:
-    assert rows(with_model, _ROUTINES + " and obj_description(p.oid, 'pg_proc') is null") == []
+def test_every_routine_has_a_comment(described: psycopg.Connection) -> None:
+    assert rows(described, _ROUTINES + " and obj_description(p.oid, 'pg_proc') is null") == []
 
 
-def test_every_routine_pins_its_search_path_but_the_one_that_commits(with_model: psycopg.Connection) -> None:
+def test_every_routine_pins_its_search_path_but_the_one_that_commits(described: psycopg.Connection) -> None:
     unpinned = rows(
-        with_model,
+        described,
         _ROUTINES + " and not coalesce(p.proconfig, '{}') @> array['search_path=pg_catalog, pg_temp']",
     )
     assert unpinned == ["vae.refresh(text)"]
 
 
-def test_no_routine_can_be_executed_by_everybody(with_model: psycopg.Connection) -> None:
+def test_no_routine_can_be_executed_by_everybody(described: psycopg.Connection) -> None:
     open_to_all = _ROUTINES + (
         " and exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0)"
     )
-    assert rows(with_model, open_to_all) == []
+    assert rows(described, open_to_all) == []
 
 
-def test_immutable_functions_read_no_tables_clock_or_settings(with_model: psycopg.Connection) -> None:
-    bodies = with_model.execute(
+def test_immutable_functions_read_no_tables_clock_or_settings(described: psycopg.Connection) -> None:
+    bodies = described.execute(
         "select p.proname, p.prosrc from pg_proc p where p.provolatile = 'i'"
         " and p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
     ).fetchall()
@@ -111,8 +123,8 @@ def test_immutable_functions_read_no_tables_clock_or_settings(with_model: psycop
     assert [name for name, body in bodies if reads.search(re.sub(r"--.*|'[^']*'", "", body))] == []
 
 
-def test_what_is_security_definer_is_known(with_model: psycopg.Connection) -> None:
-    assert rows(with_model, _ROUTINES + " and p.prosecdef") == ["vae_private.refresh_view(integer,text)"]
+def test_what_is_security_definer_is_known(described: psycopg.Connection) -> None:
+    assert rows(described, _ROUTINES + " and p.prosecdef") == ["vae_private.refresh_view(integer,text)"]
 
 
 def test_every_function_in_sql_states_all_its_properties() -> None:
@@ -132,16 +144,16 @@ def test_every_function_in_sql_states_all_its_properties() -> None:
     assert count == sum(path.read_text().count("create or replace function") for path in resources.sql_files())
 
 
-def test_every_relation_and_column_has_a_comment(with_model: psycopg.Connection) -> None:
+def test_every_relation_and_column_has_a_comment(described: psycopg.Connection) -> None:
     relations = (
         "select c.oid::regclass from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')"
         " and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
     )
-    assert {"vae.models", "shop.known_users", "shop.recommendations"} <= set(rows(with_model, relations))
-    assert rows(with_model, relations + " and obj_description(c.oid, 'pg_class') is null") == []
+    assert {"vae.models", "shop.known_users", "shop.recommendations"} <= set(rows(described, relations))
+    assert rows(described, relations + " and obj_description(c.oid, 'pg_class') is null") == []
     # What the views of vae_private give is described where the tables beneath are.
     columns = rows(
-        with_model,
+        described,
         "select format('%s.%I', c.oid::regclass, a.attname) from pg_class c join pg_attribute a on a.attrelid = c.oid"
         " where c.relkind in ('r', 'p', 'v', 'm', 'f') and a.attnum > 0 and not a.attisdropped"
         " and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
@@ -151,12 +163,12 @@ def test_every_relation_and_column_has_a_comment(with_model: psycopg.Connection)
     assert columns == []
 
 
-def test_every_schema_has_a_comment(with_model: psycopg.Connection) -> None:
+def test_every_schema_has_a_comment(described: psycopg.Connection) -> None:
     uncommented = (
         "select nspname from pg_namespace where nspname in ('vae', 'vae_private', 'shop')"
         " and obj_description(oid, 'pg_namespace') is null"
     )
-    assert rows(with_model, uncommented) == []
+    assert rows(described, uncommented) == []
 
 
 # Installing and removing

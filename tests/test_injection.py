@@ -74,6 +74,14 @@ def canary(connection: psycopg.Connection) -> psycopg.Connection:
     return connection
 
 
+@pytest.fixture(scope="module")
+def guarded(shared: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a shop and something to lose, for tests that leave no model."""
+    shared.execute("create table canary as select 1 as alive")
+    Shop().make(shared)
+    return shared
+
+
 def others(connection: psycopg.Connection, *, model: str = "shop") -> list[Any]:
     """Every object outside the model's schema, and what the canary holds."""
     objects = connection.execute(
@@ -119,24 +127,24 @@ def make_users_and_items(connection: psycopg.Connection, shop: Shop, name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_schemas_tables_and_columns(canary: psycopg.Connection, name: str) -> None:
+def test_names_of_schemas_tables_and_columns(guarded: psycopg.Connection, name: str) -> None:
     shop = odd_shop(name)
-    shop.make(canary)
-    tables = make_users_and_items(canary, shop, name)
-    before = others(canary)
-    shop.create_model(canary, **tables)
-    report = canary.execute("select * from vae.check_events('shop')").fetchall()
+    shop.make(guarded)
+    tables = make_users_and_items(guarded, shop, name)
+    before = others(guarded)
+    shop.create_model(guarded, **tables)
+    report = guarded.execute("select * from vae.check_events('shop')").fetchall()
     assert [row[:3] for row in report if row[1] != "pass"] == []
-    assert canary.execute("select count(*) from shop.clean_events").fetchone() == (len(shop.rows()),)
+    assert guarded.execute("select count(*) from shop.clean_events").fetchone() == (len(shop.rows()),)
     user = shop.users[0]
-    history = canary.execute("select item_id, event_type, occurred_at from shop.history(%s)", [user]).fetchall()
+    history = guarded.execute("select item_id, event_type, occurred_at from shop.history(%s)", [user]).fetchall()
     assert history == sorted((row[1:] for row in shop.rows() if row[0] == user), key=lambda row: row[2])
-    assert canary.execute("select count(*) from shop.known_users").fetchone() == (30,)
-    canary.execute("select vae.rebuild_model('shop')")
-    canary.execute("select vae.set_event_type('shop', %s, 'view')", [name])
-    assert others(canary) == before
-    canary.execute("select vae.drop_model('shop')")
-    assert others(canary) == before
+    assert guarded.execute("select count(*) from shop.known_users").fetchone() == (30,)
+    guarded.execute("select vae.rebuild_model('shop')")
+    guarded.execute("select vae.set_event_type('shop', %s, 'view')", [name])
+    assert others(guarded) == before
+    guarded.execute("select vae.drop_model('shop')")
+    assert others(guarded) == before
 
 
 def test_a_shop_of_odd_names_is_trained_and_scored(canary: psycopg.Connection) -> None:
@@ -152,14 +160,13 @@ def test_a_shop_of_odd_names_is_trained_and_scored(canary: psycopg.Connection) -
 
 
 @pytest.mark.parametrize("name", [*NAMES, "", "x" * 49, "Shop", "pg_shop", "vae", "vae_x", "1shop", "shöp", "user"])
-def test_a_models_name_is_a_plain_schema_name(canary: psycopg.Connection, name: str) -> None:
-    Shop().make(canary)
-    before = others(canary, model="none")
-    refused = refusal(canary, "select * from vae.create_model(%s, 'events')", [name])
+def test_a_models_name_is_a_plain_schema_name(guarded: psycopg.Connection, name: str) -> None:
+    before = others(guarded, model="none")
+    refused = refusal(guarded, "select * from vae.create_model(%s, 'events')", [name])
     assert refused.sqlstate == "42602"
     assert refused.message_primary == f'model name "{name}" cannot be a schema\'s name'
     assert refused.message_hint
-    assert others(canary, model="none") == before
+    assert others(guarded, model="none") == before
 
 
 def test_event_types_of_any_text_are_mapped(canary: psycopg.Connection) -> None:
@@ -238,18 +245,17 @@ def trained_text(canary: psycopg.Connection) -> psycopg.Connection:
 
 
 @pytest.mark.parametrize("text", ["x'; drop table canary; --", '"; drop table canary; --', "$f$ %s :x", "\\", "表"])
-def test_options_hold_no_statements(canary: psycopg.Connection, text: str) -> None:
-    Shop().make(canary)
-    before = others(canary)
+def test_options_hold_no_statements(guarded: psycopg.Connection, text: str) -> None:
+    before = others(guarded)
     for options in ({text: 1}, {"earliest": text}, {"min_events": text}, {"max_share": {text: 0.5}}):
         with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
-            create_model(canary, "shop", events="events", options=SMALL | options)
+            create_model(guarded, "shop", events="events", options=SMALL | options)
         assert caught.value.diag.message_hint, options
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="is mapped to") as caught:
-        create_model(canary, "shop", events="events", event_types={"look": text})
+        create_model(guarded, "shop", events="events", event_types={"look": text})
     assert caught.value.diag.message_hint
-    assert others(canary) == before
-    assert canary.execute("select to_regnamespace('shop')").fetchone() == (None,)
+    assert others(guarded) == before
+    assert guarded.execute("select to_regnamespace('shop')").fetchone() == (None,)
 
 
 def test_live_options_hold_no_statements(trained: psycopg.Connection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -42,6 +42,27 @@ def shop(connection: psycopg.Connection) -> psycopg.Connection:
     return connection
 
 
+@pytest.fixture(scope="module")
+def untouched(shared: psycopg.Connection) -> psycopg.Connection:
+    """A connection to a database with a shop of which no model is made."""
+    Shop().make(shared)
+    shared.execute(
+        "alter table events add id serial, add price numeric, add tags text[], add gone bigint;"
+        " alter table events drop gone;"
+        " create index events_by_user on events (user_id);"
+        " create table people (id text);"
+        " create domain shop_id as integer check (value > 0)"
+    )
+    return shared
+
+
+@pytest.fixture
+def rolled_back(untouched: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """As `untouched`, in a transaction that is rolled back."""
+    with untouched.transaction(force_rollback=True):
+        yield untouched
+
+
 # vae.create_model
 
 
@@ -74,8 +95,8 @@ def test_a_model_is_defined_with_one_call(shop: psycopg.Connection) -> None:
 @pytest.mark.parametrize(
     "name", ["select", "table", "user", "Shop", "my shop", "1st", "pg_shop", "vae", "x" * 49, None]
 )
-def test_a_name_that_cannot_be_a_schema_is_refused(shop: psycopg.Connection, name: str | None) -> None:
-    refused = refused_model(shop, model=name)
+def test_a_name_that_cannot_be_a_schema_is_refused(untouched: psycopg.Connection, name: str | None) -> None:
+    refused = refused_model(untouched, model=name)
     assert refused.sqlstate == "42602"
     assert f'"{name or "<NULL>"}"' in str(refused.message_primary)
 
@@ -89,8 +110,8 @@ def test_a_name_that_is_taken_is_refused(shop: psycopg.Connection) -> None:
     assert (refused.sqlstate, refused.message_primary) == ("42P06", 'schema "public" exists already')
 
 
-def test_a_table_that_does_not_exist_is_named(shop: psycopg.Connection) -> None:
-    refused = refusal(shop, "select * from vae.create_model('shop', events => 'nothing')")
+def test_a_table_that_does_not_exist_is_named(untouched: psycopg.Connection) -> None:
+    refused = refusal(untouched, "select * from vae.create_model('shop', events => 'nothing')")
     assert (refused.sqlstate, refused.message_primary) == ("42P01", 'relation "nothing" does not exist')
 
 
@@ -125,15 +146,9 @@ def test_a_table_that_does_not_exist_is_named(shop: psycopg.Connection) -> None:
     ],
 )
 def test_tables_and_columns_that_do_not_fit_are_refused(
-    shop: psycopg.Connection, arguments: dict[str, Any], sqlstate: str, message: str
+    untouched: psycopg.Connection, arguments: dict[str, Any], sqlstate: str, message: str
 ) -> None:
-    shop.execute(
-        "alter table events add id serial, add price numeric, add tags text[], add gone bigint;"
-        " alter table events drop gone;"
-        " create index events_by_user on events (user_id);"
-        " create table people (id text)"
-    )
-    refused = refused_model(shop, **arguments)
+    refused = refused_model(untouched, **arguments)
     assert (refused.sqlstate, refused.message_primary) == (sqlstate, message)
 
 
@@ -162,8 +177,8 @@ def test_tables_and_columns_that_do_not_fit_are_refused(
         (Jsonb("x"), 'options is "x"'),
     ],
 )
-def test_options_that_mean_nothing_are_refused(shop: psycopg.Connection, options: Any, message: str) -> None:
-    refused = refused_model(shop, options=options)
+def test_options_that_mean_nothing_are_refused(untouched: psycopg.Connection, options: Any, message: str) -> None:
+    refused = refused_model(untouched, options=options)
     assert (refused.sqlstate, refused.message_primary) == ("22023", message)
 
 
@@ -179,8 +194,10 @@ def test_options_that_mean_nothing_are_refused(shop: psycopg.Connection, options
         (Jsonb(["purchase"]), 'event_types is ["purchase"]'),
     ],
 )
-def test_event_types_that_mean_nothing_are_refused(shop: psycopg.Connection, event_types: Any, message: str) -> None:
-    refused = refused_model(shop, event_types=event_types)
+def test_event_types_that_mean_nothing_are_refused(
+    untouched: psycopg.Connection, event_types: Any, message: str
+) -> None:
+    refused = refused_model(untouched, event_types=event_types)
     assert (refused.sqlstate, refused.message_primary) == ("22023", message)
 
 
@@ -402,29 +419,28 @@ def test_a_table_dropped_with_cascade_is_told_and_rebuilding_mends_it(shop: psyc
 
 @pytest.mark.parametrize("key_type", ["bigint", "integer", "uuid", "text", "varchar(40)", "char(12)", "shop_id"])
 @pytest.mark.parametrize("time_type", ["timestamptz", "timestamp", "date"])
-def test_events_of_every_type_are_read_alike(connection: psycopg.Connection, key_type: str, time_type: str) -> None:
-    connection.execute("create domain shop_id as integer check (value > 0)")
+def test_events_of_every_type_are_read_alike(rolled_back: psycopg.Connection, key_type: str, time_type: str) -> None:
     same = "integer" if key_type == "shop_id" else key_type
     base = Shop(
-        user_type=key_type, item_type=key_type, time_type=time_type,
+        schema="typed",         user_type=key_type, item_type=key_type, time_type=time_type,
         user_keys=keys("user", same, 30), item_keys=keys("item", same, 12),
     )  # fmt: skip
     # A time without a zone is UTC, whatever the session thinks.
-    connection.execute("set timezone to 'Asia/Tokyo'")
-    base.make(connection)
-    base.create_model(connection)
-    found = report(connection)
+    rolled_back.execute("set timezone to 'Asia/Tokyo'")
+    base.make(rolled_back)
+    base.create_model(rolled_back)
+    found = report(rolled_back)
     assert {status for status, _ in found.values()} == {"pass"}
     assert found["enough_events"] == ("pass", 372)
-    history = connection.execute("select * from shop.history(%s)", [base.users[3]]).fetchall()
+    history = rolled_back.execute("select * from shop.history(%s)", [base.users[3]]).fetchall()
     expected = sorted((row for row in base.rows() if row[0] == base.users[3]), key=lambda row: row[3])
     assert [row[0] for row in history] == [row[1] for row in expected]
     if time_type != "date":
         assert [row[2] for row in history] == [row[3] for row in expected]
     # The ends of time are no events, and no errors.
     extremes = [(base.users[0], base.items[0], "view", moment) for moment in ("infinity", "-infinity")]
-    base.add(connection, extremes)
-    found = report(connection)
+    base.add(rolled_back, extremes)
+    found = report(rolled_back)
     assert (found["future_timestamps"], found["absurd_timestamps"]) == (("warn", 1), ("warn", 1))
     assert found["enough_events"] == ("pass", 372)
 

@@ -8,7 +8,6 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgvae import resources
 from shop import Shop, refusal, train
 
 USER = Shop().users[0]
@@ -56,15 +55,17 @@ def tamper(connection: psycopg.Connection, change: str) -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, 10_001, 10_000_000, None])
-def test_k_is_between_1_and_10000(trained: psycopg.Connection, k: int | None) -> None:
-    refused = refusal(trained, "select * from shop.recommend(%s, k => %s)", [USER, k])
+def test_k_is_between_1_and_10000(shared_trained: psycopg.Connection, k: int | None) -> None:
+    refused = refusal(shared_trained, "select * from shop.recommend(%s, k => %s)", [USER, k])
     assert refused.sqlstate == "22023"
     assert refused.message_primary == f"pgvae: k is {'null' if k is None else k}"
     assert refused.message_hint == "ask for 1 to 10000 items, as in: k => 10"
 
 
-def test_a_k_beyond_the_catalogue_gives_the_catalogue(trained: psycopg.Connection) -> None:
-    rows = trained.execute("""select * from shop.recommend(%s, 10000, '{"exclude_seen": false}')""", [USER]).fetchall()
+def test_a_k_beyond_the_catalogue_gives_the_catalogue(shared_trained: psycopg.Connection) -> None:
+    rows = shared_trained.execute(
+        """select * from shop.recommend(%s, 10000, '{"exclude_seen": false}')""", [USER]
+    ).fetchall()
     assert [row[0] for row in rows] == list(range(1, 13))
     assert {row[1] for row in rows} == set(Shop().items)
 
@@ -81,24 +82,25 @@ def test_a_k_beyond_the_catalogue_gives_the_catalogue(trained: psycopg.Connectio
     ],
 )
 def test_an_option_that_means_nothing_is_refused_by_name(
-    trained: psycopg.Connection, options: str, message: str, hint: str
+    shared_trained: psycopg.Connection, options: str, message: str, hint: str
 ) -> None:
-    refused = refusal(trained, "select * from shop.recommend(%s, 5, %s)", [USER, options])
+    refused = refusal(shared_trained, "select * from shop.recommend(%s, 5, %s)", [USER, options])
     assert (refused.sqlstate, refused.message_primary) == ("22023", f"pgvae: {message}")
     assert hint in str(refused.message_hint)
 
 
-def test_a_null_key_asks_for_nothing(trained: psycopg.Connection) -> None:
-    assert trained.execute(RECOMMEND, [None]).fetchall() == []
-    assert trained.execute("select shop.embedding(null)").fetchone() == (None,)
-    assert trained.execute("select shop.score(null, 1)").fetchone() == (None,)
-    assert trained.execute("select shop.score(1, null)").fetchone() == (None,)
-    assert trained.execute("select * from shop.history(null)").fetchall() == []
+def test_a_null_key_asks_for_nothing(shared_trained: psycopg.Connection) -> None:
+    assert shared_trained.execute(RECOMMEND, [None]).fetchall() == []
+    assert shared_trained.execute("select shop.embedding(null)").fetchone() == (None,)
+    assert shared_trained.execute("select shop.score(null, 1)").fetchone() == (None,)
+    assert shared_trained.execute("select shop.score(1, null)").fetchone() == (None,)
+    assert shared_trained.execute("select * from shop.history(null)").fetchall() == []
 
 
-def test_an_unknown_device_is_refused_by_name(trained: psycopg.Connection) -> None:
-    trained.execute("set vae.device to 'tpu'")
-    refused = refusal(trained, "call vae.refresh('shop')")
+def test_an_unknown_device_is_refused_by_name(shared_trained: psycopg.Connection) -> None:
+    shared_trained.execute("set vae.device to 'tpu'")
+    refused = refusal(shared_trained, "call vae.refresh('shop')")
+    shared_trained.execute("reset vae.device")
     assert refused.sqlstate == "22023"
     assert refused.message_primary == "refresh of shop.recommendations failed: vae.device is 'tpu'"
     assert "auto, cpu, cuda" in str(refused.message_hint)
@@ -114,15 +116,15 @@ def test_without_an_active_version_nothing_is_scored(trained: psycopg.Connection
     assert trained.execute("select * from vae.refreshes").fetchall() == log
 
 
-def test_a_model_number_that_does_not_exist_is_named(trained: psycopg.Connection) -> None:
-    refused = refusal(trained, "select * from vae_private.recommend(99, '1', 5, null)")
+def test_a_model_number_that_does_not_exist_is_named(shared_trained: psycopg.Connection) -> None:
+    refused = refusal(shared_trained, "select * from vae_private.recommend(99, '1', 5, null)")
     assert (refused.sqlstate, refused.message_primary) == ("VA001", "pgvae: model number 99 does not exist")
     assert refused.message_hint
 
 
 @pytest.mark.parametrize("version", [0, 2, -1, None])
-def test_a_version_that_does_not_exist_is_named(trained: psycopg.Connection, version: int | None) -> None:
-    refused = refusal(trained, "select * from vae.activate('shop', %s)", [version])
+def test_a_version_that_does_not_exist_is_named(shared_trained: psycopg.Connection, version: int | None) -> None:
+    refused = refusal(shared_trained, "select * from vae.activate('shop', %s)", [version])
     assert refused.sqlstate == "VA007"
     assert refused.message_primary == f"model shop has no version {'null' if version is None else version}"
     assert refused.message_hint == "there are: 1"
@@ -138,7 +140,7 @@ def test_a_version_of_other_code_scores_on_but_is_not_activated_unforced(
     refused = refusal(trained, "select * from vae.activate('shop', 1)")
     assert refused.sqlstate == "VA003"
     assert "was trained and evaluated with the code 000000000000" in str(refused.message_primary)
-    assert resources.runtime_digest()[:12] in str(refused.message_primary)
+    assert ask("select left(runtime_digest, 12) from vae_private.installation")[0][0] in str(refused.message_primary)
     assert "force => true" in str(refused.message_hint)
     assert ask("select state from vae.versions") == [("retired",)]
     forced = "select * from vae.activate('shop', 1, force => true, reason => 'its metrics hold')"
@@ -151,9 +153,11 @@ def test_a_version_of_other_code_scores_on_but_is_not_activated_unforced(
 
 def test_a_function_of_another_runtime_than_the_databases_is_refused(trained: psycopg.Connection, ask: Query) -> None:
     """As in a session that an upgrade overtook: the function names one digest, load_runtime holds another."""
-    digest, other = resources.runtime_digest(), "f" * 64
-    row = trained.execute("select pg_get_functiondef('vae_private.score'::regproc)").fetchone()
+    row = trained.execute(
+        "select pg_get_functiondef('vae_private.score'::regproc), runtime_digest from vae_private.installation"
+    ).fetchone()
     assert row is not None
+    digest, other = row[1], "f" * 64
     trained.execute(row[0].replace(digest, other))
     refused = refusal(trained, "select shop.score(%s, %s)", [USER, Shop().items[0]])
     assert refused.sqlstate == "VA005"
@@ -194,11 +198,11 @@ def test_a_version_worse_than_popularity_is_activated_only_by_force(
     assert trained.execute("select * from vae.activate('shop', 2, force => true)").fetchall() == [(2, 1)]
 
 
-def test_without_an_earlier_version_there_is_no_rollback(trained: psycopg.Connection) -> None:
-    refused = refusal(trained, "select * from vae.rollback('shop')")
+def test_without_an_earlier_version_there_is_no_rollback(shared_trained: psycopg.Connection) -> None:
+    refused = refusal(shared_trained, "select * from vae.rollback('shop')")
     assert (refused.sqlstate, refused.message_primary) == ("VA007", "model shop has no earlier version to roll back to")
     assert refused.message_hint
-    assert trained.execute("select version from vae.versions where state = 'active'").fetchall() == [(1,)]
+    assert shared_trained.execute("select version from vae.versions where state = 'active'").fetchall() == [(1,)]
 
 
 def test_a_rollback_goes_back_one_step_at_a_time(trained: psycopg.Connection, trained_database: str) -> None:
@@ -301,21 +305,21 @@ def test_another_version_mends_corrupt_weights(trained: psycopg.Connection, trai
         "update vae.versions set state = 'loading'",
     ],
 )
-def test_a_published_version_is_immutable_to_superusers_too(trained: psycopg.Connection, change: str) -> None:
+def test_a_published_version_is_immutable_to_superusers_too(shared_trained: psycopg.Connection, change: str) -> None:
     content = (
         "select md5(string_agg(t::text, '')) from vae_private.tensors t"
         " union all select md5(string_agg(i::text, '')) from vae_private.items i"
         " union all select state from vae.versions"
     )
-    before = trained.execute(content).fetchall()
-    refused = refusal(trained, change)
+    before = shared_trained.execute(content).fetchall()
+    refused = refusal(shared_trained, change)
     assert refused.sqlstate == "VA006"
     assert refused.message_hint == "versions are immutable: publish a new one with pgvae train"
-    assert trained.execute(content).fetchall() == before
+    assert shared_trained.execute(content).fetchall() == before
 
 
-def test_a_published_version_is_not_finished_twice(trained: psycopg.Connection) -> None:
-    refused = refusal(trained, "select vae_private.finish_version(1)")
+def test_a_published_version_is_not_finished_twice(shared_trained: psycopg.Connection) -> None:
+    refused = refusal(shared_trained, "select vae_private.finish_version(1)")
     assert (refused.sqlstate, refused.message_primary) == ("VA006", "version number 1 is not loading")
 
 
@@ -334,9 +338,7 @@ def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg
     stored = ask("select * from shop.recommendations order by user_id, rank")
     tamper(trained, "delete from vae_private.tensors where name = 'mean_bias'")
     refused = refusal(trained, "call vae.refresh('shop')")
-    assert "refresh of shop.recommendations failed: tensor 'mean_bias' is missing" in str(
-        refused.message_primary
-    )
+    assert "refresh of shop.recommendations failed: tensor 'mean_bias' is missing" in str(refused.message_primary)
     assert str(refused.message_hint).endswith("the view keeps its last good content")
     assert ask("select * from shop.recommendations order by user_id, rank") == stored
     state, error, version, finished = ask(
