@@ -1,0 +1,515 @@
+"""The documentation: what it shows is run, what it names exists, and what exists is named.
+
+A fenced block of a tutorial is run unless a comment stands before it: `<!-- not run: reason -->`. A block that shall
+fail says with which SQLSTATE: `<!-- fails: VA002 -->`. `<!-- run: PROGRAM … -->` lets a block of shell run these
+programs of PostgreSQL beside pgvae. Of the output that follows a block, the columns and the numbers of rows are
+compared, not the values; a line `…` says that rows are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import typer
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from typer.testing import CliRunner
+
+from conftest import create_database, drop_database
+from pgvae import resources
+from pgvae.cli import app
+from pgvae.server import Server
+from pgvae.simulate import SimulationConfig, simulate
+from shop import Shop
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ANALYST, DBA, REFERENCE, ERRORS = (
+    DOCS / name for name in ("tutorial-analyst.md", "tutorial-dba.md", "sql-reference.md", "errors.md")
+)
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    if not path.name.startswith(".")
+)
+# The tutorials show trainings as people run them; these are cut short, since what they reach is measured elsewhere.
+SHORT_TRAINING = ("--epochs=3", "--embedding=32", "--hidden=64", "--latent=32")
+ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")
+
+
+# Reading a page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block: its text, the comment before it, and the text block that follows it directly."""
+
+    path: Path
+    line: int
+    language: str
+    text: str
+    mark: str
+    output: str | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}"
+
+    def marked(self, kind: str) -> str | None:
+        """Gives what a comment `<!-- kind: … -->` before the block says."""
+        return self.mark.removeprefix(f"{kind}:").strip() if self.mark.startswith(f"{kind}:") else None
+
+
+_FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$"
+    r"(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(path: Path) -> list[Block]:
+    page = path.read_text(encoding="utf-8")
+    return [
+        Block(
+            path=path,
+            line=page.count("\n", 0, found.start("text")) + 1,
+            language=found["language"],
+            text=found["text"],
+            mark=found["mark"] or "",
+            output=found["output"],
+        )
+        for found in _FENCE.finditer(page)
+    ]
+
+
+def squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def prose(path: Path) -> str:
+    """Gives a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+# Running a page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs blocks against a database, as a reader would."""
+
+    dsn: str
+    bindir: Path
+    folder: Path
+    ignored: tuple[str, ...] = ()
+
+    def run(self, block: Block) -> None:
+        if block.marked("not run") is not None:
+            assert block.marked("not run"), f"{block.place}: says no reason for not being run"
+        elif block.language == "sql":
+            self._sql(block)
+        elif block.language == "sh":
+            self._shell(block)
+
+    def _sql(self, block: Block) -> None:
+        fails = block.marked("fails")
+        script = "\\set VERBOSITY verbose\n" + block.text if fails else block.text
+        command = [self.bindir / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={self.dsn}"]
+        done = subprocess.run(
+            command, input=script, capture_output=True, text=True, env=self._environment(), cwd=self.folder
+        )
+        if fails:
+            assert f"ERROR:  {fails}:" in done.stderr, f"{block.place}: {done.stderr or 'did not fail'}"
+            for line in (block.output or "").splitlines():
+                message = line.partition(":")[2].strip()
+                assert message in done.stderr, f"{block.place}: {message!r} is not in {done.stderr!r}"
+            return
+        assert done.returncode == 0, f"{block.place}: {done.stderr}"
+        if block.output is not None:
+            assert tables(block.output, tables(done.stdout)) == tables(done.stdout), f"{block.place}: {done.stdout}"
+
+    def _shell(self, block: Block) -> None:
+        programs = (block.marked("run") or "").split()
+        for line in block.text.replace("\\\n", " ").splitlines():
+            arguments = shlex.split(line, comments=True)
+            if not arguments or arguments[0] in self.ignored:
+                continue
+            if arguments[0] == "pgvae":
+                command: list[str | Path] = [sys.executable, "-m", "pgvae.cli", *arguments[1:]]
+                if arguments[1] == "train":
+                    command += SHORT_TRAINING
+            else:
+                assert arguments[0] in programs, f"{block.place}: {arguments[0]} is neither run nor marked"
+                command = [self.bindir / arguments[0], *arguments[1:]]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=self._environment(),
+                cwd=self.folder,
+            )
+            assert done.returncode == 0, f"{block.place}: {line}: {done.stdout}{done.stderr}"
+            if block.output and len(block.text.splitlines()) == 1:
+                shown = [
+                    part for part in map(squeezed, block.output.splitlines()) if part and not re.search(r"[\d…]", part)
+                ]
+                real = {squeezed(part) for part in (done.stdout + done.stderr).splitlines()}
+                assert not shown or shown[0] in real, f"{block.place}: {shown[0]!r} is not in {sorted(real)}"
+
+    def _environment(self) -> dict[str, str]:
+        target = conninfo_to_dict(self.dsn)
+        libpq = {f"PG{name.upper()}": str(target[name]) for name in ("host", "port", "user")}
+        settings = {"PGVAE_DSN": self.dsn, "PGVAE_HOME": str(self.folder / "no-server"), "PGTZ": "UTC"}
+        # A wide terminal, so that no message is wrapped; no colours.
+        terminal = {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+        return {**os.environ, **terminal, **libpq, **settings}
+
+
+def tables(text: str, like: Sequence[tuple[list[str], str]] = ()) -> list[tuple[list[str], str]]:
+    """Gives the column names and the row count of each table that psql printed.
+
+    Where a page leaves out rows with a line `…`, the count is that of the table in the same place of `like`.
+    """
+    found = []
+    for part in re.split(r"^\((?=\d+ rows?\)$)|\n\n", text + "\n\n", flags=re.MULTILINE):
+        lines = part.strip("\n").splitlines()
+        rule = next((number for number, line in enumerate(lines) if re.fullmatch(r"-+(\+-+)*", line)), None)
+        if rule:
+            names = [name.strip() for name in lines[rule - 1].split("|")]
+            found.append((names, "…" if any(line.strip() == "…" for line in lines) else ""))
+        elif (count := re.fullmatch(r"(\d+ rows?)\)", part.strip())) and found and not found[-1][1]:
+            found[-1] = (found[-1][0], count[1])
+    return [
+        (names, like[number][1] if count == "…" and number < len(like) else count)
+        for number, (names, count) in enumerate(found)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(scratch: Path) -> Path:
+    """The folder in which the commands of a page run."""
+    made = scratch / "docs"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def psql_folder(server: Server) -> Path:
+    if not (server.bindir / "psql").exists():
+        found = shutil.which("psql")
+        assert found, "psql is missing"
+        return Path(found).parent
+    return server.bindir
+
+
+@pytest.fixture(scope="module")
+def practice(server: Server, folder: Path, psql_folder: Path) -> Iterator[Runner]:
+    """The database in which the tutorial for the DBA was followed from an empty one to its end."""
+    create_database(server, "shop")
+    runner = Runner(dsn=server.dsn("shop"), bindir=psql_folder, folder=folder)
+    try:
+        for block in blocks(DBA):
+            runner.run(block)
+        yield runner
+    finally:
+        with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+            for name in ("shop_copy", "shop"):
+                admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+            for role in ROLES:
+                admin.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
+
+
+def test_the_tutorial_for_the_analyst_runs_on_the_real_shop(
+    server: Server, folder: Path, psql_folder: Path, shared_data: Path
+) -> None:
+    file = "online_retail.csv.xz"
+    create_database(server, "tutorial")
+    runner = Runner(dsn=server.dsn("tutorial"), bindir=psql_folder, folder=folder)
+    (folder / file).symlink_to(shared_data / "online-retail" / file)
+    try:
+        for block in blocks(ANALYST):
+            runner.run(block)
+    finally:
+        drop_database(server, "tutorial")
+
+
+def test_the_tutorial_for_the_dba_runs(practice: Runner) -> None:
+    with psycopg.connect(practice.dsn) as connection:
+        states = connection.execute("select state from vae.refreshes order by refresh_id").fetchall()
+    assert states[0] == ("succeeded",)
+    assert states[-1] == ("succeeded",)
+
+
+def test_a_restored_database_gives_the_same_scores(server: Server, practice: Runner) -> None:
+    live = "select r.* from web.users u cross join lateral shop.recommend(u.user_id, k => 3) r where u.user_id <= 20"
+    with psycopg.connect(practice.dsn) as original, psycopg.connect(server.dsn("shop_copy")) as copy:
+        rows = original.execute(live).fetchall()
+        assert len(rows) == 60
+        assert copy.execute(live).fetchall() == rows
+        count = "select count(*), count(distinct user_id) from shop.recommendations"
+        assert copy.execute(count).fetchall() == original.execute(count).fetchall()
+
+
+def test_the_examples_of_the_reference_run(practice: Runner) -> None:
+    for block in blocks(REFERENCE):
+        practice.run(block)
+
+
+def test_the_readme_runs(server: Server, template: str, folder: Path, psql_folder: Path) -> None:
+    """On a table of the names that it uses. What it shows first is what there is at the end."""
+    create_database(server, "readme", template)
+    runner = Runner(dsn=server.dsn("readme"), bindir=psql_folder, folder=folder, ignored=("make", "pip", "export"))
+    try:
+        simulate(runner.dsn, SimulationConfig(schema="web", users=1000))
+        with psycopg.connect(runner.dsn) as connection:
+            connection.execute(
+                "create table public.events as select user_id as customer_id, item_id as stock_code,"
+                " event_type, occurred_at as at from web.events"
+            )
+        first, *others = (block for block in blocks(ROOT / "README.md") if block.language in ("sql", "sh"))
+        for block in (*others, first):
+            runner.run(block)
+    finally:
+        drop_database(server, "readme")
+
+
+def test_every_block_that_is_not_run_says_why() -> None:
+    silent = [
+        block.place
+        for path in (ANALYST, DBA, REFERENCE)
+        for block in blocks(path)
+        if block.language in ("sql", "sh") and block.mark and not re.match(r"(not run|fails|run): \S", block.mark)
+    ]
+    assert silent == []
+
+
+# The reference and the catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documented:
+    """An object of the catalogue and what the reference says of it."""
+
+    name: str
+    text: str
+
+
+_ROUTINES = """
+select n.nspname || '.' || p.proname, p.prokind = 'p', p.proname, pg_get_function_arguments(p.oid),
+    pg_get_function_result(p.oid), obj_description(p.oid, 'pg_proc'), (
+        select string_agg(r.rolname, ', ' order by r.rolname)
+        from aclexplode(p.proacl) a join pg_roles r on r.oid = a.grantee where r.rolname ~ '^vae_')
+from pg_proc p
+join pg_namespace n on n.oid = p.pronamespace
+where n.nspname in ('vae', 'shop')
+"""
+_RELATIONS = """
+select n.nspname || '.' || c.relname, obj_description(c.oid, 'pg_class'), (
+        select string_agg(r.rolname, ', ' order by r.rolname)
+        from aclexplode(c.relacl) a join pg_roles r on r.oid = a.grantee
+        where r.rolname ~ '^vae_' and a.privilege_type = 'SELECT'), (
+        select array_agg(array[a.attname::text, format_type(a.atttypid, a.atttypmod), col_description(c.oid, a.attnum)]
+            order by a.attnum)
+        from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'v') and (n.nspname = 'vae' and has_table_privilege('vae_reader', c.oid, 'select')
+    or n.nspname = 'shop' and c.relname in (
+        select o.object from vae.models m cross join vae_private.model_objects(m.model_id) o where o.is_public))
+"""
+
+
+@pytest.fixture
+def catalogue(connection: psycopg.Connection) -> dict[str, str]:
+    """What the reference must say of each public object, by its name."""
+    Shop().make(connection)
+    Shop().create_model(connection, "shop")
+    described = {}
+    for name, is_procedure, short, arguments, result, comment, roles in connection.execute(_ROUTINES).fetchall():
+        described[name] = (
+            f"```text\n{signature(name, is_procedure, arguments, result)}\n```\n\n{comment}\n\nRole: `{roles}`.\n"
+        )
+        assert short
+    for name, comment, roles, columns in connection.execute(_RELATIONS).fetchall():
+        rows = "".join(f"| `{column}` | `{kind}` | {escaped(meaning)} |\n" for column, kind, meaning in columns)
+        described[name] = f"{comment}\n\nRole: `{roles}`.\n\n| Column | Type | Meaning |\n|---|---|---|\n{rows}"
+    return described
+
+
+def signature(name: str, is_procedure: bool, arguments: str, result: str | None) -> str:
+    """Gives how a routine is declared, as people write SQL: lower case, no casts of nulls."""
+    plain = (
+        re.sub(r"::[a-z]+( [a-z]+)*", "", arguments)
+        .replace("DEFAULT NULL", "default null")
+        .replace("DEFAULT", "default")
+    )
+    if is_procedure:
+        plain = re.sub(r"\bIN ", "", plain)
+    opening = f"call {name}(" if is_procedure else f"{name}("
+    if len(opening + plain) > 100:
+        plain = "\n    " + plain.replace(", ", ",\n    ") + "\n"
+    returns = "" if is_procedure else "\nreturns " + (result or "").replace("TABLE(", "table (")
+    return f"{opening}{plain}){returns}"
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_GENERATED = re.compile(r"<!-- generated: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def test_the_reference_describes_every_public_object_as_it_is(
+    catalogue: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    page = REFERENCE.read_text(encoding="utf-8")
+    assert {name for name, _ in _GENERATED.findall(page)} == set(catalogue)
+    for name in catalogue:
+        assert re.search(rf"^### {re.escape(name)}$", page, re.MULTILINE), f"{name} has no heading"
+    current = _GENERATED.sub(lambda found: f"<!-- generated: {found[1]} -->\n{catalogue[found[1]]}<!-- end -->", page)
+    if request.config.getoption("--update-golden"):
+        REFERENCE.write_text(current, encoding="utf-8")
+        page = current
+    outdated = [name for name, text in _GENERATED.findall(page) if squeezed(text) != squeezed(catalogue[name])]
+    assert outdated == [], "run: pytest tests/test_docs.py --update-golden"
+
+
+def test_every_option_of_a_model_and_every_check_is_in_the_reference(connection: psycopg.Connection) -> None:
+    Shop().make(connection)
+    Shop().create_model(connection, "shop")
+    names = connection.execute(
+        "select jsonb_object_keys(vae_private.default_options())"
+        " union select check_name from vae.check_events('shop') union select event_type from vae.event_types"
+    ).fetchall()
+    page = REFERENCE.read_text(encoding="utf-8")
+    assert [name for (name,) in names if f"`{name}`" not in page] == []
+
+
+def test_every_objects_of_the_documentation_exists(catalogue: dict[str, str]) -> None:
+    known = {name for name in catalogue if name.startswith("vae.")} | {"vae.device", "vae.alembic_version"}
+    columns = {
+        f"{name}.{column}" for name, text in catalogue.items() for column in re.findall(r"^\| `(\w+)`", text, re.M)
+    }
+    for path in PAGES:
+        if path.parent.name == "decisions" or path.name == "CHANGELOG.md":
+            continue
+        named = set(re.findall(r"\bvae\.[a-z_]+(?:\.[a-z_]+)?\b", path.read_text(encoding="utf-8")))
+        assert named <= known | columns, f"{path.name} names {named - known - columns}"
+
+
+def test_every_sqlstate_of_pgvae_is_explained() -> None:
+    sources = [*resources.sql_files(), *(ROOT / "plpython").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")]
+    raised = {state for path in sources for state in re.findall(r"\bVA\d{3}\b", path.read_text(encoding="utf-8"))}
+    explained = set(re.findall(r"^## (VA\d{3})$", ERRORS.read_text(encoding="utf-8"), re.MULTILINE))
+    assert raised == explained
+
+
+def test_every_condition_that_the_sql_raises_is_explained() -> None:
+    raised = {
+        name
+        for path in resources.sql_files()
+        for name in re.findall(r"errcode = '([a-z_]+)'", path.read_text(encoding="utf-8"))
+    }
+    page = ERRORS.read_text(encoding="utf-8")
+    assert raised
+    assert sorted(name for name in raised if name not in page) == []
+
+
+# The command line
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Gives each command with its full name: "pgvae load events"."""
+    from pgvae.cli import database, demo, load, refresh, server, simulate, train  # noqa: F401
+
+    def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield name, command
+        for short, child in getattr(command, "commands", {}).items():
+            yield from walk(f"{name} {short}", child)
+
+    yield from walk("pgvae", typer.main.get_command(app))
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    command = COMMANDS[name]
+    done = CliRunner().invoke(app, [*name.split()[1:], "--help"])
+    assert done.exit_code == 0, done.output
+    assert command.help
+    silent = [parameter.name for parameter in command.params if not getattr(parameter, "help", None)]
+    assert silent == []
+
+
+def test_every_command_is_in_the_documentation() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+    leaves = [name for name, command in COMMANDS.items() if not getattr(command, "commands", None)]
+    assert [name for name in leaves if f"`{name}" not in text and f"\n{name}" not in text] == []
+    main = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [name for name in leaves if f"`{name}`" not in main] == []
+
+
+def test_every_command_line_of_the_documentation_is_understood() -> None:
+    lines = []
+    for path in PAGES:
+        lines += re.findall(r"`(pgvae [^`\n]+)`", prose(path))
+        for block in blocks(path):
+            if block.language == "sh":
+                lines += re.findall(r"^pgvae .*", block.text.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        words = re.split(r"\s[#|>]|…", line)[0].split()
+        name = next((" ".join(words[:count]) for count in (3, 2, 1) if " ".join(words[:count]) in COMMANDS), "")
+        assert name != "pgvae" or len(words) == 1 or words[1].startswith("-"), f"{line!r} is no command"
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
+        options = {word.split("=")[0] for word in words[len(name.split()) :] if re.match(r"--?[a-z]", word)}
+        assert name == "pgvae psql" or options <= known, f"{line!r} has unknown options {options - known}"
+
+
+# All pages
+
+
+def anchors(path: Path) -> set[str]:
+    """Gives the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "") for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+def test_links_within_the_documentation_lead_somewhere() -> None:
+    broken = []
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            found = (path.parent / file).resolve() if file else path
+            if not found.exists() or (anchor and found.suffix == ".md" and anchor not in anchors(found)):
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    pages = [path.relative_to(DOCS) for path in DOCS.glob("*.md") if path.name != "README.md"]
+    assert pages
+    assert [str(page) for page in pages if f"({page})" not in index] == []
+
+
+def test_no_page_names_a_folder_of_one_machine() -> None:
+    private = re.compile(r"(?<![\w.])/(root|home|work|Users|tmp|mnt|private)/\S*")
+    assert [f"{path.name}: {found[0]}" for path in PAGES for found in private.finditer(path.read_text("utf-8"))] == []
