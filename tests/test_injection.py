@@ -266,3 +266,25 @@ def test_live_options_hold_no_statements(trained: psycopg.Connection) -> None:
         assert refused.sqlstate == "22023", options
         assert refused.message_hint, options
     assert others(trained) == before
+
+
+def test_a_hint_quotes_the_role_that_it_names(trained: psycopg.Connection) -> None:
+    role = sql.Identifier('x"; drop table events; --')
+    trained.execute(sql.SQL("create role {} in role vae_trainer").format(role))
+    try:
+        trained.execute(sql.SQL("grant select on events to {}; set role {}").format(role, role))
+        for query in (
+            "select * from vae_private.recommend(1, '1', 5, null)",
+            "select * from vae.check_events('shop')",
+        ):
+            refused = refusal(trained, query)
+            assert str(refused.message_primary).endswith("permission denied for model shop")
+            hint = str(refused.message_hint)
+            grant = hint.removeprefix("its owner can allow it: ")
+            assert grant == 'grant usage on schema shop to "x""; drop table events; --"'
+            trained.execute("reset role")
+            trained.execute(grant)
+            trained.execute("revoke usage on schema shop from " + role.as_string(trained))
+            trained.execute(sql.SQL("set role {}").format(role))
+    finally:
+        trained.execute(sql.SQL("reset role; drop owned by {}; drop role {}").format(role, role))

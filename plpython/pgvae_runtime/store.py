@@ -115,7 +115,7 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
         return ScoringError(
             f"permission denied for model {name}",
             sqlstate=INSUFFICIENT_PRIVILEGE,
-            hint=f"its owner can allow it: grant usage on schema {name} to {rows[0]['caller']}",
+            hint=f"its owner can allow it: grant usage on schema {name} to {plpy.quote_ident(rows[0]['caller'])}",
         )
     return ScoringError(
         f"model {name} has no active version",
