@@ -93,6 +93,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].embedding(plpy, model_id, user_key)
 $pgvae$;
 
+-- row_security: a restored dump fills the materialized view with it off, and would then fail wherever a policy stands.
 create or replace function vae_private.recommend_all(model_id integer, k integer)
 returns table (user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer)
 language plpython3u
@@ -101,6 +102,7 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+set row_security = on
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].recommend_all(plpy, model_id, k)
