@@ -8,6 +8,8 @@ from pathlib import Path
 import psycopg
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
@@ -16,9 +18,12 @@ from sqlalchemy.pool import NullPool
 from pgvae import __version__, resources
 from pgvae.connection import connect
 from pgvae.errors import PgvaeError
+from pgvae.schema import PUBLIC
 
 # Two installations into one database wait for each other. The number is the ASCII of "pgvae".
 _LOCK = 0x7067766165
+# While an installation waits for a session that holds a table, whoever wants to score waits behind it.
+_LOCK_TIMEOUT = "10s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,12 @@ def install(dsn: str | None = None) -> Installation:
         with engine.begin() as sqlalchemy_connection:
             return _install(sqlalchemy_connection, warnings)
     except DBAPIError as error:
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            raise PgvaeError(
+                f"another session holds pgvae's tables in an open transaction, {_LOCK_TIMEOUT} were not enough",
+                hint="find it: select pid, usename, state, query from pg_stat_activity"
+                " where xact_start < now() - interval '10 s'; nothing was changed, run pgvae install again",
+            ) from None
         # What PostgreSQL said, without SQLAlchemy's frame around it.
         raise (error.orig or error) from None
 
@@ -61,10 +72,12 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
     connection.execute(text("select pg_catalog.pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
     connection.execute(text("set local client_min_messages = warning"))
+    connection.execute(text(f"set local lock_timeout = '{_LOCK_TIMEOUT}'"))
     connection.execute(text("create schema if not exists vae"))
     config = Config()
     config.set_main_option("script_location", str(resources.directory("migrations")))
     config.attributes["connection"] = connection
+    _check_revision(connection, config)
     command.upgrade(config, "head")
     _create_extension(connection)
     for path in resources.sql_files():
@@ -76,6 +89,20 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
         {"release": __version__, "digest": digest},
     )
     return Installation(release=__version__, digest=digest, models=models, warnings=warnings)
+
+
+def _check_revision(connection: Connection, config: Config) -> None:
+    """Refuses a database whose tables a newer release made."""
+    context = MigrationContext.configure(connection, opts={"version_table_schema": PUBLIC})
+    known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
+    unknown = set(context.get_current_heads()) - known
+    if unknown:
+        release = connection.execute(text("select release from vae_private.installation")).scalar()
+        raise PgvaeError(
+            f"the database holds pgvae {release}, which is newer than this pgvae, {__version__}"
+            f" (its tables are of revision {', '.join(sorted(unknown))})",
+            hint="upgrade this one: pip install --upgrade pgvae; there is no way back to an older release",
+        )
 
 
 def _create_extension(connection: Connection) -> None:
