@@ -87,18 +87,19 @@ def fit(
             kl = kl_divergence(mean, log_variance).mean()
             loss = (1.0 - beta) * reconstruction + beta * kl
             if not torch.isfinite(loss):
-                raise PgvaeError(
-                    f"the loss is {loss.item()} in epoch {number}",
-                    hint=f"train again with a lower --learning-rate than {config.learning_rate}",
-                )
+                raise _diverged(f"the loss is {loss.item()} in epoch {number}", config)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             sums += len(batch) * np.array([loss.item(), reconstruction.item(), kl.item()])
             step += 1
+        weights = network.weights()
+        # A last step that is too wide leaves no loss to tell of it.
+        if not all(np.isfinite(tensor).all() for tensor in weights.values()):
+            raise _diverged(f"weights are not finite after epoch {number}", config)
         ndcg = None
         if validation is not None:
-            metrics = per_user_metrics(validation, scorer(network.weights(), max_history), VALIDATION_K)
+            metrics = per_user_metrics(validation, scorer(weights, max_history), VALIDATION_K)
             ndcg = float(metrics["ndcg"].mean())
         losses = (sums / len(users)).tolist()
         curve.append(
@@ -114,11 +115,15 @@ def fit(
         )
         on_epoch(curve[-1])
         if ndcg is None or ndcg > best_ndcg:
-            best = Fit(weights=network.weights(), best_epoch=number, curve=curve)
+            best = Fit(weights=weights, best_epoch=number, curve=curve)
             best_ndcg = ndcg or 0.0
         elif number - best.best_epoch >= config.patience:
             break
     return best
+
+
+def _diverged(what: str, config: TrainingConfig) -> PgvaeError:
+    return PgvaeError(what, hint=f"train again with a lower --learning-rate than {config.learning_rate}")
 
 
 def scorer(weights: dict[str, NDArray[np.float32]], max_history: int) -> Scorer:
