@@ -1,0 +1,478 @@
+"""Versions over time: dumps and restores, upgrades under open sessions, seeds, and data that is hard to learn."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+import torch
+from psycopg import sql
+
+from conftest import as_role, create_database, drop_database
+from pgvae import install as installing
+from pgvae import resources
+from pgvae.config import TrainingConfig
+from pgvae.dataset import Dataset
+from pgvae.errors import PgvaeError
+from pgvae.install import install
+from pgvae.ranking import make_holdout, per_user_metrics
+from pgvae.server import Server
+from pgvae.training import VALIDATION_K, Fit, fit, scorer
+from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
+from variants import install_variant, publish_network
+
+Connection = psycopg.Connection[Any]
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+USER = Shop().users[0]
+
+
+def rows(connection: Connection, query: str, *parameters: Any) -> list[Any]:
+    return connection.execute(query.encode(), parameters).fetchall()
+
+
+def answers(dsn: str) -> dict[str, list[Any]]:
+    """Gives what the model of a database says: live, in its view, and of itself."""
+    everything = "(user_id, k => 100, options => '{\"exclude_seen\": false}')"
+    with psycopg.connect(dsn) as connection:
+        return {
+            "live": rows(
+                connection,
+                f"select u.user_id, r.* from (select distinct user_id from events) u, shop.recommend{everything} r"
+                " order by u.user_id, r.rank",
+            ),
+            "embedding": rows(connection, "select shop.embedding(%s), shop.score(%s, 1099511627776)", USER, USER),
+            "view": rows(
+                connection,
+                "select user_id, rank, item_id, score, is_cold_start, model_version from shop.recommendations"
+                " order by user_id, rank",
+            ),
+            "gate": rows(connection, "select * from vae.check_events('shop')"),
+            "versions": rows(connection, "select * from vae.versions order by version"),
+            "activations": rows(connection, "select * from vae.activations order by activation_id"),
+        }
+
+
+# Dumps
+
+
+@pytest.fixture
+def restored(server: Server) -> Iterator[str]:
+    """The DSN of an empty database for a dump."""
+    create_database(server, "restored", "template0")
+    yield server.dsn("restored")
+    drop_database(server, "restored")
+
+
+def move(server: Server, source: str, target: str, dump_format: str, path: Path) -> None:
+    """Dumps a database and restores it into another; any error or warning fails."""
+    dump = [server.bindir / "pg_dump", "--format", dump_format, "--file", path, "--dbname", source]
+    restore = {
+        "plain": [server.bindir / "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "--dbname", target, "--file", path],
+        "custom": [server.bindir / "pg_restore", "--exit-on-error", "--dbname", target, path],
+    }[dump_format]
+    for command in (dump, restore):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("dump_format", ["plain", "custom"])
+def test_a_restored_dump_gives_the_same_answers_refreshes_and_trains(
+    server: Server, trained_database: str, restored: str, dump_format: str, tmp_path: Path
+) -> None:
+    before = answers(trained_database)
+    assert len(before["live"]) == len(Shop().users) * len(Shop().items)
+    move(server, trained_database, restored, dump_format, tmp_path / "dump")
+    assert answers(restored) == before
+    with psycopg.connect(restored, autocommit=True) as connection:
+        connection.execute("call vae.refresh('shop')")
+        assert answers(restored) == before
+        assert train(restored) == 2
+        rows(connection, "select * from vae.activate('shop', 2, force => true)")
+        connection.execute("call vae.refresh('shop')")
+        assert rows(connection, "select distinct model_version from shop.recommendations") == [(2,)]
+        assert rows(connection, "select * from vae.rollback('shop')") == [(1, 2)]
+    assert answers(restored)["live"] == before["live"]
+    assert install(restored).models == 1
+
+
+def test_a_dump_without_content_is_filled_by_the_next_refresh(
+    server: Server, trained_database: str, restored: str, tmp_path: Path
+) -> None:
+    # A model that was never refreshed has a view without content, which a dump does not fill either.
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute("refresh materialized view shop.recommendations_materialized with no data")
+    move(server, trained_database, restored, "plain", tmp_path / "dump")
+    with psycopg.connect(restored, autocommit=True) as connection:
+        with pytest.raises(psycopg.Error, match="has not been populated"):
+            rows(connection, "select * from shop.recommendations")
+        connection.execute("call vae.refresh('shop')")
+        assert len(rows(connection, "select distinct user_id from shop.recommendations")) == len(Shop().users)
+
+
+def test_the_model_of_a_role_that_is_no_superuser_is_restored_too(
+    server: Server, database: str, restored: str, role: str, tmp_path: Path
+) -> None:
+    with psycopg.connect(database, autocommit=True) as admin:
+        Shop().make(admin)
+        admin.execute(sql.SQL("grant vae_trainer to {}").format(sql.Identifier(role)))
+        admin.execute(sql.SQL("grant select on events to {}").format(sql.Identifier(role)))
+        admin.execute(
+            sql.SQL("grant create on database {} to {}").format(
+                sql.Identifier(str(admin.info.dbname)), sql.Identifier(role)
+            )
+        )
+    try:
+        with psycopg.connect(as_role(database, role), autocommit=True) as owner:
+            Shop().create_model(owner)
+            train_and_activate(as_role(database, role))
+            owner.execute("call vae.refresh('shop')")
+        before = answers(database)
+        move(server, database, restored, "plain", tmp_path / "dump")
+        assert answers(restored) == before
+        with psycopg.connect(as_role(restored, role), autocommit=True) as owner:
+            owner.execute("call vae.refresh('shop')")
+            assert rows(owner, "select count(distinct user_id) from shop.recommendations") == [(len(Shop().users),)]
+    finally:
+        for dsn in (database, restored):
+            with psycopg.connect(dsn, autocommit=True) as admin:
+                admin.execute("drop schema if exists shop cascade")
+                admin.execute(sql.SQL("drop owned by {}").format(sql.Identifier(role)))
+
+
+# Upgrades
+
+
+@pytest.fixture
+def session(trained_database: str) -> Iterator[Connection]:
+    """An open session that has scored."""
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute(
+            "create function pg_temp.loaded() returns table (digest text, module text) language plpython3u as $$"
+            "\nreturn [(d, m.forward.__name__) for d, m in GD.items() if hasattr(m, 'recommend_all')]\n$$"
+        )
+        rows(connection, "select * from shop.recommend(%s)", USER)
+        yield connection
+
+
+def hint_about_k(connection: Connection) -> str | None:
+    with pytest.raises(psycopg.Error) as refused:
+        rows(connection, "select * from shop.recommend(%s, k => 0)", USER)
+    return refused.value.diag.message_hint
+
+
+# A release whose answers are the same and whose words are not.
+NEW_WORDS = "ask for 1 to {MAX_K} items", "ask for 1 to {MAX_K} goods"
+
+
+def test_an_open_session_takes_up_new_code_and_mixes_nothing(trained_database: str, session: Connection) -> None:
+    old = resources.runtime_digest()
+    assert rows(session, "select * from pg_temp.loaded()") == [(old, f"pgvae_runtime_{old[:12]}.forward")]
+    before = answers(trained_database)
+    live = rows(session, "select * from shop.recommend(%s)", USER)
+    assert hint_about_k(session) == "ask for 1 to 10000 items, as in: k => 10"
+
+    new = install_variant(trained_database, "api", NEW_WORDS)
+    assert new != old
+    assert rows(session, "select runtime_digest from vae_private.installation") == [(new,)]
+    assert rows(session, "select * from shop.recommend(%s)", USER) == live
+    assert hint_about_k(session) == "ask for 1 to 10000 goods, as in: k => 10"
+    assert sorted(rows(session, "select * from pg_temp.loaded()")) == sorted(
+        (digest, f"pgvae_runtime_{digest[:12]}.forward") for digest in (old, new)
+    )
+    assert answers(trained_database) == before
+    session.execute("call vae.refresh('shop')")
+    assert answers(trained_database) == before
+
+    # And back again, to code that the session still holds.
+    install(trained_database)
+    assert hint_about_k(session) == "ask for 1 to 10000 items, as in: k => 10"
+    assert rows(session, "select * from shop.recommend(%s)", USER) == live
+
+
+def test_an_upgrade_within_a_transaction_of_one_snapshot_changes_no_answer(trained_database: str) -> None:
+    with psycopg.connect(trained_database) as reader:
+        reader.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        reader.execute("select 1")
+        install_variant(trained_database, "api", NEW_WORDS)
+        before = rows(reader, "select * from shop.recommend(%s)", USER)
+        assert len(before) > 5
+        reader.rollback()
+        assert rows(reader, "select * from shop.recommend(%s)", USER) == before
+
+
+def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_database: str) -> None:
+    version, _, _ = publish_network(trained_database, "shop", QUICK, seed=1)
+    old = resources.runtime_digest()
+    new = install_variant(trained_database, "api", NEW_WORDS)
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        with pytest.raises(psycopg.Error) as refused:
+            rows(connection, "select * from vae.activate('shop', %s)", version)
+        assert refused.value.sqlstate == "VA003"
+        assert refused.value.diag.message_primary == (
+            f"version {version} of model shop was trained and evaluated with the code {old[:12]},"
+            f" this database holds {new[:12]}"
+        )
+        assert "pgvae train shop" in str(refused.value.diag.message_hint)
+        assert rows(connection, "select distinct model_version from shop.recommend(%s)", USER) == [(1,)]
+        connection.execute("call vae.refresh('shop')")
+        assert rows(connection, "select distinct model_version from shop.recommendations") == [(1,)]
+        # Whoever trusts it all the same can say so, and the way back is always open.
+        assert rows(connection, "select * from vae.activate('shop', %s, force => true)", version) == [(version, 1)]
+        assert rows(connection, "select * from vae.rollback('shop')") == [(1, version)]
+        assert rows(connection, "select version, forced from vae.activations order by activation_id desc limit 2") == [
+            (1, False),
+            (version, True),
+        ]
+
+
+def test_an_upgrade_does_not_wait_for_ever_behind_an_open_transaction(
+    trained_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installing, "_LOCK_TIMEOUT", "300ms")
+    with psycopg.connect(trained_database) as analyst:
+        before = rows(analyst, "select * from shop.recommend(%s)", USER)
+        with pytest.raises(PgvaeError, match="another session holds pgvae's tables in an open transaction") as refused:
+            install_variant(trained_database, "api", NEW_WORDS)
+        assert "pg_stat_activity" in str(refused.value.hint)
+        assert rows(analyst, "select * from shop.recommend(%s)", USER) == before
+        assert hint_about_k(analyst) == "ask for 1 to 10000 items, as in: k => 10"
+    install_variant(trained_database, "api", NEW_WORDS)
+
+
+def test_a_database_of_a_newer_release_is_left_alone(trained_database: str, run_cli: RunCli) -> None:
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute("update vae.alembic_version set version_num = 'ffff'")
+        connection.execute("update vae_private.installation set release = '99.1'")
+    before = answers(trained_database)
+    refused = run_cli("install", dsn=trained_database)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert "error: the database holds pgvae 99.1, which is newer than this pgvae, " in refused.stderr
+    assert "hint: upgrade this one: pip install --upgrade pgvae" in refused.stderr
+    with psycopg.connect(trained_database) as connection:
+        assert rows(connection, "select version_num from vae.alembic_version") == [("ffff",)]
+        assert rows(connection, "select release from vae_private.installation") == [("99.1",)]
+    assert answers(trained_database) == before
+
+
+# Training
+
+
+def dataset_of(events: list[tuple[int, int, int, float]], users: int, items: int) -> Dataset:
+    """Gives events of user, item, event type and time as a dataset."""
+    columns = np.array(sorted(events, key=lambda event: (event[0], event[3], event[1], event[2]))).T
+    return Dataset(
+        user=columns[0].astype(np.int64),
+        item=columns[1].astype(np.int64),
+        event_type=columns[2].astype(np.int64),
+        occurred_at=columns[3],
+        weight=np.array([1.0, 4.0], dtype=np.float32)[columns[2].astype(np.int64)],
+        item_keys=[str(item) for item in range(items)],
+        event_types=["view", "purchase"],
+        user_count=users,
+    )
+
+
+@pytest.fixture(scope="module")
+def learnable() -> Dataset:
+    """Users who each like one of four groups of items, over a hundred days."""
+    generator = np.random.default_rng(1)
+    events = [
+        (user, int(10 * (user % 4) + generator.zipf(1.7) % 10), int(generator.integers(0, 2)), 86_400.0 * day)
+        for user in range(200)
+        for day in generator.integers(0, 100, 15)
+    ]
+    return dataset_of(events, 200, 40)
+
+
+FAST_LEARNER = TrainingConfig(
+    epochs=40, patience=3, embedding=16, hidden=24, latent=8, batch_size=32, learning_rate=0.01
+)
+
+
+def trained_on(dataset: Dataset, **changes: Any) -> Fit:
+    settings = {"epochs": 3, "embedding": 8, "hidden": 12, "latent": 4, "batch_size": 64, **changes}
+    return fit(dataset, TrainingConfig(**settings), max_history=20, phase="publish")
+
+
+def same(one: Fit, other: Fit) -> bool:
+    return all(one.weights[name].tobytes() == other.weights[name].tobytes() for name in one.weights)
+
+
+def test_a_seed_decides_every_bit_whatever_went_before(learnable: Dataset) -> None:
+    first = trained_on(learnable, seed=7)
+    torch.randn(1000)
+    np.random.default_rng().random(10)
+    again = trained_on(learnable, seed=7)
+    assert same(first, again)
+    assert [epoch.loss for epoch in first.curve] == [epoch.loss for epoch in again.curve]
+    other = trained_on(learnable, seed=8)
+    changed = {name for name in first.weights if first.weights[name].tobytes() != other.weights[name].tobytes()}
+    assert changed == set(first.weights) - {"item_popularity"}
+
+
+def test_two_trainings_of_one_seed_publish_the_same_bytes(trained_database: str, run_cli: RunCli) -> None:
+    train(trained_database)
+    done = run_cli(
+        "train", "shop", *["--epochs", "2", "--embedding", "8", "--hidden", "8", "--latent", "4"], dsn=trained_database
+    )
+    assert done.returncode == 0, done.stderr
+    train(trained_database, config=replace(QUICK, seed=2))
+    with psycopg.connect(trained_database) as connection:
+        digests = rows(
+            connection,
+            "select version, seed, md5(string_agg(sha256::text, '' order by name, chunk))"
+            " from vae_private.tensors join vae.versions using (version_id) group by 1, 2 order by 1",
+        )
+    # Twice in this process, once in another one; and with another seed.
+    assert [row[:2] for row in digests] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert digests[0][2] == digests[1][2] == digests[2][2] != digests[3][2]
+
+
+def test_early_stopping_gives_the_best_epoch(learnable: Dataset) -> None:
+    cut = float(np.quantile(learnable.occurred_at, 0.8))
+    before = learnable.between(-np.inf, cut)
+    validation = make_holdout(before, learnable.between(cut, np.inf))
+    stopped = fit(before, FAST_LEARNER, max_history=20, phase="evaluate", validation=validation)
+    ndcg = [epoch.validation_ndcg for epoch in stopped.curve]
+    assert None not in ndcg
+    assert stopped.best_epoch == 1 + int(np.argmax(np.array(ndcg, dtype=float)))
+    assert stopped.best_epoch < len(stopped.curve) == stopped.best_epoch + FAST_LEARNER.patience
+    # The weights are those of that epoch: they rank as it did, and a training of that many epochs gives them.
+    measured = per_user_metrics(validation, scorer(stopped.weights, 20), VALIDATION_K)["ndcg"].mean()
+    assert measured == ndcg[stopped.best_epoch - 1]
+    straight = fit(before, FAST_LEARNER, max_history=20, phase="publish", epochs=stopped.best_epoch)
+    assert same(stopped, straight)
+    assert ndcg[stopped.best_epoch - 1] > ndcg[0]
+
+
+def test_training_lowers_the_loss_and_learns_who_likes_what(learnable: Dataset) -> None:
+    learned = fit(learnable, FAST_LEARNER, max_history=20, phase="publish", epochs=15)
+    assert learned.curve[-1].reconstruction < 0.9 * learned.curve[0].reconstruction
+    scores = scorer(learned.weights, 20)(learnable.history(np.arange(200)))
+    own = scores.reshape(200, 4, 10).sum(axis=2)[np.arange(200), np.arange(200) % 4]
+    assert np.median(own) > 0.9
+
+
+def test_an_absurd_learning_rate_ends_in_weights_or_in_an_error_with_a_remedy(learnable: Dataset) -> None:
+    try:
+        diverged = trained_on(learnable, learning_rate=0.99, epochs=30)
+    except PgvaeError as error:
+        assert "lower --learning-rate than 0.99" in str(error.hint)
+    else:
+        assert all(np.isfinite(tensor).all() for tensor in diverged.weights.values())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(learnable: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = dataset_of([(user, user % 40, 1, 86_400.0 * user) for user in range(200)], 200, 40)
+    broken.weight[17] = np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(PgvaeError, match="the loss is nan in epoch 1") as refused:
+        trained_on(broken)
+    assert refused.value.hint == "train again with a lower --learning-rate than 0.002"
+
+
+def test_a_last_step_that_breaks_the_weights_ends_the_training(
+    learnable: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    step = torch.optim.Adam.step
+
+    def break_at_the_end(self: torch.optim.Adam, *args: Any) -> None:
+        nonlocal steps
+        step(self, *args)
+        steps += 1
+        if steps == 3 * 4:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][0, 0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", break_at_the_end)
+    with pytest.raises(PgvaeError, match="weights are not finite after epoch 3") as refused:
+        trained_on(learnable)
+    assert "--learning-rate" in str(refused.value.hint)
+
+
+def test_a_training_that_diverges_publishes_nothing(trained_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
+    with pytest.raises(PgvaeError, match="the loss is nan"):
+        train(trained_database)
+    with psycopg.connect(trained_database) as connection:
+        assert rows(connection, "select version, state from vae.versions") == [(1, "active")]
+
+
+# Data that is hard to learn
+
+
+def degenerate(kind: str) -> list[tuple[Any, ...]]:
+    ordinary = Shop().rows()
+    users, items = Shop().users, Shop().items
+    day = timedelta(days=1)
+    made: dict[str, list[tuple[Any, ...]]] = {
+        "all at one moment": [(*row[:3], BEGIN) for row in ordinary],
+        "one user dominates": [
+            *ordinary,
+            *((users[0], items[n % 12], "view", BEGIN + n * day / 90) for n in range(5000)),
+        ],
+        "one user only": [(users[0], items[n % 12], "purchase", BEGIN + n * day) for n in range(200)],
+        "all users identical": [(user, items[n], "purchase", BEGIN + n * day) for user in users for n in range(12)],
+        "one event each": [(user, items[n % 12], "purchase", BEGIN + n * day) for n, user in enumerate(users)],
+        "views only": [(*row[:2], "view", row[3]) for row in ordinary],
+        "purchases only": [(*row[:2], "purchase", row[3]) for row in ordinary],
+        "searches only": [(*row[:2], "search", row[3]) for row in ordinary],
+        "one item only": [(row[0], items[0], *row[2:]) for row in ordinary],
+        "two items": [(row[0], items[row[1] % 2], *row[2:]) for row in ordinary],
+        "purchases long before everything else": [
+            (*row[:3], row[3] - 3000 * day if row[2] == "purchase" else row[3]) for row in ordinary
+        ],
+        "one event": [ordinary[0]],
+    }
+    return made[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "all at one moment",
+        "one user dominates",
+        "one user only",
+        "all users identical",
+        "one event each",
+        "views only",
+        "purchases only",
+        "searches only",
+        "one item only",
+        "two items",
+        "purchases long before everything else",
+        "one event",
+    ],
+)
+def test_data_that_is_hard_to_learn_gives_a_model_that_scores(database: str, kind: str) -> None:
+    shop = Shop()
+    with psycopg.connect(database, autocommit=True) as connection:
+        shop.make(connection)
+        connection.execute("truncate events")
+        shop.add(connection, degenerate(kind))
+        shop.create_model(connection, options=SMALL | {"outlier_events_per_day": 1000})
+        version = train(database, force=True)
+        rows(connection, "select * from vae.activate('shop', %s, force => true)", version)
+        connection.execute("call vae.refresh('shop')")
+        users = rows(connection, "select count(distinct user_id) from shop.clean_events")
+        assert rows(connection, "select count(*) from shop.recommendations_materialized") == users
+        totals = rows(
+            connection,
+            "select sum(r.score), min(r.score) > 0, count(*) = count(distinct r.item_id)"
+            " from (select distinct user_id from shop.clean_events) u,"
+            " shop.recommend(u.user_id, 100, '{\"exclude_seen\": false}') r group by u.user_id",
+        )
+        assert len(totals) == users[0][0]
+        for total, positive, distinct in totals:
+            assert total == pytest.approx(1, rel=1e-5)
+            assert positive
+            assert distinct
