@@ -14,7 +14,6 @@ select
     v.user_count,
     m.name,
     m.user_id_type,
-    m.users_table is not null as has_users,
     (m.options ->> 'max_history')::integer as max_history
 from vae.versions v
 join vae.models m on m.model_id = v.model_id

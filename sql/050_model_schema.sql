@@ -14,7 +14,7 @@ from vae.models m
 cross join lateral (values
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
     (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
-    (3, 'view', 'known_users', false, 'keys of the shop''s table of users'),
+    (3, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
     (4, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
     (5, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
     (6, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
@@ -29,7 +29,7 @@ comment on function vae_private.model_objects(integer) is
     'Lists what a model''s schema holds, in the order in which it is made.';
 
 
-create or replace function vae_private.clean_select(model_id integer, one_user boolean)
+create or replace function vae_private.clean_select(model_id integer, scope text)
 returns text
 language plpgsql
 stable
@@ -68,10 +68,11 @@ begin
         rules := rules || format('exists (select from %I.%I i where i.%I = e.%I)',
             m.items_schema, m.items_table, m.items_key_column, m.item_id_column);
     end if;
-    rules := rules || case when one_user
-        then format('e.%I = $1', m.user_id_column)
-        else format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name)
-    end;
+    if scope = 'training' then
+        rules := rules || format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name);
+    elsif scope = 'one user' then
+        rules := rules || format('e.%I = $1', m.user_id_column);
+    end if;
     return format(
         E'select distinct'
         '\n    e.%1$I%2$s as user_id,'
@@ -96,8 +97,8 @@ begin
 end;
 $$;
 
-comment on function vae_private.clean_select(integer, boolean) is
-    'Writes the query that cleans a model''s events: of all users, or of the user $1.';
+comment on function vae_private.clean_select(integer, text) is
+    'Writes the query that cleans a model''s events; scope is training (without outliers), all users, or one user ($1).';
 
 
 create or replace function vae_private.time_literal(time_type text, expression text)
@@ -176,12 +177,16 @@ begin
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)
             else format('e.%I::date', m.occurred_at_column) end,
         (m.options -> 'outlier_events_per_day')::text::float8);
-    execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, false));
-    if m.users_table is not null then
-        execute format('create or replace view %I.known_users%s as select k.%I%s as user_id from %I.%I k where k.%I is not null',
-            m.name, invoker, m.users_key_column, case u when 'text' then '::text' else '' end,
-            m.users_schema, m.users_table, m.users_key_column);
-    end if;
+    execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, 'training'));
+    -- Outliers are asked about like everybody else: leaving them out keeps them from the training alone.
+    execute format(
+        E'create or replace view %I.refresh_events%s as'
+        '\nselect c.user_id, c.item_id, c.event_type, c.occurred_at from (\n%s\n) c%s',
+        m.name, invoker, vae_private.clean_select(model_id, 'all users'),
+        case when m.users_table is not null then format(
+            E'\nunion all\nselect k.%I%s, null, null, null from %I.%I k where k.%I is not null',
+            m.users_key_column, case u when 'text' then '::text' else '' end,
+            m.users_schema, m.users_table, m.users_key_column) end);
 
     -- Bodies are quoted as literals: a column's name could hold any dollar quote.
     execute format(
@@ -190,7 +195,7 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
-            vae_private.clean_select(model_id, true)));
+            vae_private.clean_select(model_id, 'one user')));
     execute format(
         'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
         ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer)'
@@ -282,7 +287,10 @@ begin
             ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
             ('clean_events', 'occurred_at', 'When it happened.'),
             ('clean_events', 'weight', 'How much the event counts as a training target.'),
-            ('known_users', 'user_id', 'Key of the user.'),
+            ('refresh_events', 'user_id', 'Key of the user.'),
+            ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
+            ('refresh_events', 'event_type', 'Standard event type.'),
+            ('refresh_events', 'occurred_at', 'When it happened.'),
             ('recommendations_materialized', 'user_id', 'Key of the user.'),
             ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
             ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),

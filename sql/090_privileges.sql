@@ -60,7 +60,7 @@ grant execute on function
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
-    vae_private.clean_select(integer, boolean),
+    vae_private.clean_select(integer, text),
     vae_private.build_model(integer),
     vae_private.comment_model(vae.models),
     vae_private.grant_model(vae.models)

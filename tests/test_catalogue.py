@@ -149,7 +149,7 @@ def test_every_relation_and_column_has_a_comment(described: psycopg.Connection) 
         "select c.oid::regclass from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')"
         " and c.relnamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])"
     )
-    assert {"vae.models", "shop.known_users", "shop.recommendations"} <= set(rows(described, relations))
+    assert {"vae.models", "shop.refresh_events", "shop.recommendations"} <= set(rows(described, relations))
     assert rows(described, relations + " and obj_description(c.oid, 'pg_class') is null") == []
     # What the views of vae_private give is described where the tables beneath are.
     columns = rows(

@@ -311,7 +311,6 @@ def version(weights: dict[str, Any], **changes: Any) -> Version:
         "targets": (2,),
         "max_history": 7,
         "user_count": 40,
-        "has_users": False,
     }
     return Version(**(values | changes))
 

@@ -25,14 +25,11 @@ select e.user_id::text as user_key,
     array_agg(i.item_index) filter (where i.item_index is not null) as items,
     array_agg(array_position($2, e.event_type) - 1) filter (where i.item_index is not null) as event_types,
     array_agg(extract(epoch from e.occurred_at)::float8) filter (where i.item_index is not null) as times
-from ({events}) e
+from {schema}.refresh_events e
 left join vae_private.scoring_items i
     on i.version_id = $1 and i.item_key = e.item_id::text and e.event_type = any ($2)
 group by e.user_id
 """
-_EVENTS = "select user_id, item_id, event_type, occurred_at from {schema}.clean_events"
-# Users of the shop's user table get a row even without a single event: the popular items.
-_USERS = " union all select user_id, null, null, null from {schema}.known_users"
 
 
 def read_history(plpy: Any, version: Version, user_key: str) -> History:
@@ -49,8 +46,7 @@ def read_history(plpy: Any, version: Version, user_key: str) -> History:
 
 def read_histories(plpy: Any, version: Version, batch_size: int) -> Iterator[tuple[list[str], History]]:
     """Gives (user keys, events) of all users, `batch_size` users at a time; some may have no known events."""
-    events = _EVENTS + _USERS if version.has_users else _EVENTS
-    query = _ALL_USERS.format(events=events.format(schema=plpy.quote_ident(version.model)))
+    query = _ALL_USERS.format(schema=plpy.quote_ident(version.model))
     plan = plpy.prepare(query, ["bigint", "text[]"])
     cursor = plpy.cursor(plan, [version.version_id, list(version.event_types)])
     while rows := cursor.fetch(batch_size):

@@ -40,7 +40,6 @@ class Version:
     targets: tuple[int, ...]
     max_history: int
     user_count: int
-    has_users: bool
 
     @property
     def item_count(self) -> int:
@@ -128,7 +127,7 @@ def _load(plpy: Any, version_id: int) -> Version:
     row = execute(
         plpy,
         "select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config,"
-        " v.max_history, v.user_count, v.has_users from vae_private.scoring_versions v where v.version_id = $1",
+        " v.max_history, v.user_count from vae_private.scoring_versions v where v.version_id = $1",
         ["bigint"],
         [version_id],
     )[0]
@@ -156,7 +155,6 @@ def _load(plpy: Any, version_id: int) -> Version:
         targets=tuple(index for index, entry in enumerate(types) if entry["is_target"]),
         max_history=row["max_history"],
         user_count=row["user_count"],
-        has_users=row["has_users"],
     )
 
 
