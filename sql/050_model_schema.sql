@@ -150,7 +150,8 @@ begin
         invoker := ' with (security_invoker = true)';
     end if;
 
-    -- The 99th percentile says what a busy day is in this shop: wholesalers order hundreds of lines at once.
+    -- The 90th percentile says what a busy day is in this shop: wholesalers order hundreds of lines at once. A higher
+    -- one would be the bot itself where users are few.
     execute format(
         E'create or replace view %I.outlier_users%s as'
         '\nwith days as ('
@@ -165,7 +166,7 @@ begin
         '\nselect b.user_id, b.busiest_day_events, l.threshold, b.events'
         '\nfrom busiest b'
         '\ncross join ('
-        '\n    select greatest(%s, 5 * percentile_cont(0.99) within group (order by busiest_day_events)) as threshold from busiest'
+        '\n    select greatest(%s, 10 * percentile_cont(0.9) within group (order by busiest_day_events)) as threshold from busiest'
         '\n) l'
         '\nwhere b.busiest_day_events > l.threshold',
         m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
@@ -280,7 +281,7 @@ begin
         select * from (values
             ('outlier_users', 'user_id', 'Key of the user.'),
             ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
-            ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: five times what a busy user of this shop has.'),
+            ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: ten times the 90th percentile of this shop''s users.'),
             ('outlier_users', 'events', 'Events of the user in all.'),
             ('clean_events', 'user_id', 'Key of the user.'),
             ('clean_events', 'item_id', 'Key of the item.'),
