@@ -92,8 +92,12 @@ begin
     end loop;
     if given ? 'earliest' then
         begin
-            perform (given ->> 'earliest')::timestamptz;
-        exception when datetime_field_overflow or invalid_datetime_format or invalid_parameter_value then
+            -- Only a date: a time would depend on a zone, a word such as "now" on the day.
+            if given ->> 'earliest' !~ '^\d{4}-\d{2}-\d{2}$' then
+                raise datetime_field_overflow;
+            end if;
+            perform (given ->> 'earliest')::date;
+        exception when datetime_field_overflow or invalid_datetime_format then
             raise exception 'option "earliest" is %', given -> 'earliest'
                 using errcode = 'invalid_parameter_value', hint = 'give a date, as in 2015-01-01';
         end;

@@ -47,7 +47,7 @@ begin
     rules := array[
         format('e.%I is not null', m.user_id_column),
         format('e.%I is not null', m.item_id_column),
-        format('e.%I >= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'))),
+        format('e.%I >= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'))),
         -- Not now(): in a long transaction that would hide what others wrote since it began.
         format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
     ];
@@ -74,7 +74,7 @@ begin
         rules := rules || format('e.%I = $1', m.user_id_column);
     end if;
     return format(
-        E'select distinct'
+        E'select%12$s'
         '\n    e.%1$I%2$s as user_id,'
         '\n    e.%3$I%4$s as item_id,'
         '\n    %5$s as event_type,'
@@ -92,13 +92,14 @@ begin
         m.events_schema, m.events_table,
         case when m.event_type_column is null then ''
             else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
-        array_to_string(rules, E'\n    and ')
+        array_to_string(rules, E'\n    and '),
+        case when scope <> 'all users, duplicates too' then ' distinct' else '' end
     );
 end;
 $$;
 
 comment on function vae_private.clean_select(integer, text) is
-    'Writes the query that cleans a model''s events; scope is training (without outliers), all users, or one user ($1).';
+    'Writes the query that cleans a model''s events; scope is training (without outliers), all users, all users, duplicates too, or one user ($1).';
 
 
 create or replace function vae_private.time_literal(time_type text, expression text)
@@ -121,6 +122,51 @@ $$;
 comment on function vae_private.time_literal(text, text) is 'Writes a point in time in the type of the event table''s column.';
 
 
+create or replace function vae_private.check_tables(m vae.models)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    wanted record;
+    found text;
+    remedy constant text := 'restore it, or drop the model with vae.drop_model and create it anew';
+begin
+    for wanted in
+        select * from (values
+            (m.events_schema, m.events_table, m.user_id_column, m.user_id_type),
+            (m.events_schema, m.events_table, m.item_id_column, m.item_id_type),
+            (m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
+            (m.events_schema, m.events_table, m.event_type_column, null),
+            (m.events_schema, m.events_table, m.quantity_column, null),
+            (m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
+            (m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
+        ) as c (table_schema, table_name, column_name, column_type)
+        where c.column_name is not null
+    loop
+        if to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name)) is null then
+            raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
+                using errcode = 'undefined_table', hint = remedy;
+        end if;
+        found := vae_private.column_type(
+            format('%I.%I', wanted.table_schema, wanted.table_name)::regclass, wanted.column_name, wanted.column_name);
+        if found <> wanted.column_type then
+            raise exception 'column "%" of %.% has the type %, model % was made for %',
+                wanted.column_name, wanted.table_schema, wanted.table_name, found, m.name, wanted.column_type
+                using errcode = 'datatype_mismatch', hint = remedy;
+        end if;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.check_tables(vae.models) is
+    'Refuses where a table of a model is gone or has other columns than when the model was made.';
+
+
 create or replace function vae_private.build_model(model_id integer)
 returns void
 language plpgsql
@@ -139,12 +185,9 @@ declare
     missing boolean;
 begin
     select * into m from vae.models where models.model_id = build_model.model_id;
-    if to_regclass(format('%I.%I', m.events_schema, m.events_table)) is null then
-        raise exception 'table %.% of model % does not exist', m.events_schema, m.events_table, m.name
-            using errcode = 'undefined_table', hint = 'restore it, or drop the model with vae.drop_model and create it anew';
-    end if;
     u := m.user_id_type;
     i := m.item_id_type;
+    perform vae_private.check_tables(m);
     -- From 15 on a view can read with the rights of whoever asks; before, the views read with the owner's.
     if current_setting('server_version_num')::integer >= 150000 then
         invoker := ' with (security_invoker = true)';
@@ -171,7 +214,7 @@ begin
         '\nwhere b.busiest_day_events > l.threshold',
         m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
         m.events_schema, m.events_table, m.user_id_column,
-        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest')),
+        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00')),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
         m.user_id_column,
         case m.occurred_at_type
@@ -185,9 +228,9 @@ begin
         '\nselect c.user_id, c.item_id, c.event_type, c.occurred_at from (\n%s\n) c%s',
         m.name, invoker, vae_private.clean_select(model_id, 'all users'),
         case when m.users_table is not null then format(
-            E'\nunion all\nselect k.%I%s, null, null, null from %I.%I k where k.%I is not null',
-            m.users_key_column, case u when 'text' then '::text' else '' end,
-            m.users_schema, m.users_table, m.users_key_column) end);
+            E'\nunion all\nselect k.%1$I%2$s, null, null, null from %3$I.%4$I k where k.%1$I is not null%5$s',
+            m.users_key_column, case u when 'text' then '::text' else '' end, m.users_schema, m.users_table,
+            case u when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end) end);
 
     -- Bodies are quoted as literals: a column's name could hold any dollar quote.
     execute format(

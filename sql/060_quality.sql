@@ -18,16 +18,13 @@ declare
     time_to text;
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
-    if to_regclass(format('%I.%I', m.events_schema, m.events_table)) is null then
-        raise exception 'table %.% of model % does not exist', m.events_schema, m.events_table, model
-            using errcode = 'undefined_table', hint = 'restore it, or drop the model with vae.drop_model and create it anew';
-    end if;
+    perform vae_private.check_tables(m);
     if to_regclass(format('%I.clean_events', m.name)) is null then
         raise exception 'the views of model % are gone', model
             using errcode = 'undefined_table',
-                hint = format('dropping its event table with cascade took them along; remake them: select vae.rebuild_model(%L)', model);
+                hint = format('dropping one of its tables with cascade took them along; remake them: select vae.rebuild_model(%L)', model);
     end if;
-    time_from := vae_private.time_literal(m.occurred_at_type, format('%L', m.options ->> 'earliest'));
+    time_from := vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'));
     time_to := vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()');
 
     execute format(
@@ -67,14 +64,10 @@ begin
                 m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end)
     ) into counts;
 
-    execute format(
-        'select coalesce(sum(n), 0)::bigint - count(*) as duplicates from ('
-        ' select count(*) as n from %I.%I e where e.%I is not null and e.%I is not null'
-        ' group by e.%I, e.%I, e.%I, %s) d',
-        m.events_schema, m.events_table, m.user_id_column, m.item_id_column,
-        m.user_id_column, m.item_id_column, m.occurred_at_column,
-        case when m.event_type_column is null then '1::integer' else format('e.%I::text', m.event_type_column) end
-    ) into clean;
+    -- Of the rows that all other rules admit, those that the distinct of the cleaned events takes away.
+    execute format('select (select count(*) from (%s) a) - (select count(*) from (%s) d) as duplicates',
+        vae_private.clean_select(m.model_id, 'all users, duplicates too'), vae_private.clean_select(m.model_id, 'all users'))
+    into clean;
 
     return query
     select c.check_name,

@@ -102,16 +102,53 @@ begin
     select v.version into previous from vae.versions v where v.model_id = id and v.state = 'active';
     if previous is distinct from version then
         update vae.versions v set state = 'retired', retired_at = now() where v.model_id = id and v.state = 'active';
+        perform set_config('vae.activation', jsonb_build_object(
+            'previous', previous, 'action', action, 'forced', force, 'reason', reason)::text, true);
         update vae.versions v set state = 'active', activated_at = now() where v.model_id = id and v.version = switch_version.version;
-        insert into vae.activations (model_id, version, previous_version, action, forced, reason)
-        values (id, version, previous, action, force, reason);
+        perform set_config('vae.activation', '', true);
     end if;
     return query select version, previous;
 end;
 $$;
 
 comment on function vae_private.switch_version(integer, integer, text, boolean, text) is
-    'Retires the active version, activates another one and writes the log; part of vae.activate and vae.rollback.';
+    'Retires the active version and activates another one; part of vae.activate and vae.rollback.';
+
+
+-- A trigger writes the log: an operator who sets the state directly is in it too.
+create or replace function vae_private.log_activation()
+returns trigger
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    told constant jsonb := nullif(current_setting('vae.activation', true), '')::jsonb;
+begin
+    insert into vae.activations (model_id, version, previous_version, action, forced, reason)
+    values (
+        new.model_id,
+        new.version,
+        (told ->> 'previous')::integer,
+        coalesce(told ->> 'action', 'activate'),
+        coalesce((told ->> 'forced')::boolean, true),
+        case when told is null then 'set without vae.activate' else told ->> 'reason' end
+    );
+    return null;
+end;
+$$;
+
+comment on function vae_private.log_activation() is 'Trigger that logs each activation in vae.activations.';
+
+drop trigger if exists log_activation on vae.versions;
+create trigger log_activation
+after update of state on vae.versions
+for each row
+when (new.state = 'active' and old.state <> 'active')
+execute function vae_private.log_activation();
 
 
 create or replace function vae_private.next_version(id integer)

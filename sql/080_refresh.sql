@@ -32,7 +32,8 @@ begin
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
     end if;
     begin
-        select * into result from vae_private.refresh_view(id, 'recommendations');
+        perform vae_private.refresh_view(id, 'recommendations');
+        select * into result from vae_private.last_scored(id);
     exception when others or query_canceled then
         get stacked diagnostics
             failure = message_text, failure_state = returned_sqlstate,
@@ -100,7 +101,7 @@ comment on function vae_private.start_refresh(integer, text) is 'Logs the start 
 
 
 create or replace function vae_private.refresh_view(id integer, view_name text)
-returns table (users_scored bigint, version_scored integer)
+returns void
 language plpgsql
 volatile
 called on null input
@@ -133,19 +134,9 @@ begin
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     where n.nspname = model_name and c.relname = source;
-    -- A view that holds something is refreshed concurrently: its readers go on reading.
+    -- A view that holds something is refreshed concurrently: its readers go on reading. The refresh runs as the view's
+    -- owner; nothing else may touch the view here, since reading it would run its owner's code with this function's rights.
     execute format('refresh materialized view %s %I.%I', case when populated then 'concurrently' else '' end, model_name, source);
-    -- The view is its owner's, who could have given the column a type whose casts run code, here as a superuser.
-    if not exists (
-        select from pg_attribute a
-        where a.attrelid = format('%I.%I', model_name, source)::regclass
-            and a.attname = 'model_version' and a.atttypid = 'integer'::regtype
-    ) then
-        raise exception '%.% has no integer column model_version', model_name, source
-            using errcode = 'wrong_object_type',
-                hint = format('somebody changed it: drop it, then: select vae.rebuild_model(%L)', model_name);
-    end if;
-    return query execute format('select count(*), max(model_version) from %I.%I', model_name, source);
 end;
 $$;
 

@@ -20,13 +20,16 @@ grant execute on function
     vae_private.recommend(integer, text, integer, jsonb),
     vae_private.score(integer, text, text),
     vae_private.embedding(integer, text),
-    vae_private.recommend_all(integer, integer)
+    vae_private.recommend_all(integer, integer),
+    vae_private.last_scored(integer)
 to vae_scorer;
 
 -- Operators refresh, activate and roll back.
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
-grant insert on vae.activations, vae.refreshes to vae_operator;
+-- Not the columns that say who and when: their defaults do.
+grant insert (model_id, version, previous_version, action, forced, reason) on vae.activations to vae_operator;
+grant insert (model_id, view) on vae.refreshes to vae_operator;
 grant update (state, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
@@ -36,6 +39,9 @@ grant execute on function
     vae_private.may_use(integer),
     vae_private.model_objects(integer),
     vae_private.time_literal(text, text),
+    vae_private.clean_select(integer, text),
+    vae_private.check_tables(vae.models),
+    vae_private.column_type(regclass, text, text),
     vae_private.switch_version(integer, integer, text, boolean, text),
     vae_private.start_refresh(integer, text),
     vae_private.refresh_view(integer, text),
@@ -46,7 +52,11 @@ grant execute on procedure vae.refresh(text) to vae_operator;
 -- Trainers define models and publish versions.
 grant insert, delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
-grant insert on vae.versions, vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
+grant insert (
+    model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
+    trainer_version, config, durations, quality
+) on vae.versions to vae_trainer;
+grant insert on vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
 grant execute on function
     vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb),
     vae.drop_model(text),
@@ -55,12 +65,10 @@ grant execute on function
     vae_private.standard_event_types(),
     vae_private.default_options(),
     vae_private.checked_options(jsonb),
-    vae_private.column_type(regclass, text, text),
     vae_private.key_type(regclass, text, text),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
-    vae_private.clean_select(integer, text),
     vae_private.build_model(integer),
     vae_private.comment_model(vae.models),
     vae_private.grant_model(vae.models)

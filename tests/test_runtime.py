@@ -304,6 +304,7 @@ def version(weights: dict[str, Any], **changes: Any) -> Version:
     values: dict[str, Any] = {
         "version_id": 1,
         "version": 3,
+        "model_id": 1,
         "model": "shop",
         "user_id_type": "bigint",
         "weights": weights,

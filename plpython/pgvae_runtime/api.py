@@ -99,6 +99,13 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
 
 
 @_translated
+def last_scored(plpy: Any, model_id: int) -> list[tuple[int, int]]:
+    """Gives (users, version) of the last complete `recommend_all` of this session, once; no row without one."""
+    run = batch.last_runs.pop(model_id, None)
+    return [run] if run else []
+
+
+@_translated
 def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives a row per user for a materialized view, see batch.recommend_all."""
     k = checked_k(k)

@@ -19,6 +19,10 @@ _SCORES_BYTES = 64 * 1024 * 1024
 _TOKENS_BYTES = 256 * 1024 * 1024
 _MAX_BATCH = 4096
 
+# Model: (users, version) of the last complete run in this session. A refresh logs it: counting the rows of the view
+# would run the code of the view's owner with the rights of whoever refreshes.
+last_runs: dict[int, tuple[int, int]] = {}
+
 
 def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives (user_key, item_keys, scores, is_cold_start, model_version) of each user, the lists as array literals.
@@ -55,6 +59,7 @@ def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tupl
             )
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {done} users scored")
+    last_runs[version.model_id] = (done, version.version)
 
 
 def _scorer(xp: Any, version: Version, size: int, k: int) -> Callable[[History], tuple[Any, Any, Any]]:

@@ -33,6 +33,7 @@ class Version:
 
     version_id: int
     version: int
+    model_id: int
     model: str
     user_id_type: str
     weights: dict[str, Any]
@@ -127,7 +128,7 @@ def _load(plpy: Any, version_id: int) -> Version:
     row = execute(
         plpy,
         "select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config,"
-        " v.max_history, v.user_count from vae_private.scoring_versions v where v.version_id = $1",
+        " v.max_history, v.user_count, v.model_id from vae_private.scoring_versions v where v.version_id = $1",
         ["bigint"],
         [version_id],
     )[0]
@@ -148,6 +149,7 @@ def _load(plpy: Any, version_id: int) -> Version:
     return Version(
         version_id=version_id,
         version=row["version"],
+        model_id=row["model_id"],
         model=row["name"],
         user_id_type=row["user_id_type"],
         weights=weights,

@@ -26,6 +26,11 @@ _LOCK = 0x7067766165
 _LOCK_TIMEOUT = "10s"
 
 
+_FOREIGN_SCHEMA = """
+select pg_catalog.to_regnamespace('vae') is not null and pg_catalog.to_regclass('vae_private.installation') is null
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Installation:
     """What stands in a database after `install`; `warnings` names the models that could not be rebuilt."""
@@ -73,6 +78,8 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
     # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
     connection.execute(text("set local client_min_messages = warning"))
     connection.execute(text(f"set local lock_timeout = '{_LOCK_TIMEOUT}'"))
+    if connection.execute(text(_FOREIGN_SCHEMA)).scalar_one():
+        raise PgvaeError("the database has a schema vae that is not pgvae's", hint="rename it: pgvae needs that name")
     connection.execute(text("create schema if not exists vae"))
     config = Config()
     config.set_main_option("script_location", str(resources.directory("migrations")))
@@ -157,17 +164,21 @@ def is_installed(connection: psycopg.Connection) -> bool:
     return bool(row and row[0])
 
 
-# Objects outside pgvae's schemas that use something inside: dropping pgvae would take them along.
+# Objects outside pgvae's schemas that use something inside: dropping pgvae would take them, or columns of them, along.
 _DEPENDENTS = """
-select distinct pg_catalog.pg_describe_object('pg_catalog.pg_class'::regclass, user_class.oid, 0)
+select distinct pg_catalog.regexp_replace(
+    pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid), '^rule _RETURN on ', '')
 from pg_catalog.pg_depend d
-join pg_catalog.pg_rewrite r on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = r.oid
-join pg_catalog.pg_class user_class on user_class.oid = r.ev_class
-join pg_catalog.pg_namespace user_schema on user_schema.oid = user_class.relnamespace
 left join pg_catalog.pg_class c on d.refclassid = 'pg_catalog.pg_class'::regclass and c.oid = d.refobjid
 left join pg_catalog.pg_proc p on d.refclassid = 'pg_catalog.pg_proc'::regclass and p.oid = d.refobjid
-join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, p.pronamespace)
-where n.nspname = any (%(schemas)s) and user_schema.nspname <> all (%(schemas)s)
+left join pg_catalog.pg_type t on d.refclassid = 'pg_catalog.pg_type'::regclass and t.oid = d.refobjid
+left join pg_catalog.pg_type own on d.classid = 'pg_catalog.pg_type'::regclass and own.oid = d.objid
+join pg_catalog.pg_namespace n on n.oid = coalesce(c.relnamespace, p.pronamespace, t.typnamespace)
+left join pg_catalog.pg_namespace home on home.oid = own.typnamespace
+cross join lateral pg_catalog.pg_identify_object_as_address(d.classid, d.objid, d.objsubid) a
+where n.nspname = any (%(schemas)s)
+    -- The first part of an address is its schema, but for types, which are written in one part.
+    and coalesce(home.nspname, a.object_names[1]) <> all (%(schemas)s || array['pg_toast', 'pg_catalog'])
 """
 
 

@@ -10,6 +10,7 @@ from psycopg.types.json import Jsonb
 from pgvae import __version__, resources
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
+from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric
 from pgvae.training import Epoch, Fit
 from pgvae_runtime import forward
@@ -32,7 +33,12 @@ def publish(
     All rows are written in the connection's transaction, which the caller commits: until then nobody sees any of
     them, and a lost connection or a full disk leaves none.
     """
-    version_id, version = _insert_version(connection, definition, dataset, config, durations)
+    try:
+        version_id, version = _insert_version(connection, definition, dataset, config, durations)
+    except psycopg.errors.ForeignKeyViolation as error:
+        raise PgvaeError(
+            f"model {definition.name} was dropped while it was trained", hint="create it again with vae.create_model"
+        ) from error
     with connection.cursor() as cursor:
         with cursor.copy(
             "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"

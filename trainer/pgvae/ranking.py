@@ -13,6 +13,9 @@ from pgvae_runtime import forward
 from pgvae_runtime.scoring import mask_seen
 from pgvae_runtime.tokens import History
 
+# The scores of a batch of users take at most this much memory: users × items × 4 bytes.
+_SCORES_BYTES = 64 * 1024 * 1024
+
 # Gives a score for every item of the catalogue, [U, I], for the histories of U users.
 Scorer = Callable[[History], NDArray[np.float32]]
 
@@ -52,13 +55,12 @@ def _target_pairs(dataset: Dataset) -> NDArray[np.int64]:
     return dataset.user[chosen] * len(dataset.item_keys) + dataset.item[chosen]
 
 
-def per_user_metrics(
-    holdout: Holdout, scorer: Scorer, k: int, batch_size: int = 1024
-) -> dict[str, NDArray[np.float64]]:
+def per_user_metrics(holdout: Holdout, scorer: Scorer, k: int) -> dict[str, NDArray[np.float64]]:
     """Gives recall and ndcg at k of each user of the holdout, all items ranked, seen ones masked.
 
     Recall is the hits over the number of the user's truth items; the ideal DCG is that of min(k, that number) hits.
     """
+    batch_size = max(1, _SCORES_BYTES // (4 * len(holdout.before.item_keys)))
     discount = 1.0 / np.log2(np.arange(2, k + 2))
     ideal = np.concatenate(([0.0], np.cumsum(discount)))
     truth_counts = np.diff(holdout.truth_start)

@@ -44,7 +44,9 @@ def main() -> None:
                 f"the connection to the server was lost: {reason}",
                 "nothing half-done was kept; once the server takes connections, run the command again",
             )
-        _fail(error.diag.message_primary or str(error), error.diag.message_hint)
+        message = error.diag.message_primary or str(error)
+        detail = f" ({error.diag.message_detail})" if error.diag.message_detail else ""
+        _fail(f"{message}{detail} [SQLSTATE {error.sqlstate}]", error.diag.message_hint)
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-done was kept")
         sys.exit(130)

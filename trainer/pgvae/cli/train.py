@@ -104,7 +104,7 @@ def show(model: str, result: Training) -> None:
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.durations.items())
     out.print(f"published version {result.version} of model {model} ({seconds})", highlight=False)
     if not result.metrics:
-        out.print("its ranking is not measured: too few users have events both before and after a split by time")
+        out.print("its ranking is not measured: too few users bought something new after a split by time")
         return
     out.print(metrics_table(result.metrics))
     ndcg = {metric.method: metric for metric in result.metrics if metric.metric == "ndcg"}

@@ -197,17 +197,22 @@ def _prepare(connection: psycopg.Connection, plan: Plan, schema: str, table: str
                 f"table {schema}.{table} has other columns and is in use: {error.diag.message_detail}",
                 hint="load into another table with --table, or drop first what uses it",
             ) from error
-    connection.execute(sql.SQL("create schema if not exists {}").format(sql.Identifier(schema)))
-    connection.execute(
-        sql.SQL("create table {} ({})").format(
-            target,
-            sql.SQL(", ").join(
-                sql.SQL("{} {}").format(sql.Identifier(column.name), sql.SQL(column.sql_type))
-                for column in plan.columns
-            ),
-        )
-    )
+    _create(connection, plan, schema, target)
     return True
+
+
+def _create(connection: psycopg.Connection, plan: Plan, schema: str, target: sql.Identifier) -> None:
+    columns = [sql.SQL("{} {}").format(sql.Identifier(c.name), sql.SQL(c.sql_type)) for c in plan.columns]
+    try:
+        # `if not exists` would ask for the right to create schemas also where there is nothing to create.
+        if not connection.execute("select 1 from pg_catalog.pg_namespace where nspname = %s", [schema]).fetchone():
+            connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+        connection.execute(sql.SQL("create table {} ({})").format(target, sql.SQL(", ").join(columns)))
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise PgvaeError(
+            f"{error.diag.message_primary}: the table cannot be created",
+            hint=f"grant create on schema {schema}, or name a schema of your own, as in --table mine.events",
+        ) from error
 
 
 def _existing(connection: psycopg.Connection, schema: str, table: str) -> dict[str, str]:
