@@ -143,8 +143,8 @@ def scored(server: Server, template: str) -> Iterator[tuple[str, AttentionVae, D
         connection.execute("insert into users select generate_series(0, %s)", [USERS + 4])
         options = {"max_history": MAX_HISTORY, "min_events": 100, "recommendations": 15}
         shop.create_model(connection, users="users", options=options)
-    install_variant(dsn, "batch", ("_MAX_BATCH = 4096", "_MAX_BATCH = 7"))
     version, network, dataset = publish_network(dsn, "shop", TINY, seed=5)
+    install_variant(dsn, "batch", ("_MAX_BATCH = 4096", "_MAX_BATCH = 7"))
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("select * from vae.activate('shop', %s, force => true)", [version])
         connection.execute("call vae.refresh('shop')")

@@ -435,8 +435,10 @@ def test_refreshes_that_begin_at_the_same_moment_end_well_or_are_refused(trained
         assert no_lock_is_left(watcher)
 
 
-def test_a_refresh_shows_one_version_whatever_is_activated_meanwhile(slow: str) -> None:
+def test_a_refresh_shows_one_version_whatever_is_activated_meanwhile(trained_database: str) -> None:
+    slow = trained_database
     second = publish_network(slow, "shop", QUICK, seed=1)[0]
+    make_slow(slow)
     with psycopg.connect(slow, autocommit=True) as watcher, ThreadPoolExecutor() as threads:
         running = threads.submit(refresh, slow)
         wait_for_a_refresh(watcher)

@@ -24,6 +24,8 @@ from pgvae.errors import PgvaeError
 from pgvae.install import install
 from pgvae.ranking import make_holdout, per_user_metrics
 from pgvae.server import Server
+from pgvae.train import Listener
+from pgvae.train import train as run_training
 from pgvae.training import VALIDATION_K, Fit, fit, scorer
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
 from variants import install_variant, publish_network
@@ -231,6 +233,15 @@ def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_databa
             (1, False),
             (version, True),
         ]
+
+
+def test_a_trainer_of_other_code_is_told_before_it_trains(trained_database: str) -> None:
+    new = install_variant(trained_database, "api", NEW_WORDS)
+    begun: list[str] = []
+    with pytest.raises(PgvaeError, match=rf"the database holds the code of pgvae .* \({new[:12]}\)") as refused:
+        run_training(trained_database, "shop", QUICK, listener=Listener(on_phase=begun.append))
+    assert "pgvae install" in str(refused.value.hint)
+    assert begun == ["read"]
 
 
 def test_an_upgrade_does_not_wait_for_ever_behind_an_open_transaction(

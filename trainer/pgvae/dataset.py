@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from pgvae import __version__, resources
 from pgvae.errors import PgvaeError
 from pgvae_runtime.tokens import History
 
@@ -121,17 +120,7 @@ class ModelDefinition:
 
 
 def read_definition(connection: psycopg.Connection, model: str) -> ModelDefinition:
-    """Gives the definition of a model and runs its quality gate.
-
-    PgvaeError where the database holds other code than this trainer: what it published could not be activated.
-    """
-    installed = connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
-    if installed and installed[1] != resources.runtime_digest():
-        raise PgvaeError(
-            f"the database holds the code of pgvae {installed[0]} ({installed[1][:12]}), this trainer is {__version__}"
-            f" ({resources.runtime_digest()[:12]})",
-            hint="bring both to one release: pgvae install upgrades the database, pip install pgvae==… the trainer",
-        )
+    """Gives the definition of a model and runs its quality gate."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(
             "select model_id, name, (options ->> 'max_history')::integer as max_history"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import psycopg
 
+from pgvae import __version__, resources
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
@@ -89,6 +90,7 @@ def _read(
 ) -> tuple[ModelDefinition, Dataset]:
     # One snapshot for the gate and for the data, so that what was checked is what is trained on.
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    _check_code(connection)
     definition = read_definition(connection, model)
     listener.on_quality(definition)
     if definition.failed_checks and not force:
@@ -100,6 +102,17 @@ def _read(
     dataset = read_dataset(connection, model)
     listener.on_data(dataset)
     return definition, dataset
+
+
+def _check_code(connection: psycopg.Connection) -> None:
+    """Refuses a database that holds other code than this trainer: what it published could not be activated."""
+    installed = connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
+    if installed and installed[1] != resources.runtime_digest():
+        raise PgvaeError(
+            f"the database holds the code of pgvae {installed[0]} ({installed[1][:12]}), this trainer is {__version__}"
+            f" ({resources.runtime_digest()[:12]})",
+            hint="bring both to one release: pgvae install upgrades the database, pip install pgvae==… the trainer",
+        )
 
 
 @contextmanager
