@@ -298,8 +298,8 @@ def test_a_full_disk_ends_a_publication_and_the_last_good_version_serves(
 
 # Refreshes that take their time
 
-# One user in a batch, a tenth of a second each: thirty users take three seconds.
-SLOW = "        done += len(users)\n", "        done += len(users)\n        import time\n\n        time.sleep(0.1)\n"
+# One user in a batch, 60 ms each: thirty users take two seconds.
+SLOW = "        done += len(users)\n", "        done += len(users)\n        import time\n\n        time.sleep(0.06)\n"
 
 
 def make_slow(dsn: str) -> None:
