@@ -221,7 +221,8 @@ class Server:
         mode = 0o755 if os.geteuid() == 0 else 0o700
         try:
             for directory in reversed([d for d in (self.home, *self.home.parents) if not d.exists()]):
-                directory.mkdir()
+                # Another start may make it at the same moment.
+                directory.mkdir(exist_ok=True)
                 directory.chmod(mode)
         except OSError as error:
             raise PgvaeError(
