@@ -47,7 +47,7 @@ begin
     rules := array[
         format('e.%I is not null', m.user_id_column),
         format('e.%I is not null', m.item_id_column),
-        format('e.%I >= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'))),
+        format('e.%I >= %s', m.occurred_at_column, vae_private.earliest(m)),
         -- Not now(): in a long transaction that would hide what others wrote since it began.
         format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
     ];
@@ -93,13 +93,14 @@ begin
         case when m.event_type_column is null then ''
             else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
         array_to_string(rules, E'\n    and '),
-        case when scope <> 'all users, duplicates too' then ' distinct' else '' end
+        case when scope <> 'admitted rows' then ' distinct' else '' end
     );
 end;
 $$;
 
 comment on function vae_private.clean_select(integer, text) is
-    'Writes the query that cleans a model''s events; scope is training (without outliers), all users, all users, duplicates too, or one user ($1).';
+    'Writes the query that cleans a model''s events; scope is training (without outliers), all users, '
+    'one user ($1), or admitted rows (all users, with the duplicates).';
 
 
 create or replace function vae_private.time_literal(time_type text, expression text)
@@ -122,6 +123,22 @@ $$;
 comment on function vae_private.time_literal(text, text) is 'Writes a point in time in the type of the event table''s column.';
 
 
+create or replace function vae_private.earliest(m vae.models)
+returns text
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Midnight in UTC, whatever the zone of the session that makes or asks a view.
+select vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'))
+$$;
+
+comment on function vae_private.earliest(vae.models) is 'Writes the moment before which a model takes an event''s time for absurd.';
+
+
 create or replace function vae_private.check_tables(m vae.models)
 returns void
 language plpgsql
@@ -133,6 +150,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     wanted record;
+    relation regclass;
     found text;
     remedy constant text := 'restore it, or drop the model with vae.drop_model and create it anew';
 begin
@@ -148,15 +166,22 @@ begin
         ) as c (table_schema, table_name, column_name, column_type)
         where c.column_name is not null
     loop
-        if to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name)) is null then
+        relation := to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name));
+        if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
                 using errcode = 'undefined_table', hint = remedy;
         end if;
-        found := vae_private.column_type(
-            format('%I.%I', wanted.table_schema, wanted.table_name)::regclass, wanted.column_name, wanted.column_name);
+        if not exists (
+            select from pg_attribute a
+            where a.attrelid = relation and a.attname = wanted.column_name and a.attnum > 0 and not a.attisdropped
+        ) then
+            raise exception '% has no column "%" any more, which model % reads', relation, wanted.column_name, m.name
+                using errcode = 'undefined_column', hint = remedy;
+        end if;
+        found := vae_private.column_type(relation, wanted.column_name, wanted.column_name);
         if found <> wanted.column_type then
-            raise exception 'column "%" of %.% has the type %, model % was made for %',
-                wanted.column_name, wanted.table_schema, wanted.table_name, found, m.name, wanted.column_type
+            raise exception 'column "%" of % has the type %, model % was made for %',
+                wanted.column_name, relation, found, m.name, wanted.column_type
                 using errcode = 'datatype_mismatch', hint = remedy;
         end if;
     end loop;
@@ -165,6 +190,37 @@ $$;
 
 comment on function vae_private.check_tables(vae.models) is
     'Refuses where a table of a model is gone or has other columns than when the model was made.';
+
+
+create or replace function vae_private.check_views(m vae.models)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if to_regnamespace(quote_ident(m.name)) is null then
+        raise exception 'schema % of model % is gone', m.name, m.name
+            using errcode = 'invalid_schema_name',
+                hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
+    end if;
+    if exists (
+        select from unnest(array['outlier_users', 'clean_events', 'refresh_events']) as v (name)
+        where to_regclass(format('%I.%I', m.name, v.name)) is null
+    ) then
+        raise exception 'the views of model % are gone', m.name
+            using errcode = 'undefined_table',
+                hint = format('dropping one of its tables with cascade took them along; its owner remakes them:'
+                    ' select vae.rebuild_model(%L)', m.name);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_views(vae.models) is
+    'Refuses where the schema of a model is gone, or a view in it that reads the shop''s tables.';
 
 
 create or replace function vae_private.build_model(model_id integer)
@@ -214,7 +270,7 @@ begin
         '\nwhere b.busiest_day_events > l.threshold',
         m.name, invoker, m.user_id_column, case u when 'text' then '::text' else '' end,
         m.events_schema, m.events_table, m.user_id_column,
-        m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00')),
+        m.occurred_at_column, vae_private.earliest(m),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
         m.user_id_column,
         case m.occurred_at_type

@@ -19,12 +19,8 @@ declare
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
     perform vae_private.check_tables(m);
-    if to_regclass(format('%I.clean_events', m.name)) is null then
-        raise exception 'the views of model % are gone', model
-            using errcode = 'undefined_table',
-                hint = format('dropping one of its tables with cascade took them along; remake them: select vae.rebuild_model(%L)', model);
-    end if;
-    time_from := vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'));
+    perform vae_private.check_views(m);
+    time_from := vae_private.earliest(m);
     time_to := vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()');
 
     execute format(
@@ -66,7 +62,7 @@ begin
 
     -- Of the rows that all other rules admit, those that the distinct of the cleaned events takes away.
     execute format('select (select count(*) from (%s) a) - (select count(*) from (%s) d) as duplicates',
-        vae_private.clean_select(m.model_id, 'all users, duplicates too'), vae_private.clean_select(m.model_id, 'all users'))
+        vae_private.clean_select(m.model_id, 'admitted rows'), vae_private.clean_select(m.model_id, 'all users'))
     into clean;
 
     return query

@@ -75,17 +75,14 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    m vae.models;
     run bigint;
 begin
+    select * into m from vae.models where models.model_id = id;
+    perform vae_private.check_views(m);
     if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
-        raise exception 'model % has no active version', (select m.name from vae.models m where m.model_id = id)
+        raise exception 'model % has no active version', m.name
             using errcode = 'VA002', hint = 'train one with pgvae train, then: select * from vae.activate(…)';
-    end if;
-    if to_regclass(format('%I.clean_events', (select m.name from vae.models m where m.model_id = id))) is null then
-        raise exception 'the views of model % are gone', (select m.name from vae.models m where m.model_id = id)
-            using errcode = 'undefined_table',
-                hint = format('dropping its event table with cascade took them along; its owner remakes them: select vae.rebuild_model(%L)',
-                    (select m.name from vae.models m where m.model_id = id));
     end if;
     -- The caller holds the model's refresh lock, so whoever left a row running is gone, or waits for the lock and will
     -- see that it came too late.

@@ -265,6 +265,38 @@ def test_uninstall_refuses_where_a_view_uses_a_prediction(server: Server, databa
         assert dump(server, database) == before
 
 
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        (
+            "create function latest() returns setof vae.versions language sql as 'select * from vae.versions'",
+            "latest()",
+        ),
+        ("create table notes (version_id bigint references vae.versions)", "on table notes"),
+        ("create table snapshots (model vae.models, taken_at date)", "column model of table snapshots"),
+        ("create table kept (kinds vae.event_types[])", "column kinds of table kept"),
+    ],
+)
+def test_uninstall_refuses_where_it_would_take_something_of_others_along(
+    server: Server, database: str, connection: psycopg.Connection, query: str, named: str
+) -> None:
+    connection.execute(query)
+    before = dump(server, database)
+    with pytest.raises(PgvaeError, match="other objects use pgvae") as caught:
+        uninstall(database)
+    assert named in caught.value.message
+    assert dump(server, database) == before
+
+
+def test_a_schema_of_that_name_that_is_not_pgvaes_is_left_alone(server: Server, empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("create schema vae; create table vae.mine ()")
+    before = dump(server, empty_database)
+    with pytest.raises(PgvaeError, match="schema vae that is not pgvae's"):
+        install(empty_database)
+    assert dump(server, empty_database) == before
+
+
 def test_uninstall_refuses_where_a_models_schema_holds_other_objects(
     server: Server, database: str, with_model: psycopg.Connection
 ) -> None:

@@ -91,3 +91,35 @@ def test_users_without_events_get_the_popular_items_where_the_shop_has_a_table_o
     count = dict(popular)
     assert [count.get(row[1], 0) for row in live] == sorted((count.get(item, 0) for item in shop.items), reverse=True)
     assert {row[3] for row in live} == {True}
+
+
+def test_a_user_key_too_long_for_an_index_stops_no_refresh(connection: psycopg.Connection) -> None:
+    shop = Shop(user_type="text")
+    shop.make(connection)
+    connection.execute("create table users as select distinct user_id from events")
+    # Not compressible, as a repeated letter would be.
+    connection.execute("insert into users select string_agg(md5(n::text), '') from generate_series(1, 320) n")
+    shop.create_model(connection, users="users")
+    train_and_activate(connection.info.dsn)
+    connection.execute("call vae.refresh('shop')")
+    assert connection.execute("select count(distinct user_id) from shop.recommendations").fetchone() == (30,)
+
+
+def test_an_outlier_gets_the_same_answer_from_the_view_as_live(connection: psycopg.Connection) -> None:
+    shop = Shop()
+    shop.make(connection)
+    user = shop.users[3]
+    connection.execute(
+        "insert into events select %s, %s, 'view', timestamptz '2024-02-01' + n * interval '1 second'"
+        " from generate_series(1, 300) n",
+        [user, shop.items[0]],
+    )
+    shop.create_model(connection)
+    assert connection.execute("select user_id from shop.outlier_users").fetchall() == [(user,)]
+    train_and_activate(connection.info.dsn)
+    connection.execute("call vae.refresh('shop')")
+    view = "select rank, item_id, is_cold_start from shop.recommendations where user_id = %s order by rank"
+    live = "select rank, item_id, is_cold_start from shop.recommend(%s, 20) order by rank"
+    stored = connection.execute(view, [user]).fetchall()
+    assert stored == connection.execute(live, [user]).fetchall()
+    assert not stored[0][2]

@@ -19,6 +19,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from conftest import as_role
+
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 CSV = """\
@@ -268,3 +270,19 @@ def test_users_and_items_have_their_own_standard_columns(empty_database: str, ru
     assert rows(empty_database, "select user_id, registered_at::text, country from users") == [
         (7, "2024-02-03", "France")
     ]
+
+
+def test_who_may_not_create_schemas_loads_into_one_that_is_there(
+    empty_database: str, run_cli: RunCli, csv_file: str, role: str
+) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(f"create schema mine; grant usage on schema mine to {role}")
+        refused = run_cli(
+            "load", "events", csv_file, "--yes", "--table", "mine.events", dsn=as_role(empty_database, role)
+        )
+        assert refused.returncode == 1
+        assert "grant create on schema mine" in refused.stderr
+        connection.execute(f"grant create on schema mine to {role}")
+        done = run_cli("load", "events", csv_file, "--yes", "--table", "mine.events", dsn=as_role(empty_database, role))
+        assert done.returncode == 0, done.stderr
+        connection.execute(f"drop owned by {role}")

@@ -414,6 +414,69 @@ def test_a_table_dropped_with_cascade_is_told_and_rebuilding_mends_it(shop: psyc
     assert shop.execute("select count(*) from shop.clean_events").fetchone() == clean
 
 
+def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    shop.execute("alter table events rename column item_id to article")
+    for query in ("select vae.rebuild_model('shop')", "select * from vae.check_events('shop')"):
+        refused = refusal(shop, query)
+        assert (refused.sqlstate, refused.message_primary) == (
+            "42703",
+            'public.events has no column "item_id" any more, which model shop reads',
+        )
+        assert "vae.drop_model" in str(refused.message_hint)
+    shop.execute("drop table events cascade")
+    Shop(user_type="text").make(shop)
+    refused = refusal(shop, "select vae.rebuild_model('shop')")
+    assert refused.sqlstate == "42804"
+    assert "has the type text, model shop was made for bigint" in str(refused.message_primary)
+    assert "vae.drop_model" in str(refused.message_hint)
+
+
+def test_a_renamed_schema_is_told(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    shop.execute("alter schema shop rename to elsewhere")
+    for query in (
+        "select * from vae.check_events('shop')",
+        "select * from elsewhere.recommend(1)",
+        "call vae.refresh('shop')",
+    ):
+        refused = refusal(shop, query)
+        assert refused.sqlstate == "3F000"
+        assert str(refused.message_primary).removeprefix("pgvae: ") == "schema shop of model shop is gone"
+        assert "rename to shop" in str(refused.message_hint)
+
+
+def test_duplicates_are_counted_among_the_rows_that_the_other_rules_admit(shop: psycopg.Connection) -> None:
+    shop.execute("alter table events add quantity integer")
+    user, item = Shop().users[0], Shop().items[0]
+    Shop().add(shop, [(user, item, "view", BASE_TIME, -1)] * 10)
+    Shop().add(shop, [(user, item, "mystery", BASE_TIME, 1)] * 10)
+    # Two words for one thing, at one moment, are one event.
+    Shop().add(shop, [(user, item, word, BASE_TIME, 1) for word in ("cart", "add_to_cart")])
+    Shop().create_model(shop)
+    found = report(shop)
+    assert (found["returns"][1], found["unknown_event_types"][1], found["duplicates"][1]) == (10, 10, 1)
+
+
+@pytest.mark.parametrize("earliest", ["now", "01/02/2015", "2015-13-01", "2015-01-01 00:00 Asia/Tokyo", ""])
+def test_the_earliest_time_is_a_plain_date(shop: psycopg.Connection, earliest: str) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="earliest"):
+        Shop().create_model(shop, options={"earliest": earliest})
+
+
+def test_the_earliest_date_begins_at_midnight_utc_for_everybody(shop: psycopg.Connection) -> None:
+    user, item = Shop().users[0], Shop().items[0]
+    moments = ("2023-01-01 23:59:59+00", "2023-01-02 00:00:00+00")
+    Shop().add(shop, [(user, item, "view", moment) for moment in moments])
+    shop.execute("set timezone to 'America/New_York'")
+    Shop().create_model(shop, options=SMALL | {"earliest": "2023-01-02"})
+    for zone in ("America/New_York", "Asia/Tokyo", "UTC"):
+        shop.execute(f"set timezone to '{zone}'")
+        for source in ("shop.clean_events", "shop.history(%(user)s)"):
+            query = f"select count(*) from {source} e where e.occurred_at < '2023-02-01'"
+            assert shop.execute(query, {"user": user}).fetchone() == (1,), (zone, source)
+
+
 # Types and kinds of the tables
 
 

@@ -446,6 +446,70 @@ def test_no_code_of_a_models_owner_runs_with_more_rights_in_a_refresh(
     assert trained.execute("select * from mine.ran_as").fetchall() == []
 
 
+def test_a_schema_exchanged_during_a_refresh_runs_nothing_with_more_rights(
+    trained: psycopg.Connection, login: Login
+) -> None:
+    """The owner's own view of events puts another schema in the model's place while a superuser refreshes it."""
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trainer = login("trainer")
+    trainer.execute(
+        """
+        create schema trap;
+        create table trap.ran_as (role text);
+        create table trap.armed ();
+        create function trap.run() returns integer language plpgsql as $$
+        begin insert into trap.ran_as values (current_user); return 1; end $$;
+        create function trap.swap() returns boolean language plpgsql as $$
+        begin
+            if to_regclass('trap.armed') is not null and to_regnamespace('mine_real') is null then
+                alter schema mine rename to mine_real;
+                create schema mine;
+                create view mine.recommendations_materialized as select trap.run() as model_version;
+            end if;
+            return true;
+        end $$;
+        alter table trap.armed rename to disarmed;
+        create view trap.events as select e.* from public.events e where trap.swap();
+        """
+    )
+    Shop(schema="trap").create_model(trainer, "mine")
+    train_and_activate(trainer.info.dsn, "mine")
+    trainer.execute("alter table trap.disarmed rename to armed")
+    trained.execute("call vae.refresh('mine')")
+    assert trained.execute("select to_regnamespace('mine_real') is not null").fetchone() == (True,)
+    assert trained.execute("select * from trap.ran_as").fetchall() == []
+
+
+def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant usage on schema shop to the_operator")
+    train(trained.info.dsn)
+    operator = login("operator")
+    forged = (
+        "insert into vae.activations (model_id, version, action, forced, activated_by)"
+        " values (1, 1, 'activate', false, 'x')"
+    )
+    assert refusal(operator, forged).sqlstate == "42501"
+    forged = "insert into vae.refreshes (model_id, view, started_by) values (1, 'recommendations', 'x')"
+    assert refusal(operator, forged).sqlstate == "42501"
+    operator.execute("update vae.versions set state = 'retired' where state = 'active'")
+    operator.execute("update vae.versions set state = 'active' where version = 2")
+    last = "select version, activated_by, forced, reason from vae.activations order by activation_id desc limit 1"
+    assert trained.execute(last).fetchone() == (2, "the_operator", True, "set without vae.activate")
+    operator.execute("select * from vae.activate('shop', 1, force => true, reason => 'better')")
+    assert trained.execute(last).fetchone() == (1, "the_operator", True, "better")
+
+
+def test_a_trainer_cannot_publish_a_version_that_nobody_wrote(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant usage on schema shop to the_trainer")
+    forged = (
+        "insert into vae.versions (model_id, version, state, event_count, user_count, item_count, seed, format,"
+        " code_digest, trainer_version, config, durations, quality)"
+        " values (1, 9, 'ready', 1, 1, 1, 1, 1, '', '', '{}', '{}', '{}')"
+    )
+    assert refusal(login("trainer"), forged).sqlstate == "42501"
+
+
 # Code
 
 

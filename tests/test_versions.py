@@ -487,3 +487,14 @@ def test_data_that_is_hard_to_learn_gives_a_model_that_scores(database: str, kin
             assert total == pytest.approx(1, rel=1e-5)
             assert positive
             assert distinct
+
+
+def test_a_trainer_of_other_code_than_the_database_is_told_before_it_trains(
+    trained_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "runtime_digest", lambda: "0" * 64)
+    with pytest.raises(PgvaeError, match="the database holds the code of pgvae") as caught:
+        train(trained_database)
+    assert "pgvae install" in str(caught.value.hint)
+    with psycopg.connect(trained_database) as connection:
+        assert rows(connection, "select count(*) from vae.versions") == [(1,)]

@@ -12,6 +12,7 @@ from .errors import (
     INCOMPATIBLE_VERSION,
     INSUFFICIENT_PRIVILEGE,
     NO_ACTIVE_VERSION,
+    UNDEFINED_SCHEMA,
     UNKNOWN_MODEL,
     ScoringError,
 )
@@ -116,6 +117,12 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
             f"permission denied for model {name}",
             sqlstate=INSUFFICIENT_PRIVILEGE,
             hint=f"its owner can allow it: grant usage on schema {name} to {plpy.quote_ident(rows[0]['caller'])}",
+        )
+    if not rows[0]["has_schema"]:
+        return ScoringError(
+            f"schema {name} of model {name} is gone",
+            sqlstate=UNDEFINED_SCHEMA,
+            hint=f"if it was renamed: alter schema … rename to {name}; else: select vae.drop_model('{name}')",
         )
     return ScoringError(
         f"model {name} has no active version",

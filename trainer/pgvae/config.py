@@ -23,7 +23,6 @@ class TrainingConfig:
     patience: int = 6
     batch_size: int = 256
     learning_rate: float = 2e-3
-    weight_decay: float = 0.0
     kl_weight: float = 0.2
     anneal_epochs: float = 5.0
     token_dropout: float = 0.5

@@ -66,7 +66,7 @@ def fit(
     users = np.unique(dataset.user)
     targets = _targets(dataset)
     network = AttentionVae(item_popularity=dataset.popularity(), event_types=len(dataset.event_types), config=config)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     total = epochs or config.epochs
     steps_per_epoch = -(-len(users) // config.batch_size)
     anneal_steps = max(1, round(config.anneal_epochs * steps_per_epoch))
