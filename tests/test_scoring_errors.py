@@ -180,7 +180,7 @@ def test_a_version_worse_than_popularity_is_activated_only_by_force(
     trained.execute(
         "insert into vae.metrics (version_id, method, split, metric, k, value, user_count)"
         " select version_id, method, 'temporal', 'ndcg', 20, value, 30 from vae.versions,"
-        " (values ('pgvae', 0.1), ('popularity', 0.2), ('item_cooccurrence', 0.3)) as m (method, value)"
+        " (values ('pgvae', 0.1), ('popularity', 0.2), ('item_knn', 0.3)) as m (method, value)"
         " where version = %s",
         [version],
     )

@@ -1,44 +1,287 @@
-"""Methods that a model must be measured against."""
+"""Methods that a model must be measured against, each fitted on a dataset of any events, which count alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy import linalg, sparse
 
 from pgvae.dataset import Dataset
-from pgvae.ranking import Scorer
+from pgvae.ranking import Holdout, Scorer, per_user_metrics
 from pgvae_runtime.tokens import History
+
+RANK = 256
+NEIGHBOURS = 500
+# Above this many items a dense item × item matrix and its inverse take too much memory and time.
+EXACT_ITEMS = 6000
+# Entries of a block of an item × item product.
+_BLOCK = 16_000_000
+# Settings are compared on at most this many users of the validation part.
+_CHOOSING_USERS = 5000
+_CHOOSING_K = 20
+_SECONDS_PER_DAY = 86_400.0
 
 
 def popularity(dataset: Dataset) -> Scorer:
-    """Gives everybody the items with the most users."""
-    shares = dataset.popularity()
+    """Gives everybody the items with the most users, scored by their share of the (user, item) pairs."""
+    return _same_for_all(dataset.popularity())
 
+
+def recency(dataset: Dataset, *, half_life: float = 30.0) -> Scorer:
+    """Gives everybody what was in demand lately: target events count half as much every `half_life` days."""
+    return _recency(dataset)(half_life)
+
+
+def item_knn(dataset: Dataset, *, shrinkage: float = 10.0) -> Scorer:
+    """Gives the items that go with the user's: shrunk cosine of the items' users (Sarwar et al. 2001).
+
+    Similarity is c_ij / (sqrt(n_i n_j) + shrinkage), for the 500 most similar items of each.
+    """
+    return _item_knn(dataset)(shrinkage)
+
+
+def ease(dataset: Dataset, *, l2: float = 300.0) -> Scorer:
+    """Gives the linear item-item model with a zero diagonal that reconstructs the histories best (Steck 2019).
+
+    Exact up to 6000 items. Beyond, the Gram matrix is replaced by its 256 largest principal directions and its exact
+    diagonal, and inverted by Woodbury's identity.
+    """
+    return _ease(dataset)(l2)
+
+
+def graph_filter(dataset: Dataset, *, alpha: float = 0.3) -> Scorer:
+    """Gives GF-CF: neighbours in the normalised graph, plus alpha times its 256 lowest frequencies (Shen et al. 2021).
+
+    The item-item graph keeps the 500 heaviest edges of each item.
+    """
+    return _graph_filter(dataset)(alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A method with its setting: the name of the setting, and the value that ranked best on the validation part."""
+
+    scorer: Scorer
+    setting: str
+    value: float
+
+
+def choose(name: str, dataset: Dataset, validation: Holdout, seed: int = 1) -> Choice:
+    """Fits a baseline of CHOICES with the setting of its list that has the highest NDCG@20 on the validation part."""
+    setting, values, prepare = CHOICES[name]
+    make = prepare(dataset)
+    few = _some_users(validation, seed)
+    scorers = [make(value) for value in values]
+    ndcg = [per_user_metrics(few, scorer, _CHOOSING_K)["ndcg"].mean() for scorer in scorers]
+    best = int(np.argmax(ndcg))
+    return Choice(scorer=scorers[best], setting=setting, value=values[best])
+
+
+def truncated_svd(
+    matrix: sparse.csr_array, rank: int, seed: int = 1
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Gives the largest singular values [R] and their right vectors [I, R] of a sparse matrix [U, I].
+
+    Randomised subspace iteration (Halko et al. 2011, algorithm 4.4), four rounds; R is at most the smaller side.
+    """
+    rank = min(rank, *matrix.shape)
+    width = min(rank + 32, *matrix.shape)
+    basis = np.random.default_rng(seed).standard_normal((matrix.shape[1], width), dtype=np.float32)
+    for _ in range(4):
+        basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
+    projected = matrix @ basis
+    values, vectors = np.linalg.eigh((projected.T @ projected).astype(np.float64))
+    order = np.argsort(-values)[:rank]
+    largest: NDArray[np.float32] = np.sqrt(np.maximum(values[order], 0.0)).astype(np.float32)
+    right: NDArray[np.float32] = basis @ vectors[:, order].astype(np.float32)
+    return largest, right
+
+
+def _recency(dataset: Dataset) -> Callable[[float], Scorer]:
+    chosen = np.isin(dataset.event_type, dataset.targets)
+    age = (dataset.occurred_at.max(initial=-np.inf) - dataset.occurred_at[chosen]) / _SECONDS_PER_DAY
+
+    def make(half_life: float) -> Scorer:
+        counts = np.bincount(dataset.item[chosen], weights=0.5 ** (age / half_life), minlength=len(dataset.item_keys))
+        return _same_for_all((counts / max(counts.sum(), 1e-300)).astype(np.float32))
+
+    return make
+
+
+def _item_knn(dataset: Dataset) -> Callable[[float], Scorer]:
+    together = incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
+    users = np.asarray(together.sum(axis=0)).ravel()
+
+    def make(shrinkage: float) -> Scorer:
+        def similar(rows: NDArray[np.int64], columns: NDArray[np.int64], counts: NDArray[np.float32]) -> None:
+            counts /= np.sqrt(users[rows] * users[columns]) + shrinkage
+            counts[rows == columns] = 0.0
+
+        return _linear(_neighbours(together, similar))
+
+    return make
+
+
+def _graph_filter(dataset: Dataset) -> Callable[[float], Scorer]:
+    items = len(dataset.item_keys)
+    plain = incidence(dataset.user, dataset.item, dataset.user_count, items)
+    user_scale = _inverse_root(np.asarray(plain.sum(axis=1)).ravel())
+    item_degree = np.asarray(plain.sum(axis=0)).ravel()
+    item_scale = _inverse_root(item_degree)
+    graph = sparse.csr_array(sparse.diags_array(user_scale) @ plain @ sparse.diags_array(item_scale))
+    near = _neighbours(graph)
+    _, low = truncated_svd(graph, RANK)
+    into = item_scale[:, None] * low
+    back = (low * np.sqrt(item_degree)[:, None]).T
+
+    def make(alpha: float) -> Scorer:
+        def score(history: History) -> NDArray[np.float32]:
+            histories = _of_history(history, items)
+            scores: NDArray[np.float32] = (histories @ near).toarray()
+            if alpha:
+                scores += np.float32(alpha) * ((histories @ into) @ back)
+            return scores
+
+        return score
+
+    return make
+
+
+def _ease(dataset: Dataset) -> Callable[[float], Scorer]:
+    items = len(dataset.item_keys)
+    plain = incidence(dataset.user, dataset.item, dataset.user_count, items)
+    if items > EXACT_ITEMS:
+        return _low_rank_ease(plain)
+    gram = (plain.T @ plain).toarray()
+
+    def make(l2: float) -> Scorer:
+        inverse = np.array(gram, dtype=np.float64)
+        inverse[np.diag_indices(items)] += l2
+        inverse = linalg.inv(inverse, overwrite_a=True, check_finite=False)
+        weights = (-inverse / np.diag(inverse)).astype(np.float32)
+        weights[np.diag_indices(items)] = 0.0
+        return _linear(weights)
+
+    return make
+
+
+def _low_rank_ease(plain: sparse.csr_array) -> Callable[[float], Scorer]:
+    """EASE of V diag(s²) Vᵀ + D in place of the Gram matrix, whose diagonal it has; the inverse is by Woodbury."""
+    items = plain.shape[1]
+    values, vectors = truncated_svd(plain, RANK)
+    kept = values > 1e-6 * values.max(initial=1e-30)
+    energy, vectors = values[kept].astype(np.float64) ** 2, vectors[:, kept]
+    rest = np.maximum(np.asarray(plain.sum(axis=0)).ravel() - (vectors**2) @ energy, 0.0)
+
+    def make(l2: float) -> Scorer:
+        diagonal = rest + l2
+        scaled = vectors / diagonal[:, None]
+        core = np.linalg.inv(np.diag(1.0 / energy) + vectors.T @ scaled)
+        right = scaled @ core
+        # Off its diagonal, P is -scaled · core · scaledᵀ.
+        own = (right * scaled).sum(axis=1)
+        pivot = 1.0 / diagonal - own
+        into = scaled.astype(np.float32)
+        back = (right / pivot[:, None]).T.astype(np.float32)
+        self_weight = (own / pivot).astype(np.float32)
+
+        def score(history: History) -> NDArray[np.float32]:
+            histories = _of_history(history, items)
+            scores: NDArray[np.float32] = (histories @ into) @ back
+            rows = np.repeat(np.arange(histories.shape[0]), np.diff(histories.indptr))
+            scores[rows, histories.indices] -= self_weight[histories.indices]
+            return scores
+
+        return score
+
+    return make
+
+
+CHOICES: dict[str, tuple[str, tuple[float, ...], Callable[[Dataset], Callable[[float], Scorer]]]] = {
+    "recency": ("half_life", (3.0, 10.0, 30.0, 100.0), _recency),
+    "item_knn": ("shrinkage", (0.0, 10.0, 100.0), _item_knn),
+    "ease": ("l2", (30.0, 100.0, 300.0, 1000.0), _ease),
+    "graph_filter": ("alpha", (0.0, 0.1, 0.3, 1.0), _graph_filter),
+}
+
+
+def _same_for_all(shares: NDArray[np.float32]) -> Scorer:
     def score(history: History) -> NDArray[np.float32]:
         return np.repeat(shares[None, :], len(history.counts), axis=0)
 
     return score
 
 
-def item_cooccurrence(dataset: Dataset) -> Scorer:
-    """Gives the items that go with the user's: cosine of the items' user sets (Sarwar et al. 2001)."""
-    incidence = _incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
-    norms = np.sqrt(np.asarray(incidence.sum(axis=0)).ravel())
-    scaled = incidence @ sparse.diags_array(1.0 / np.maximum(norms, 1.0)).astype(np.float32)
-    similarity = (scaled.T @ scaled).tocsr()
-    similarity.setdiag(0)
+def _linear(weights: NDArray[np.float32] | sparse.csr_array) -> Scorer:
+    """Gives the scores x B of histories x, with B [I, I] dense or sparse."""
+    items = weights.shape[0]
 
     def score(history: History) -> NDArray[np.float32]:
-        baskets = _incidence(history.users(), history.item, len(history.counts), len(dataset.item_keys))
-        scores: NDArray[np.float32] = (baskets @ similarity).toarray()
-        return scores
+        scores = _of_history(history, items) @ weights
+        dense: NDArray[np.float32] = scores.toarray() if sparse.issparse(scores) else scores
+        return dense
 
     return score
 
 
-def _incidence(user: NDArray[np.int64], item: NDArray[np.int64], users: int, items: int) -> sparse.csr_array:
+def _neighbours(
+    matrix: sparse.csr_array,
+    similar: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None] | None = None,
+) -> sparse.csr_array:
+    """Gives the item-item product of a matrix [U, I], [I, I], of which each row keeps its 500 largest entries.
+
+    `similar` changes entries, given their rows and columns, in place before the choice. The product is made in blocks
+    of rows: it is never held whole.
+    """
+    items = matrix.shape[1]
+    transposed = sparse.csr_array(matrix.T)
+    rows = max(1, _BLOCK // items)
+    blocks = []
+    for begin in range(0, items, rows):
+        block = sparse.csr_array(transposed[begin : begin + rows] @ matrix)
+        if similar is not None:
+            row = np.repeat(np.arange(begin, begin + block.shape[0]), np.diff(block.indptr))
+            similar(row, block.indices, block.data)
+        for start, end in zip(block.indptr[:-1], block.indptr[1:], strict=True):
+            if end - start > NEIGHBOURS:
+                values = block.data[start:end]
+                values[np.argpartition(values, -NEIGHBOURS)[:-NEIGHBOURS]] = 0.0
+        block.eliminate_zeros()
+        blocks.append(block)
+    return sparse.csr_array(sparse.vstack(blocks, format="csr"))
+
+
+def _of_history(history: History, items: int) -> sparse.csr_array:
+    return incidence(history.users(), history.item, len(history.counts), items)
+
+
+def incidence(user: NDArray[np.int64], item: NDArray[np.int64], users: int, items: int) -> sparse.csr_array:
+    """Gives which user had an event on which item, [U, I]; repeated events count once."""
     matrix = sparse.csr_array((np.ones(len(user), dtype=np.float32), (user, item)), shape=(users, items))
-    # Repeated events on one item count once.
+    matrix.sum_duplicates()
     matrix.data[:] = 1.0
     return matrix
+
+
+def _inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:
+    scale: NDArray[np.float32] = np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, 1.0)), 0.0).astype(np.float32)
+    return scale
+
+
+def _some_users(holdout: Holdout, seed: int) -> Holdout:
+    count = len(holdout.users)
+    if count <= _CHOOSING_USERS:
+        return holdout
+    kept = np.sort(np.random.default_rng(seed).choice(count, _CHOOSING_USERS, replace=False))
+    lengths = np.diff(holdout.truth_start)
+    chosen = np.repeat(np.isin(np.arange(count), kept), lengths)
+    return Holdout(
+        before=holdout.before,
+        users=holdout.users[kept],
+        truth_start=np.concatenate(([0], np.cumsum(lengths[kept]))),
+        truth_item=holdout.truth_item[chosen],
+        item_share=holdout.item_share,
+    )

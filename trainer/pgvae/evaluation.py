@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgvae import baselines
+from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
-from pgvae.ranking import bootstrap_interval, make_holdout, per_user_metrics
+from pgvae.ranking import per_user_metrics
+from pgvae.splits import measurable
 from pgvae.training import Epoch, Fit, fit, scorer
 
 K = 20
-# Of the events in the order of time: the first part trains, the second chooses the epoch, the third is the test.
-VALIDATION_FROM, TEST_FROM = 0.8, 0.9
-# With fewer users than this, a metric says nothing.
-_MIN_USERS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +48,35 @@ def evaluate(
     The test part is touched once. Each method sees a user's events up to the test, and is judged by the new items
     of the user's target events in it.
     """
-    validation_from, test_from = np.quantile(dataset.occurred_at, [VALIDATION_FROM, TEST_FROM])
-    train = dataset.between(-np.inf, validation_from)
-    validation = make_holdout(train, dataset.between(validation_from, test_from))
-    test = make_holdout(dataset.between(-np.inf, test_from), dataset.between(test_from, np.inf))
-    if min(len(validation.users), len(test.users)) < _MIN_USERS:
+    found = measurable(dataset, seed=config.seed)
+    if found is None:
         return Evaluation(fit=None, metrics=[])
-    fitted = fit(train, config, max_history=max_history, phase="evaluate", validation=validation, on_epoch=on_epoch)
+    name, split = found
+    fitted = fit(
+        split.train, config, max_history=max_history, phase="evaluate", validation=split.validation, on_epoch=on_epoch
+    )
     methods = {
         "pgvae": scorer(fitted.weights, max_history),
-        "item_cooccurrence": baselines.item_cooccurrence(train),
-        "popularity": baselines.popularity(train),
+        "item_knn": baselines.item_knn(split.train),
+        "popularity": baselines.popularity(split.train),
     }
     metrics = []
     for method, score in methods.items():
-        for name, values in per_user_metrics(test, score, K).items():
-            lower, upper = bootstrap_interval(values, config.seed)
+        values = {
+            key: value for key, value in per_user_metrics(split.test, score, K).items() if key in ("recall", "ndcg")
+        }
+        bounds = interval(resampled_means(np.column_stack(list(values.values())), split.test.users, config.seed))
+        for metric, value, lower, upper in zip(values, values.values(), *bounds.tolist(), strict=True):
             metrics.append(
                 Metric(
                     method=method,
-                    split="temporal",
-                    metric=name,
+                    split=name,
+                    metric=metric,
                     k=K,
-                    value=float(values.mean()),
+                    value=float(value.mean()),
                     lower=lower,
                     upper=upper,
-                    user_count=len(values),
+                    user_count=len(value),
                 )
             )
     return Evaluation(fit=fitted, metrics=metrics)

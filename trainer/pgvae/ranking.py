@@ -1,8 +1,8 @@
-"""Ranking metrics as LightGCN defines them, with bootstrap intervals (He et al. 2020)."""
+"""Lists of all items, ranked for held-out users, and what they are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from pgvae.dataset import Dataset
 from pgvae_runtime import forward
-from pgvae_runtime.scoring import mask_seen
 from pgvae_runtime.tokens import History
 
 # The scores of a batch of users take at most this much memory: users × items × 4 bytes.
@@ -22,69 +21,118 @@ Scorer = Callable[[History], NDArray[np.float32]]
 
 @dataclass(frozen=True, kw_only=True)
 class Holdout:
-    """What a list is judged by: users with a history before a moment, and the new items of target events after it.
+    """What a list is judged by: users with a history, and the new items of their held-out target events.
 
-    `users` [U] are the users; `truth_start` [U + 1] and `truth_item` list the items of each. An item that the user
-    already had a target event on is not in the truth, and is masked in the ranking.
+    `before` holds the histories that a scorer sees. `users` [U] are the users; `truth_start` [U + 1] and `truth_item`
+    list the items of each. An item that the user already had a target event on is not in the truth, and is masked in
+    the ranking; an earlier event of another type, say a view, leaves it in both. `item_share` [I] is each item's share
+    of the users that methods learn from; an item without any is neither in the truth nor in a list.
     """
 
     before: Dataset
     users: NDArray[np.int64]
     truth_start: NDArray[np.int64]
     truth_item: NDArray[np.int64]
+    item_share: NDArray[np.float64]
+
+    def truth(self, part: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gives the (user within the part, item) pairs of a part of the users, as two arrays, users in order."""
+        begin, end, _ = part.indices(len(self.users))
+        counts = np.diff(self.truth_start[begin : end + 1])
+        return np.repeat(np.arange(end - begin), counts), self.truth_item[
+            self.truth_start[begin] : self.truth_start[end]
+        ]
 
 
-def make_holdout(before: Dataset, after: Dataset) -> Holdout:
-    """Gives the holdout of the users who have events before and a target event on a new item after."""
+def make_holdout(before: Dataset, after: Dataset, *, learned: Dataset | None = None) -> Holdout:
+    """Gives the holdout of the users who have events in `before` and a target event on a new item in `after`.
+
+    Methods learn from `learned`, or from `before` where that is not given.
+    """
     items = len(before.item_keys)
-    seen = np.unique(_target_pairs(before))
-    # Items without an event before cannot be known to any method here; they are left out of the truth for all.
-    known = np.zeros(items, dtype=bool)
-    known[before.item] = True
-    pairs = np.setdiff1d(np.unique(_target_pairs(after)), seen)
-    pairs = pairs[known[pairs % items]]
+    item_share = _item_share(learned or before)
+    pairs = np.setdiff1d(target_pairs(after), target_pairs(before), assume_unique=True)
+    # No method here can know an item that nobody had an event on; it is left out of the truth for all.
+    pairs = pairs[item_share[pairs % items] > 0]
     pairs = pairs[np.isin(pairs // items, before.user)]
     users, counts = np.unique(pairs // items, return_counts=True)
     return Holdout(
-        before=before, users=users, truth_start=np.concatenate(([0], np.cumsum(counts))), truth_item=pairs % items
+        before=before,
+        users=users,
+        truth_start=np.concatenate(([0], np.cumsum(counts))),
+        truth_item=pairs % items,
+        item_share=item_share,
     )
 
 
-def _target_pairs(dataset: Dataset) -> NDArray[np.int64]:
+def target_pairs(dataset: Dataset) -> NDArray[np.int64]:
+    """Gives user · I + item of each (user, item) pair with a target event, once each, in ascending order."""
     chosen = np.isin(dataset.event_type, dataset.targets)
-    return dataset.user[chosen] * len(dataset.item_keys) + dataset.item[chosen]
+    return np.unique(dataset.user[chosen] * len(dataset.item_keys) + dataset.item[chosen])
+
+
+def _item_share(dataset: Dataset) -> NDArray[np.float64]:
+    items = len(dataset.item_keys)
+    pairs = np.unique(dataset.user * items + dataset.item)
+    counts = np.bincount(pairs % items, minlength=items)
+    share: NDArray[np.float64] = counts / max(1, len(np.unique(pairs // items)))
+    return share
+
+
+def ranked_batches(holdout: Holdout, scorer: Scorer) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Gives the users batch by batch with their scores, [users of the batch, I]: -inf where an item is not ranked."""
+    size = max(1, _SCORES_BYTES // (4 * len(holdout.before.item_keys)))
+    unknown = np.flatnonzero(holdout.item_share == 0)
+    for begin in range(0, len(holdout.users), size):
+        part = slice(begin, begin + size)
+        history = holdout.before.history(holdout.users[part])
+        scores = scorer(history)
+        scores[history.seen(holdout.before.targets)] = -np.inf
+        scores[:, unknown] = -np.inf
+        yield part, scores
+
+
+def best_items(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Gives the k best items of each user, best first, [U, k]; -1 where a user has no more items to rank."""
+    items, values = forward.top_k(np, scores, k)
+    found: NDArray[np.int64] = np.full((len(scores), k), -1)
+    found[:, : items.shape[1]] = np.where(np.isneginf(values), -1, items)
+    return found
+
+
+def hits_of(best: NDArray[np.int64], users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tells which of the best items, [U, k], are among the (user, item) pairs of the truth."""
+    width = 1 + max(best.max(initial=0), items.max(initial=0))
+    wanted = np.where(best >= 0, np.arange(len(best))[:, None] * width + best, -1)
+    return np.isin(wanted, users * width + items)
+
+
+def list_metrics(hits: NDArray[np.bool_], truth_count: NDArray[np.int64], k: int) -> dict[str, NDArray[np.float64]]:
+    """Gives the metrics of the first k places of lists with these hits, [U, at least k], per user.
+
+    With n items in the user's truth: recall is the hits over n, precision the hits over k, hit_rate whether there is
+    one, mrr one over the rank of the first, map the sum over the hits of the precision up to them, over min(k, n),
+    ndcg the discounted hits over those of min(k, n) hits at the top (recall and ndcg as He et al. 2020).
+    """
+    hits = hits[:, :k].astype(np.float64)
+    rank = np.arange(1, k + 1)
+    discount = 1.0 / np.log2(rank + 1)
+    ideal = np.concatenate(([0.0], np.cumsum(discount)))
+    possible = np.minimum(truth_count, k)
+    found = hits.sum(axis=1)
+    return {
+        "recall": found / truth_count,
+        "ndcg": hits @ discount / ideal[possible],
+        "precision": found / k,
+        "hit_rate": (found > 0).astype(np.float64),
+        "mrr": (hits / rank).max(axis=1),
+        "map": (hits * np.cumsum(hits, axis=1) / rank).sum(axis=1) / possible,
+    }
 
 
 def per_user_metrics(holdout: Holdout, scorer: Scorer, k: int) -> dict[str, NDArray[np.float64]]:
-    """Gives recall and ndcg at k of each user of the holdout, all items ranked, seen ones masked.
-
-    Recall is the hits over the number of the user's truth items; the ideal DCG is that of min(k, that number) hits.
-    """
-    batch_size = max(1, _SCORES_BYTES // (4 * len(holdout.before.item_keys)))
-    discount = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.concatenate(([0.0], np.cumsum(discount)))
-    truth_counts = np.diff(holdout.truth_start)
-    recall = np.zeros(len(holdout.users))
-    ndcg = np.zeros(len(holdout.users))
-    for begin in range(0, len(holdout.users), batch_size):
-        part = slice(begin, begin + batch_size)
-        history = holdout.before.history(holdout.users[part])
-        scores = scorer(history)
-        mask_seen(np, scores, history, holdout.before.targets)
-        top, _ = forward.top_k(np, scores, k)
-        relevant = np.zeros(scores.shape, dtype=bool)
-        counts = truth_counts[part]
-        rows = np.repeat(np.arange(len(counts)), counts)
-        relevant[rows, holdout.truth_item[holdout.truth_start[begin] : holdout.truth_start[begin + len(counts)]]] = True
-        hits = np.take_along_axis(relevant, top, axis=1)
-        recall[part] = hits.sum(axis=1) / counts
-        ndcg[part] = hits @ discount[: hits.shape[1]] / ideal[np.minimum(counts, k)]
-    return {"recall": recall, "ndcg": ndcg}
-
-
-def bootstrap_interval(values: NDArray[np.float64], seed: int, samples: int = 1000) -> tuple[float, float]:
-    """Gives the 95 % percentile interval of the mean of the users' values (Efron 1979)."""
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(samples)]
-    lower, upper = np.percentile(means, [2.5, 97.5])
-    return float(lower), float(upper)
+    """Gives the list metrics at k of each user of the holdout, all items ranked, seen ones masked."""
+    hits = np.zeros((len(holdout.users), k), dtype=bool)
+    for part, scores in ranked_batches(holdout, scorer):
+        hits[part] = hits_of(best_items(scores, k), *holdout.truth(part))
+    return list_metrics(hits, np.diff(holdout.truth_start), k)

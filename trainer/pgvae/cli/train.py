@@ -57,7 +57,7 @@ def train(
     """Train a model on its events and publish the result as a new version.
 
     Reads the cleaned events (select * from MODEL.clean_events), trains on the older 80 %, chooses the number of passes
-    on the next 10 % and measures on the newest 10 %, beside popularity and item co-occurrence. Then trains on all
+    on the next 10 % and measures on the newest 10 %, beside popularity and item kNN. Then trains on all
     events and writes weights, lineage and metrics in one transaction. The new version scores once it is activated.
 
     Refuses when the quality gate fails: select * from vae.check_events('MODEL').
@@ -108,7 +108,7 @@ def show(model: str, result: Training) -> None:
         return
     out.print(metrics_table(result.metrics))
     ndcg = {metric.method: metric for metric in result.metrics if metric.metric == "ndcg"}
-    for baseline in ("popularity", "item_cooccurrence"):
+    for baseline in ("popularity", "item_knn"):
         ratio = ndcg["pgvae"].value / max(ndcg[baseline].value, 1e-12)
         verdict = "beats" if ndcg["pgvae"].lower > ndcg[baseline].upper else "does not clearly beat"
         out.print(f"pgvae {verdict} {baseline}: {ratio:.2f} times its NDCG", highlight=False)
