@@ -59,7 +59,7 @@ def train(
     listener = listener or Listener()
     durations: dict[str, float] = {}
     with _timed("read", durations, listener), connect(dsn) as connection:
-        definition, dataset = _read(connection, model, force, listener)
+        definition, dataset = read_checked(connection, model, force, listener)
     with _timed("evaluate", durations, listener):
         evaluation = evaluate(dataset, config, max_history=definition.max_history, on_epoch=listener.on_epoch)
     with _timed("train", durations, listener):
@@ -85,9 +85,10 @@ def train(
     return Training(version=version, metrics=evaluation.metrics, durations=durations)
 
 
-def _read(
+def read_checked(
     connection: psycopg.Connection, model: str, force: bool, listener: Listener
 ) -> tuple[ModelDefinition, Dataset]:
+    """Gives a model and its cleaned events, of one moment; PgvaeError where the quality gate fails and not `force`."""
     # One snapshot for the gate and for the data, so that what was checked is what is trained on.
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     _check_code(connection)
