@@ -16,6 +16,7 @@ from .errors import (
     UNKNOWN_MODEL,
     ScoringError,
 )
+from .features import NO_FEATURES, FeaturePipeline
 from .forward import FORMAT, SHAPES
 from .tensors import Assembler
 from .tokens import AGE_BUCKETS
@@ -29,7 +30,8 @@ class Version:
     """One version of a model, ready to score.
 
     `weights` maps the names of forward.SHAPES to arrays; `event_types` gives the row of each standard event type
-    in the event type embedding; `targets` the rows of those that count as the event that is predicted.
+    in the event type embedding; `targets` the rows of those that count as the event that is predicted;
+    `user_pipeline` makes the feature tokens of users.
     """
 
     version_id: int
@@ -42,6 +44,7 @@ class Version:
     targets: tuple[int, ...]
     max_history: int
     user_count: int
+    user_pipeline: FeaturePipeline = NO_FEATURES
 
     @property
     def item_count(self) -> int:

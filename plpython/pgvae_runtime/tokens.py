@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .features import FeatureBag
+
 AGE_BUCKETS = 12
 _SECONDS_PER_DAY = 86_400.0
 
@@ -17,13 +19,14 @@ class Tokens:
     """Histories of U users as N tokens, users one after the other, each user's oldest event first.
 
     `start` has shape [U + 1]: user u owns the tokens start[u] to start[u + 1]. `item`, `event_type` and `age`
-    have shape [N] and are rows of the embeddings of that name.
+    have shape [N] and are rows of the embeddings of that name. `features` are the users' own; None: they have none.
     """
 
     start: NDArray[np.int64]
     item: NDArray[np.int64]
     event_type: NDArray[np.int64]
     age: NDArray[np.int64]
+    features: FeatureBag | None = None
 
     @property
     def user_count(self) -> int:
@@ -42,13 +45,15 @@ class History:
     """Events of U users, users one after the other, in any order within a user.
 
     `counts` [U] says how many of the N events belong to each user. `item` and `event_type` [N] are rows of the
-    embeddings of that name; `occurred_at` [N] is in seconds since 1970.
+    embeddings of that name; `occurred_at` [N] is in seconds since 1970. `features` are the users' own, known without
+    any event; None: they have none.
     """
 
     counts: NDArray[np.int64]
     item: NDArray[np.int64]
     event_type: NDArray[np.int64]
     occurred_at: NDArray[np.float64]
+    features: FeatureBag | None = None
 
     def users(self) -> NDArray[np.int64]:
         """Gives the user's number of each event, shape [N]."""
@@ -84,6 +89,7 @@ class History:
             item=self.item[order],
             event_type=self.event_type[order],
             age=age_bucket(at[last] - at),
+            features=self.features,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from pgvae.errors import PgvaeError
+from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline
 from pgvae_runtime.tokens import History
 
 # A fixed order, so that the same data gives the same embedding rows.
@@ -46,7 +47,8 @@ class Dataset:
 
     `user`, `item`, `event_type` [N] count from 0; `occurred_at` [N] is in seconds since 1970; `weight` [N] says
     how much an event counts as a target. `item_keys` [I] are the shop's keys as text. `targets` are the event types
-    that are predicted: purchases, or whatever there is where a shop has none.
+    that are predicted: purchases, or whatever there is where a shop has none. `user_features` (n = U) and
+    `item_features` (n = I) hold the tokens that the pipelines give; without any the bags are empty.
     """
 
     user: NDArray[np.int64]
@@ -57,6 +59,22 @@ class Dataset:
     item_keys: list[str]
     event_types: list[str]
     user_count: int
+    user_pipeline: FeaturePipeline = NO_FEATURES
+    item_pipeline: FeaturePipeline = NO_FEATURES
+    # None, which __post_init__ replaces, only while the object is made.
+    user_features: FeatureBag = None  # type: ignore[assignment]
+    item_features: FeatureBag = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.user_features is None:
+            object.__setattr__(self, "user_features", FeatureBag.empty(self.user_count))
+        if self.item_features is None:
+            object.__setattr__(self, "item_features", FeatureBag.empty(len(self.item_keys)))
+
+    @property
+    def trained_items(self) -> NDArray[np.bool_]:
+        """Which items have an event, shape [I]; the others, cold items, are known by their features alone."""
+        return np.bincount(self.item, minlength=len(self.item_keys)) > 0
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -68,15 +86,13 @@ class Dataset:
     def between(self, begin: float, end: float) -> Dataset:
         """Gives the events with begin <= occurred_at < end; users and items keep their numbers."""
         chosen = (self.occurred_at >= begin) & (self.occurred_at < end)
-        return Dataset(
+        return replace(
+            self,
             user=self.user[chosen],
             item=self.item[chosen],
             event_type=self.event_type[chosen],
             occurred_at=self.occurred_at[chosen],
             weight=self.weight[chosen],
-            item_keys=self.item_keys,
-            event_types=self.event_types,
-            user_count=self.user_count,
         )
 
     def history(self, users: NDArray[np.int64]) -> History:
@@ -85,7 +101,11 @@ class Dataset:
         counts = np.searchsorted(self.user, users, side="right") - starts
         rows = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(counts.sum())
         return History(
-            counts=counts, item=self.item[rows], event_type=self.event_type[rows], occurred_at=self.occurred_at[rows]
+            counts=counts,
+            item=self.item[rows],
+            event_type=self.event_type[rows],
+            occurred_at=self.occurred_at[rows],
+            features=self.user_features.take(users) if self.user_pipeline.size else None,
         )
 
     def popularity(self) -> NDArray[np.float32]:
