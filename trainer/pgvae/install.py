@@ -193,7 +193,7 @@ def uninstall(dsn: str | None = None) -> list[str]:
         connection.execute("select pg_catalog.pg_advisory_xact_lock(%s)", [_LOCK])
         connection.execute("set local client_min_messages = warning")
         models = [row[0] for row in connection.execute("select name from vae.models").fetchall()]
-        schemas = ["vae", "vae_private", *models]
+        schemas = ["vae", "vae_private", "vae_optuna", *models]
         if dependents := [row[0] for row in connection.execute(_DEPENDENTS, {"schemas": schemas}).fetchall()]:
             raise PgvaeError(f"other objects use pgvae: {', '.join(dependents)}", hint="drop them first")
         for model in models:
@@ -201,6 +201,8 @@ def uninstall(dsn: str | None = None) -> list[str]:
         row = connection.execute("select created_extension, created_roles from vae_private.installation").fetchone()
         created_extension, created_roles = row if row else (False, [])
         connection.execute("drop schema vae, vae_private cascade")
+        # Made by the first `pgvae tune`.
+        connection.execute("drop schema if exists vae_optuna cascade")
         left = _drop_if_unused(connection, "extension", ["plpython3u"] if created_extension else [])
         return left + _drop_if_unused(connection, "role", created_roles)
 

@@ -1,0 +1,1 @@
+"""`pgvae report`: one page about a version."""
