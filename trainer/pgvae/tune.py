@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import multiprocessing.process
 import shlex
 import time
 import warnings
@@ -54,7 +53,7 @@ class Parameter:
     step: int | None = None
     log: bool = False
 
-    def suggest(self, trial: Trial) -> float:
+    def suggest(self, trial: Trial) -> Any:
         """Gives the value that a trial shall try, in three digits: what is printed is what was tried."""
         if self.step is not None:
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=self.step)
@@ -358,9 +357,7 @@ def _supervise(
 ) -> None:
     """Runs the workers and tells of the study meanwhile; PgvaeError where all of them died before the end."""
     context = multiprocessing.get_context("spawn")
-    workers: list[multiprocessing.process.BaseProcess] = [
-        context.Process(target=_work, args=(task,), daemon=True) for _ in range(task.search.workers)
-    ]
+    workers = [context.Process(target=_work, args=(task,), daemon=True) for _ in range(task.search.workers)]
     for worker in workers:
         worker.start()
     try:
@@ -370,16 +367,13 @@ def _supervise(
             for worker in [worker for worker in workers if worker.exitcode is not None]:
                 workers.remove(worker)
                 if worker.exitcode:
-                    reason = (
-                        f"by signal {-worker.exitcode}" if worker.exitcode < 0 else f"with status {worker.exitcode}"
-                    )
-                    on_warning(f"a worker ended {reason}")
-                    if not workers and _unfinished(task, study):
-                        raise PgvaeError(
-                            "no worker is left, and the search is not finished",
-                            hint="what was tried is kept; run the command again to go on, with fewer --workers"
-                            " if memory ran out",
-                        )
+                    how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
+                    on_warning(f"a worker ended with {how}")
+        if _unfinished(task, study):
+            raise PgvaeError(
+                "no worker is left, and the search is not finished",
+                hint="what was tried is kept; run the command again to go on, with fewer --workers if memory ran out",
+            )
     finally:
         for worker in workers:
             worker.terminate()
