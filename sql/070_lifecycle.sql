@@ -35,9 +35,9 @@ begin
     if not force and exists (
         select
         from vae.metrics own
-        join vae.metrics base using (version_id, split, metric, k)
+        join vae.metrics base using (version_id, split, slice, metric, k)
         where own.version_id = wanted.version_id and own.method = 'pgvae' and base.method = 'popularity'
-            and own.metric = 'ndcg' and own.value < base.value
+            and own.slice = 'all' and own.metric = 'ndcg' and own.value < base.value
     ) then
         raise exception 'version % of model % ranks worse than popularity on held-out events', version, model
             using errcode = 'VA008',

@@ -59,6 +59,8 @@ grant insert (
     trainer_version, config, durations, quality
 ) on vae.versions to vae_trainer;
 grant insert on vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
+-- A version that is evaluated again gets its metrics anew.
+grant delete on vae.metrics to vae_trainer;
 grant execute on function
     vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb),
     vae.drop_model(text),
@@ -82,6 +84,8 @@ do $$
 declare
     name text;
     command text;
+    of_version constant text := 'exists (select from vae.versions v'
+        ' where v.version_id = %I.version_id and vae_private.may_use(v.model_id))';
     owned constant text := 'exists (select from pg_catalog.pg_namespace n'
         ' where n.nspname = models.name and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
@@ -95,14 +99,15 @@ begin
             case
                 when name = 'models' then owned
                 when name in ('metrics', 'epochs')
-                then 'exists (select from vae.versions v where v.version_id = ' || quote_ident(name) || '.version_id and vae_private.may_use(v.model_id))'
+                then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
-                when name in ('metrics', 'epochs') then 'false'
+                when name = 'metrics' then format(of_version, name)
+                when name = 'epochs' then 'false'
                 else 'vae_private.may_use(model_id)' end);
     end loop;
 end;

@@ -435,7 +435,7 @@ def test_every_condition_that_the_sql_raises_is_explained() -> None:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Gives each command with its full name: "pgvae load events"."""
-    from pgvae.cli import database, demo, load, refresh, report, server, simulate, train, tune  # noqa: F401
+    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune  # noqa: F401
 
     def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield name, command

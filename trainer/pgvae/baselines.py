@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from pgvae_runtime.tokens import History
 
 RANK = 256
 NEIGHBOURS = 500
+_EASE_NEIGHBOURS = 200
 # Above this many items a dense item × item matrix and its inverse take too much memory and time.
 EXACT_ITEMS = 6000
 # Entries of a block of an item × item product.
@@ -32,7 +34,7 @@ def popularity(dataset: Dataset) -> Scorer:
 
 def recency(dataset: Dataset, *, half_life: float = 30.0) -> Scorer:
     """Gives everybody what was in demand lately: target events count half as much every `half_life` days."""
-    return _recency(dataset)(half_life)
+    return _recency(dataset, [half_life])[0]
 
 
 def item_knn(dataset: Dataset, *, shrinkage: float = 10.0) -> Scorer:
@@ -40,16 +42,16 @@ def item_knn(dataset: Dataset, *, shrinkage: float = 10.0) -> Scorer:
 
     Similarity is c_ij / (sqrt(n_i n_j) + shrinkage), for the 500 most similar items of each.
     """
-    return _item_knn(dataset)(shrinkage)
+    return _item_knn(dataset, [shrinkage])[0]
 
 
-def ease(dataset: Dataset, *, l2: float = 300.0) -> Scorer:
+def ease(dataset: Dataset, *, l2: float = 100.0) -> Scorer:
     """Gives the linear item-item model with a zero diagonal that reconstructs the histories best (Steck 2019).
 
-    Exact up to 6000 items. Beyond, the Gram matrix is replaced by its 256 largest principal directions and its exact
-    diagonal, and inverted by Woodbury's identity.
+    Exact up to 6000 items. Beyond, each item is regressed on its 200 most similar ones only, as in the sparse
+    approximation of Steck (2019, "Markov Random Fields for Collaborative Filtering").
     """
-    return _ease(dataset)(l2)
+    return _ease(dataset, [l2])[0]
 
 
 def graph_filter(dataset: Dataset, *, alpha: float = 0.3) -> Scorer:
@@ -57,27 +59,24 @@ def graph_filter(dataset: Dataset, *, alpha: float = 0.3) -> Scorer:
 
     The item-item graph keeps the 500 heaviest edges of each item.
     """
-    return _graph_filter(dataset)(alpha)
+    return _graph_filter(dataset, [alpha])[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A method with its setting: the name of the setting, and the value that ranked best on the validation part."""
+class Choice(NamedTuple):
+    """A method with the value of its setting that ranked best on the validation part."""
 
     scorer: Scorer
-    setting: str
     value: float
 
 
 def choose(name: str, dataset: Dataset, validation: Holdout, seed: int = 1) -> Choice:
     """Fits a baseline of CHOICES with the setting of its list that has the highest NDCG@20 on the validation part."""
-    setting, values, prepare = CHOICES[name]
-    make = prepare(dataset)
+    _, values, make = CHOICES[name]
     few = _some_users(validation, seed)
-    scorers = [make(value) for value in values]
+    scorers = make(dataset, values)
     ndcg = [per_user_metrics(few, scorer, _CHOOSING_K)["ndcg"].mean() for scorer in scorers]
     best = int(np.argmax(ndcg))
-    return Choice(scorer=scorers[best], setting=setting, value=values[best])
+    return Choice(scorer=scorers[best], value=values[best])
 
 
 def truncated_svd(
@@ -100,46 +99,34 @@ def truncated_svd(
     return largest, right
 
 
-def _recency(dataset: Dataset) -> Callable[[float], Scorer]:
+def _recency(dataset: Dataset, half_lives: Sequence[float]) -> list[Scorer]:
     chosen = np.isin(dataset.event_type, dataset.targets)
     age = (dataset.occurred_at.max(initial=-np.inf) - dataset.occurred_at[chosen]) / _SECONDS_PER_DAY
-
-    def make(half_life: float) -> Scorer:
+    scorers = []
+    for half_life in half_lives:
         counts = np.bincount(dataset.item[chosen], weights=0.5 ** (age / half_life), minlength=len(dataset.item_keys))
-        return _same_for_all((counts / max(counts.sum(), 1e-300)).astype(np.float32))
-
-    return make
-
-
-def _item_knn(dataset: Dataset) -> Callable[[float], Scorer]:
-    together = incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
-    users = np.asarray(together.sum(axis=0)).ravel()
-
-    def make(shrinkage: float) -> Scorer:
-        def similar(rows: NDArray[np.int64], columns: NDArray[np.int64], counts: NDArray[np.float32]) -> None:
-            counts /= np.sqrt(users[rows] * users[columns]) + shrinkage
-            counts[rows == columns] = 0.0
-
-        return _linear(_neighbours(together, similar))
-
-    return make
+        scorers.append(_same_for_all((counts / max(counts.sum(), 1e-300)).astype(np.float32)))
+    return scorers
 
 
-def _graph_filter(dataset: Dataset) -> Callable[[float], Scorer]:
-    items = len(dataset.item_keys)
-    plain = incidence(dataset.user, dataset.item, dataset.user_count, items)
-    user_scale = _inverse_root(np.asarray(plain.sum(axis=1)).ravel())
+def _item_knn(dataset: Dataset, shrinkages: Sequence[float]) -> list[Scorer]:
+    plain = _of_dataset(dataset)
+    return [_linear(_similar_items(plain, shrinkage, NEIGHBOURS)) for shrinkage in shrinkages]
+
+
+def _graph_filter(dataset: Dataset, alphas: Sequence[float]) -> list[Scorer]:
+    plain = _of_dataset(dataset)
     item_degree = np.asarray(plain.sum(axis=0)).ravel()
-    item_scale = _inverse_root(item_degree)
+    user_scale, item_scale = (_inverse_root(degree) for degree in (np.asarray(plain.sum(axis=1)).ravel(), item_degree))
     graph = sparse.csr_array(sparse.diags_array(user_scale) @ plain @ sparse.diags_array(item_scale))
-    near = _neighbours(graph)
+    near = _neighbours(graph, NEIGHBOURS)
     _, low = truncated_svd(graph, RANK)
     into = item_scale[:, None] * low
     back = (low * np.sqrt(item_degree)[:, None]).T
 
     def make(alpha: float) -> Scorer:
         def score(history: History) -> NDArray[np.float32]:
-            histories = _of_history(history, items)
+            histories = _of_history(history, len(dataset.item_keys))
             scores: NDArray[np.float32] = (histories @ near).toarray()
             if alpha:
                 scores += np.float32(alpha) * ((histories @ into) @ back)
@@ -147,60 +134,47 @@ def _graph_filter(dataset: Dataset) -> Callable[[float], Scorer]:
 
         return score
 
-    return make
+    return [make(alpha) for alpha in alphas]
 
 
-def _ease(dataset: Dataset) -> Callable[[float], Scorer]:
-    items = len(dataset.item_keys)
-    plain = incidence(dataset.user, dataset.item, dataset.user_count, items)
-    if items > EXACT_ITEMS:
-        return _low_rank_ease(plain)
+def _ease(dataset: Dataset, l2s: Sequence[float]) -> list[Scorer]:
+    plain = _of_dataset(dataset)
+    if plain.shape[1] > EXACT_ITEMS:
+        return _sparse_ease(plain, l2s)
     gram = (plain.T @ plain).toarray()
-
-    def make(l2: float) -> Scorer:
+    diagonal = np.diag_indices(len(gram))
+    scorers = []
+    for l2 in l2s:
         inverse = np.array(gram, dtype=np.float64)
-        inverse[np.diag_indices(items)] += l2
+        inverse[diagonal] += l2
         inverse = linalg.inv(inverse, overwrite_a=True, check_finite=False)
         weights = (-inverse / np.diag(inverse)).astype(np.float32)
-        weights[np.diag_indices(items)] = 0.0
-        return _linear(weights)
-
-    return make
-
-
-def _low_rank_ease(plain: sparse.csr_array) -> Callable[[float], Scorer]:
-    """EASE of V diag(s²) Vᵀ + D in place of the Gram matrix, whose diagonal it has; the inverse is by Woodbury."""
-    items = plain.shape[1]
-    values, vectors = truncated_svd(plain, RANK)
-    kept = values > 1e-6 * values.max(initial=1e-30)
-    energy, vectors = values[kept].astype(np.float64) ** 2, vectors[:, kept]
-    rest = np.maximum(np.asarray(plain.sum(axis=0)).ravel() - (vectors**2) @ energy, 0.0)
-
-    def make(l2: float) -> Scorer:
-        diagonal = rest + l2
-        scaled = vectors / diagonal[:, None]
-        core = np.linalg.inv(np.diag(1.0 / energy) + vectors.T @ scaled)
-        right = scaled @ core
-        # Off its diagonal, P is -scaled · core · scaledᵀ.
-        own = (right * scaled).sum(axis=1)
-        pivot = 1.0 / diagonal - own
-        into = scaled.astype(np.float32)
-        back = (right / pivot[:, None]).T.astype(np.float32)
-        self_weight = (own / pivot).astype(np.float32)
-
-        def score(history: History) -> NDArray[np.float32]:
-            histories = _of_history(history, items)
-            scores: NDArray[np.float32] = (histories @ into) @ back
-            rows = np.repeat(np.arange(histories.shape[0]), np.diff(histories.indptr))
-            scores[rows, histories.indices] -= self_weight[histories.indices]
-            return scores
-
-        return score
-
-    return make
+        weights[diagonal] = 0.0
+        scorers.append(_linear(weights))
+    return scorers
 
 
-CHOICES: dict[str, tuple[str, tuple[float, ...], Callable[[Dataset], Callable[[float], Scorer]]]] = {
+def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
+    near = _similar_items(plain, 10.0, _EASE_NEIGHBOURS)
+    by_item = sparse.csc_array(plain)
+    weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
+    for item, (begin, end) in enumerate(pairwise(near.indptr)):
+        if begin == end:
+            continue
+        columns = by_item[:, np.append(near.indices[begin:end], item)]
+        gram = (columns.T @ columns).toarray().astype(np.float64)
+        for number, l2 in enumerate(l2s):
+            system = gram[:-1, :-1] + l2 * np.eye(end - begin)
+            weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
+    # Row j holds what the neighbours of item j say for it; a history is multiplied by the transpose.
+    return [
+        _linear(sparse.csr_array(sparse.csr_array((own, near.indices, near.indptr), shape=near.shape).T))
+        for own in weights
+    ]
+
+
+# Name: the setting, what is tried, and what fits the method with each of these values.
+CHOICES: dict[str, tuple[str, tuple[float, ...], Callable[[Dataset, Sequence[float]], list[Scorer]]]] = {
     "recency": ("half_life", (3.0, 10.0, 30.0, 100.0), _recency),
     "item_knn": ("shrinkage", (0.0, 10.0, 100.0), _item_knn),
     "ease": ("l2", (30.0, 100.0, 300.0, 1000.0), _ease),
@@ -227,14 +201,26 @@ def _linear(weights: NDArray[np.float32] | sparse.csr_array) -> Scorer:
     return score
 
 
+def _similar_items(plain: sparse.csr_array, shrinkage: float, neighbours: int) -> sparse.csr_array:
+    """Gives the shrunk cosine of each item with the items that are most similar to it, itself left out, [I, I]."""
+    users = np.asarray(plain.sum(axis=0)).ravel()
+
+    def cosine(rows: NDArray[np.int64], columns: NDArray[np.int64], together: NDArray[np.float32]) -> None:
+        together /= np.sqrt(users[rows] * users[columns]) + np.float32(shrinkage)
+        together[rows == columns] = 0.0
+
+    return _neighbours(plain, neighbours, cosine)
+
+
 def _neighbours(
     matrix: sparse.csr_array,
-    similar: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None] | None = None,
+    neighbours: int,
+    change: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None] | None = None,
 ) -> sparse.csr_array:
-    """Gives the item-item product of a matrix [U, I], [I, I], of which each row keeps its 500 largest entries.
+    """Gives the item-item product of a matrix [U, I], [I, I], of which each row keeps its largest entries.
 
-    `similar` changes entries, given their rows and columns, in place before the choice. The product is made in blocks
-    of rows: it is never held whole.
+    `change` alters entries, given their rows and columns, in place before the choice. The product is made in blocks of
+    rows: it is never held whole.
     """
     items = matrix.shape[1]
     transposed = sparse.csr_array(matrix.T)
@@ -242,16 +228,20 @@ def _neighbours(
     blocks = []
     for begin in range(0, items, rows):
         block = sparse.csr_array(transposed[begin : begin + rows] @ matrix)
-        if similar is not None:
+        if change is not None:
             row = np.repeat(np.arange(begin, begin + block.shape[0]), np.diff(block.indptr))
-            similar(row, block.indices, block.data)
-        for start, end in zip(block.indptr[:-1], block.indptr[1:], strict=True):
-            if end - start > NEIGHBOURS:
+            change(row, block.indices, block.data)
+        for start, end in pairwise(block.indptr):
+            if end - start > neighbours:
                 values = block.data[start:end]
-                values[np.argpartition(values, -NEIGHBOURS)[:-NEIGHBOURS]] = 0.0
+                values[np.argpartition(values, -neighbours)[:-neighbours]] = 0.0
         block.eliminate_zeros()
         blocks.append(block)
     return sparse.csr_array(sparse.vstack(blocks, format="csr"))
+
+
+def _of_dataset(dataset: Dataset) -> sparse.csr_array:
+    return incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
 
 
 def _of_history(history: History, items: int) -> sparse.csr_array:

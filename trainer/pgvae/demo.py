@@ -98,6 +98,7 @@ from vae.metrics x
 join vae.versions v using (version_id)
 join vae.models m using (model_id)
 where m.name = 'demo' and v.state = 'active'
+    and x.slice = 'all' and x.metric in ('recall', 'ndcg')
 order by x.metric, x.value desc;""",
     ),
 )

@@ -50,12 +50,7 @@ def publish(
         with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
             for index, key in enumerate(dataset.item_keys):
                 copy.write_row((version_id, index, key))
-        cursor.executemany(
-            "insert into vae.metrics (version_id, method, split, metric, k, value, lower, upper, user_count)"
-            " values (%(version_id)s, %(method)s, %(split)s, %(metric)s, %(k)s, %(value)s, %(lower)s, %(upper)s,"
-            " %(user_count)s)",
-            [{"version_id": version_id, **asdict(metric)} for metric in metrics],
-        )
+        _insert_metrics(cursor, version_id, metrics)
         cursor.executemany(
             "insert into vae.epochs"
             " (version_id, phase, epoch, loss, reconstruction, kl, validation_ndcg, seconds)"
@@ -65,6 +60,25 @@ def publish(
         )
     connection.execute("select vae_private.finish_version(%s)", [version_id])
     return version
+
+
+def replace_metrics(connection: psycopg.Connection, version_id: int, metrics: list[Metric]) -> None:
+    """Writes the metrics of a published version, in place of those it has of the same splits."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "delete from vae.metrics where version_id = %s and split = any (%s)",
+            [version_id, list({metric.split for metric in metrics})],
+        )
+        _insert_metrics(cursor, version_id, metrics)
+
+
+def _insert_metrics(cursor: psycopg.Cursor, version_id: int, metrics: list[Metric]) -> None:
+    cursor.executemany(
+        "insert into vae.metrics (version_id, method, split, slice, metric, k, value, lower, upper, user_count)"
+        " values (%(version_id)s, %(method)s, %(split)s, %(slice)s, %(metric)s, %(k)s, %(value)s, %(lower)s,"
+        " %(upper)s, %(user_count)s)",
+        [{"version_id": version_id, **asdict(metric)} for metric in metrics],
+    )
 
 
 def _insert_version(

@@ -100,7 +100,7 @@ def best_items(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return found
 
 
-def hits_of(best: NDArray[np.int64], users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+def hits_of(best: NDArray[np.signedinteger], users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Tells which of the best items, [U, k], are among the (user, item) pairs of the truth."""
     width = 1 + max(best.max(initial=0), items.max(initial=0))
     wanted = np.where(best >= 0, np.arange(len(best))[:, None] * width + best, -1)

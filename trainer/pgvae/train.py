@@ -34,7 +34,7 @@ class Listener:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A published version and what was measured of it; `metrics` is empty where the events cannot be split by time."""
+    """A published version and what was measured of it; `metrics` is empty where the events cannot be split."""
 
     version: int
     metrics: list[Metric]
@@ -51,9 +51,10 @@ def train(
 ) -> Training:
     """Trains a model on its cleaned events and publishes the result as a version in the state ready.
 
-    The network is first trained without the newest events and measured on them, then trained again on all events for
-    as many epochs as were best. No connection is open meanwhile, so a long training holds back no vacuum. PgvaeError
-    where the quality gate fails and `force` is not given; nothing is then published.
+    The network is first trained without the newest events, or without a share of each user's items, and measured on
+    them, then trained again on all events for as many epochs as were best. No connection is open meanwhile, so a long
+    training holds back no vacuum. PgvaeError where the quality gate fails and `force` is not given; nothing is then
+    published.
     """
     config = config or TrainingConfig()
     listener = listener or Listener()

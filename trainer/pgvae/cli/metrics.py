@@ -1,0 +1,79 @@
+"""Metrics on a terminal: a row per method, the best of each column marked, and who beats whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pgvae.evaluation import Metric
+
+# What each split is tested on.
+PARTS = {
+    "temporal": "the newest 10 % of the events",
+    "random": "a tenth of each user's items, by chance",
+    "strong": "users who were never trained on",
+}
+_LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
+# More of these is neither better nor worse.
+_DESCRIPTIVE = ("coverage", "novelty")
+_LEAD = "ndcg_lead"
+
+
+def lists_table(metrics: Sequence[Metric], title: str) -> Table:
+    """Gives metrics of all users as a table, a row per method, with intervals; * marks the best of a column."""
+    shown = [metric for metric in metrics if metric.slice == "all" and metric.metric != _LEAD]
+    columns = list(dict.fromkeys((metric.metric, metric.k) for metric in shown))
+    cells = {(metric.method, metric.metric, metric.k): metric for metric in shown}
+    methods = list(dict.fromkeys(metric.method for metric in shown))
+    table = Table(box=SIMPLE_HEAD, title=title)
+    table.add_column("method")
+    for name, k in columns:
+        table.add_column(f"{name}@{k} (95 %)" if k else f"{name} (95 %)", justify="right")
+    for method in methods:
+        row = []
+        for name, k in columns:
+            metric = cells.get((method, name, k))
+            row.append(_cell(metric, [m for m in shown if (m.metric, m.k) == (name, k)]) if metric else "")
+        table.add_row(method, *row)
+    return table
+
+
+def slices_table(metrics: Sequence[Metric], k: int) -> Table | None:
+    """Gives the NDCG at k of each slice as a table, a row per slice; * marks the best method. None without slices."""
+    shown = [metric for metric in metrics if metric.metric == "ndcg" and metric.k == k]
+    slices = list(dict.fromkeys(metric.slice for metric in shown if metric.slice != "all"))
+    if not slices:
+        return None
+    methods = list(dict.fromkeys(metric.method for metric in shown))
+    table = Table(box=SIMPLE_HEAD, title=f"ndcg@{k} of parts of the users and items")
+    table.add_column("slice")
+    table.add_column("users", justify="right")
+    for method in methods:
+        table.add_column(method, justify="right")
+    for name in slices:
+        row = {metric.method: metric for metric in shown if metric.slice == name}
+        best = max(metric.value for metric in row.values())
+        values = (f"{row[method].value:.4f}{'*' if row[method].value == best else ' '}" for method in methods)
+        table.add_row(name, str(next(iter(row.values())).user_count), *values)
+    return table
+
+
+def verdicts(metrics: Sequence[Metric]) -> Iterator[str]:
+    """Gives a sentence for each baseline: whether the paired interval of pgvae's lead in NDCG is above or below 0."""
+    ndcg = {(m.method, m.k): m.value for m in metrics if m.metric == "ndcg" and m.slice == "all"}
+    for lead in metrics:
+        if lead.metric == _LEAD and lead.slice == "all" and lead.lower is not None and lead.upper is not None:
+            verdict = "beats" if lead.lower > 0 else "loses to" if lead.upper < 0 else "does not clearly beat"
+            ratio = ndcg["pgvae", lead.k] / max(ndcg[lead.method, lead.k], 1e-12)
+            yield f"pgvae {verdict} {lead.method}: {ratio:.2f} times its NDCG"
+
+
+def _cell(metric: Metric, column: Sequence[Metric]) -> str:
+    interval = "" if metric.lower is None else f" ({metric.lower:.4f}–{metric.upper:.4f})"
+    pick = min if metric.metric in _LOWER_IS_BETTER else max
+    best = metric.metric not in _DESCRIPTIVE and metric.value == pick(other.value for other in column)
+    return f"{metric.value:.4f}{interval}{'*' if best else ' '}"

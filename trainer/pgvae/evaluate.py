@@ -1,0 +1,79 @@
+"""`pgvae evaluate`: from a published version's configuration to figures beside baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import psycopg
+
+from pgvae.config import TrainingConfig
+from pgvae.connection import connect
+from pgvae.errors import PgvaeError
+from pgvae.evaluation import Comparison, K, Listener, compare
+from pgvae.publish import replace_metrics
+from pgvae.train import Listener as TrainListener
+from pgvae.train import read_checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What was measured of a version, and written to vae.metrics."""
+
+    version: int
+    comparison: Comparison
+
+
+def evaluate_version(
+    dsn: str | None,
+    model: str,
+    *,
+    version: int | None = None,
+    split: str = "temporal",
+    folds: int = 1,
+    ks: Sequence[int] = (K,),
+    listener: Listener | None = None,
+) -> Evaluated:
+    """Trains with the configuration of a version, the newest by default, on a split of today's events, and measures.
+
+    The version's weights stay as they are; its metrics of the same split are replaced. No connection is open while it
+    trains. PgvaeError where there is no such version, or too few users for the split.
+    """
+    with connect(dsn) as connection:
+        version_id, number, config = _read_version(connection, model, version)
+    with connect(dsn) as connection:
+        # Whether the gate lets the events pass was asked before the version was published.
+        definition, dataset = read_checked(connection, model, True, TrainListener())
+    comparison = compare(
+        dataset, config, max_history=definition.max_history, split=split, folds=folds, ks=ks, listener=listener
+    )
+    try:
+        with connect(dsn) as connection:
+            replace_metrics(connection, version_id, comparison.metrics)
+    except psycopg.errors.ForeignKeyViolation as error:
+        raise PgvaeError(
+            f"version {number} of model {model} was dropped while it was evaluated",
+            hint=f"train it again: pgvae train {model}",
+        ) from error
+    return Evaluated(version=number, comparison=comparison)
+
+
+def _read_version(connection: psycopg.Connection, model: str, version: int | None) -> tuple[int, int, TrainingConfig]:
+    row = connection.execute(
+        "select version_id, version, config from vae.versions"
+        " where model_id = vae_private.model_id(%s) and (%s::integer is null or version = %s)"
+        " order by version desc limit 1",
+        [model, version, version],
+    ).fetchone()
+    if row is None:
+        which = "no version yet" if version is None else f"no version {version}"
+        raise PgvaeError(f"model {model} has {which}", hint=f"train one: pgvae train {model}")
+    return row[0], row[1], config_of(row[2])
+
+
+def config_of(stored: dict[str, Any]) -> TrainingConfig:
+    """Gives the configuration that a version was trained with, from vae.versions.config, which holds more than it."""
+    return TrainingConfig(
+        **{field.name: stored[field.name] for field in fields(TrainingConfig) if field.name in stored}
+    )
