@@ -14,7 +14,8 @@ select
     v.user_count,
     m.name,
     m.user_id_type,
-    (m.options ->> 'max_history')::integer as max_history
+    (m.options ->> 'max_history')::integer as max_history,
+    v.features
 from vae.versions v
 join vae.models m on m.model_id = v.model_id
 join pg_catalog.pg_namespace n on n.nspname = m.name

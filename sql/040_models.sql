@@ -186,6 +186,146 @@ comment on function vae_private.key_type(regclass, text, text) is
     'Gives the type of a key column; an error where it is not bigint, integer, uuid or text.';
 
 
+create or replace function vae_private.looks_personal(column_name text)
+returns boolean
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select snake ~ ('(e_?mail|phone|mobile|address|birth|passw|passport|iban|(sur|first|last|middle|full|nick|user)_?name)'
+    '|(^|_)(mail|name|tel|fax|cell|ip|street|zip|zipcode|postcode|dob|born|ssn|tax|login|gps|lat|latitude|lon|lng|longitude)(_|$)')
+from (select regexp_replace(
+    lower(regexp_replace(column_name, '([a-z0-9])([A-Z])', '\1_\2', 'g')), '[^[:alnum:]]+', '_', 'g') as snake) s
+$$;
+
+comment on function vae_private.looks_personal(text) is
+    'Says whether a column of the users'' table looks by its name as if it told who or where a person is.';
+
+
+create or replace function vae_private.table_features(relation regclass, key_column text, argument text)
+returns table (column_name text, kind text, expression text, reason text)
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+with columns as (
+    select
+        a.attnum,
+        a.attname::text as name,
+        format('k.%I', a.attname) as value,
+        -- Of a domain the type beneath.
+        coalesce(b.oid, t.oid)::regtype::text as type,
+        coalesce(b.typtype, t.typtype) as typtype,
+        coalesce(b.typcategory, t.typcategory) as category,
+        e.typcategory as element_category,
+        e.oid::regtype::text as element_type
+    from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    left join pg_type b on b.oid = t.typbasetype
+    left join pg_type e on e.oid = coalesce(b.typelem, t.typelem)
+    where a.attrelid = relation and a.attnum > 0 and not a.attisdropped
+), kinds as (
+    select
+        c.*,
+        case
+            when c.name = key_column then null
+            -- A number that names something is no quantity.
+            when c.type in ('boolean', 'uuid') or c.typtype = 'e'
+                or (c.type in ('smallint', 'integer', 'bigint') and lower(c.name) ~ '(^|[^a-z])(id|code|key)$') then 'category'
+            when c.type in ('smallint', 'integer', 'bigint', 'numeric', 'real', 'double precision', 'interval') then 'number'
+            when c.type in ('date', 'timestamp without time zone', 'timestamp with time zone') then 'time'
+            when c.category = 'S' then 'text'
+            when c.type = 'jsonb' or (c.category = 'A' and (c.element_category in ('S', 'E')
+                or c.element_type in ('smallint', 'integer', 'bigint', 'uuid', 'boolean'))) then 'tags'
+        end as kind,
+        argument = 'user_features' and vae_private.looks_personal(c.name) as is_personal
+    from columns c
+)
+select
+    k.name,
+    k.kind,
+    -- Written so that no setting of the session changes what comes out.
+    case
+        when k.kind = 'category' then format('%s::text', k.value)
+        when k.kind = 'text' then format('left(%s::text, 2000)', k.value)
+        when k.type = 'jsonb' then format(
+            '(select jsonb_agg(j.tag) from jsonb_array_elements_text('
+            'case jsonb_typeof(%1$s) when ''array'' then %1$s when ''string'' then jsonb_build_array(%1$s) end) j (tag))', k.value)
+        when k.kind = 'tags' then format('%s::text[]', k.value)
+        when k.kind = 'time' then format('extract(epoch from nullif(nullif(%1$s, ''infinity''), ''-infinity''))::numeric', k.value)
+        when k.type = 'interval' then format('extract(epoch from %s)::numeric', k.value)
+        when k.type in ('real', 'double precision') then format('nullif(nullif(%1$s, ''infinity''), ''-infinity'')::numeric', k.value)
+        when k.kind = 'number' then format('%s::numeric', k.value)
+    end,
+    case
+        when k.name = key_column then 'is the key'
+        when k.kind is null then format('has the type %s', k.type)
+        when k.is_personal then 'looks personal by its name'
+        when row_number() over (partition by k.kind is null or k.is_personal order by k.attnum) > 64 then 'stands behind 64 others'
+    end
+from kinds k
+order by k.attnum
+$$;
+
+comment on function vae_private.table_features(regclass, text, text) is
+    'Lists the columns of a table of users or items: how each is read as a feature (kind and SQL; null: it cannot be), '
+    'and the reason why it is none unless it is asked for (null: it is one).';
+
+
+create or replace function vae_private.chosen_features(relation regclass, key_column text, argument text, chosen text[])
+returns text[]
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    name text;
+    found record;
+begin
+    if relation is null then
+        if cardinality(chosen) > 0 then
+            raise exception '% is given, but no table', argument
+                using errcode = 'invalid_parameter_value',
+                    hint = format('name the table too: %1$s => ''public.%1$s''', split_part(argument, '_', 1) || 's');
+        end if;
+        return '{}';
+    end if;
+    if chosen is null then
+        return array(select f.column_name from vae_private.table_features(relation, key_column, argument) f where f.reason is null);
+    end if;
+    foreach name in array chosen loop
+        select * into found from vae_private.table_features(relation, key_column, argument) f where f.column_name = name;
+        if found.column_name is null then
+            raise exception '% has no column "%"', relation, name
+                using errcode = 'undefined_column', hint = format('%s can hold: %s', argument, coalesce((
+                    select string_agg(f.column_name, ', ')
+                    from vae_private.table_features(relation, key_column, argument) f where f.kind is not null), 'nothing'));
+        end if;
+        if found.kind is null then
+            raise exception 'column "%" of % cannot be a feature: it %', name, relation, found.reason
+                using errcode = 'datatype_mismatch',
+                    hint = 'features are numbers, booleans, texts, enums, uuid, dates and times, arrays of texts, and jsonb arrays:'
+                        ' give a view that casts the column';
+        end if;
+    end loop;
+    return array(select c.name from unnest(chosen) with ordinality as c (name, place) group by c.name order by min(c.place));
+end;
+$$;
+
+comment on function vae_private.chosen_features(regclass, text, text, text[]) is
+    'Checks the columns that are named as features; of null it makes the columns that are features by themselves.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -199,7 +339,9 @@ create or replace function vae.create_model(
     items regclass default null,
     items_key text default 'item_id',
     event_types jsonb default null,
-    options jsonb default null
+    options jsonb default null,
+    user_features text[] default null,
+    item_features text[] default null
 )
 returns table (object text, purpose text)
 language plpgsql
@@ -292,6 +434,8 @@ begin
             item_type, events, vae_private.key_type(items, items_key, 'items_key'), items
             using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
     end if;
+    user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
+    item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
     checked := vae_private.checked_options(options);
     if jsonb_typeof(event_types) <> 'object' then
         raise exception 'event_types is %', event_types
@@ -302,12 +446,13 @@ begin
     insert into vae.models (
         name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column, event_type_column,
         quantity_column, user_id_type, item_id_type, occurred_at_type, users_schema, users_table, users_key_column,
-        items_schema, items_table, items_key_column, options
+        items_schema, items_table, items_key_column, options, user_features, item_features
     )
     select
         model, en.nspname, e.relname, user_id, item_id, occurred_at, event_type,
         quantity, user_type, item_type, time_type, un.nspname, u.relname, case when users is not null then users_key end,
-        inn.nspname, i.relname, case when items is not null then items_key end, checked
+        inn.nspname, i.relname, case when items is not null then items_key end, checked,
+        user_features, item_features
     from pg_class e
     join pg_namespace en on en.oid = e.relnamespace
     left join (pg_class u join pg_namespace un on un.oid = u.relnamespace) on u.oid = users
@@ -341,11 +486,13 @@ begin
 end;
 $$;
 
-comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb) is
+comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[]) is
     'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
     'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, and '
     'without an event type every row is a purchase. event_types maps the shop''s '
-    'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. Next: select * from vae.check_events(model), '
+    'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. user_features '
+    'and item_features name the columns of users and items that the model reads, an empty array none; without them it '
+    'reads all that it can, but for columns of users that look personal. Next: select * from vae.check_events(model), '
     'then in a terminal: pgvae train MODEL.';
 
 
@@ -458,6 +605,64 @@ $$;
 
 comment on function vae_private.may_use(integer) is
     'Says whether the current user may use a model, that is, its schema. Row security of the tables of vae asks this.';
+
+
+create or replace function vae.set_features(model text, user_features text[] default null, item_features text[] default null)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+begin
+    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    if set_features.user_features is not null then
+        m.user_features := vae_private.chosen_features(
+            to_regclass(format('%I.%I', m.users_schema, m.users_table)), m.users_key_column, 'user_features', set_features.user_features);
+    end if;
+    if set_features.item_features is not null then
+        m.item_features := vae_private.chosen_features(
+            to_regclass(format('%I.%I', m.items_schema, m.items_table)), m.items_key_column, 'item_features', set_features.item_features);
+    end if;
+    update vae.models set user_features = m.user_features, item_features = m.item_features where models.model_id = m.model_id;
+    perform vae_private.build_model(m.model_id);
+end;
+$$;
+
+comment on function vae.set_features(text, text[], text[]) is
+    'Chooses the columns of users and items that the model reads as features; null leaves the choice as it is, an empty '
+    'array takes none. The next version learns from a new column; one that is no longer read counts as missing at once. '
+    'To choose from: select * from vae.feature_columns(model).';
+
+
+create or replace function vae.feature_columns(model text)
+returns table (source text, column_name text, is_used boolean, kind text, reason text)
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select s.source, f.column_name, u.is_used, f.kind, case when not u.is_used then coalesce(f.reason, 'is not chosen') end
+from vae.models m
+cross join lateral (values
+    ('users', m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
+    ('items', m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
+) as s (source, table_schema, table_name, key_column, argument, chosen)
+cross join lateral vae_private.table_features(
+    to_regclass(format('%I.%I', s.table_schema, s.table_name)), s.key_column, s.argument) f
+cross join lateral (select f.column_name = any (s.chosen) as is_used) u
+where m.model_id = vae_private.model_id(model) and s.table_name is not null
+$$;
+
+comment on function vae.feature_columns(text) is
+    'Lists the columns of a model''s users and items: whether the model reads them as features, how (category, number, '
+    'time, text or tags), and if not, why. What a training made of them stands in features of vae.versions.';
 
 
 create or replace function vae.drop_model(model text)

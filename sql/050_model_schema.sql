@@ -15,14 +15,19 @@ cross join lateral (values
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
     (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
     (3, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
-    (4, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
-    (5, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
-    (6, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
-    (7, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
-    (8, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
-    (9, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh')
+    (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
+    (5, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
+    (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
+    (7, 'function', format('features(%s)', m.user_id_type), true, 'the columns of one user that the model reads as features'),
+    (8, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
+    (9, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
+    (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
+    (11, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
+    (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
+    and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
+    and (m.items_table is not null or o.object <> 'item_features')
 $$;
 
 comment on function vae_private.model_objects(integer) is
@@ -103,6 +108,53 @@ comment on function vae_private.clean_select(integer, text) is
     'one user ($1), or admitted rows (all users, with the duplicates).';
 
 
+create or replace function vae_private.feature_select(model_id integer, source text, scope text)
+returns text
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    m vae.models;
+    t record;
+begin
+    select * into m from vae.models where models.model_id = feature_select.model_id;
+    select * into t from (values
+        ('users', 'user_id', 'user_features', m.users_schema, m.users_table, m.users_key_column, m.user_id_type, m.user_features),
+        ('items', 'item_id', 'item_features', m.items_schema, m.items_table, m.items_key_column, m.item_id_type, m.item_features)
+    ) as s (name, key_name, argument, table_schema, table_name, key_column, key_type, chosen)
+    where s.name = source;
+    return format(
+        E'select k.%1$I%2$s as %3$I, to_jsonb(f) as features'
+        '\nfrom %4$I.%5$I k'
+        '\ncross join lateral (select%6$s) f'
+        '\nwhere %7$s',
+        t.key_column, case t.key_type when 'text' then '::text' else '' end, t.key_name,
+        t.table_schema, t.table_name,
+        (
+            select string_agg(format(E'\n    %s as %I', f.expression, f.column_name), ',' order by c.place)
+            from unnest(t.chosen) with ordinality as c (name, place)
+            join vae_private.table_features(format('%I.%I', t.table_schema, t.table_name)::regclass, t.key_column, t.argument) f
+                on f.column_name = c.name
+        ),
+        case
+            when scope = 'one key' then format('k.%I = $1', t.key_column)
+            when t.key_type = 'text' then format('octet_length(k.%I) <= 512', t.key_column)
+            else format('k.%I is not null', t.key_column)
+        end
+    );
+end;
+$$;
+
+comment on function vae_private.feature_select(integer, text, text) is
+    'Writes the query that gives the features of a model''s users or items, a jsonb object per row; scope is all keys, '
+    'or one key ($1).';
+
+
 create or replace function vae_private.time_literal(time_type text, expression text)
 returns text
 language sql
@@ -152,6 +204,7 @@ declare
     wanted record;
     relation regclass;
     found text;
+    gone text;
     remedy constant text := 'restore it, or drop the model with vae.drop_model and create it anew';
 begin
     for wanted in
@@ -185,6 +238,28 @@ begin
                 using errcode = 'datatype_mismatch', hint = remedy;
         end if;
     end loop;
+    for wanted in
+        select * from (values
+            (m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
+            (m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
+        ) as c (table_schema, table_name, key_column, argument, chosen)
+        where c.table_name is not null
+    loop
+        relation := to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name));
+        select n.name into gone
+        from unnest(wanted.chosen) with ordinality as n (name, place)
+        where not exists (
+            select from vae_private.table_features(relation, wanted.key_column, wanted.argument) f
+            where f.column_name = n.name and f.kind is not null)
+        order by n.place
+        limit 1;
+        if gone is not null then
+            raise exception '% has no column "%" any more that model % can read as a feature', relation, gone, m.name
+                using errcode = 'undefined_column',
+                    hint = format('restore it, or choose others: select vae.set_features(%L, %s => array[…]); there are: '
+                        'select * from vae.feature_columns(%1$L)', m.name, wanted.argument);
+        end if;
+    end loop;
 end;
 $$;
 
@@ -208,8 +283,8 @@ begin
                 hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
     end if;
     if exists (
-        select from unnest(array['outlier_users', 'clean_events', 'refresh_events']) as v (name)
-        where to_regclass(format('%I.%I', m.name, v.name)) is null
+        select from vae_private.model_objects(m.model_id) o
+        where o.kind = 'view' and o.object <> 'recommendations' and to_regclass(format('%I.%I', m.name, o.object)) is null
     ) then
         raise exception 'the views of model % are gone', m.name
             using errcode = 'undefined_table',
@@ -288,6 +363,13 @@ begin
             m.users_key_column, case u when 'text' then '::text' else '' end, m.users_schema, m.users_table,
             case u when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end) end);
 
+    if m.users_table is not null then
+        execute format('create or replace view %I.user_features%s as %s', m.name, invoker, vae_private.feature_select(model_id, 'users', 'all keys'));
+    end if;
+    if m.items_table is not null then
+        execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(model_id, 'items', 'all keys'));
+    end if;
+
     -- Bodies are quoted as literals: a column's name could hold any dollar quote.
     execute format(
         'create or replace function %I.history(user_id %s)'
@@ -296,6 +378,12 @@ begin
         m.name, u, i,
         format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
             vae_private.clean_select(model_id, 'one user')));
+    if m.users_table is not null then
+        execute format(
+            'create or replace function %I.features(user_id %s) returns table (features jsonb)'
+            ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+            m.name, u, format(E'\nselect s.features from (\n%s\n) s\n', vae_private.feature_select(model_id, 'users', 'one key')));
+    end if;
     execute format(
         'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
         ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer)'
@@ -371,6 +459,8 @@ begin
                     ', as recommend gives it. Null for an item that the active version does not know.'
                 when made.object like 'embedding(%' then
                     ': the mean of q(z | history). Null for a user without known events. Positions of different versions cannot be compared.'
+                when made.object like 'features(%' then
+                    ', as one object. Times are seconds since 1970. No row for a user who is not in the table of users.'
                 when made.object = 'recommendations' then
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
                 else '.'
@@ -391,6 +481,10 @@ begin
             ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
             ('refresh_events', 'event_type', 'Standard event type.'),
             ('refresh_events', 'occurred_at', 'When it happened.'),
+            ('user_features', 'user_id', 'Key of the user.'),
+            ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
+            ('item_features', 'item_id', 'Key of the item.'),
+            ('item_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
             ('recommendations_materialized', 'user_id', 'Key of the user.'),
             ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
             ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),

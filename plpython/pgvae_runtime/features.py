@@ -62,6 +62,13 @@ class FeatureBag:
         rows = np.repeat(self.start[:-1][numbers] - start[:-1], counts) + np.arange(start[-1])
         return FeatureBag(start=start, token=self.token[rows])
 
+    def followed_by(self, other: FeatureBag) -> FeatureBag:
+        """Gives the bag of these users or items, then of the others."""
+        return FeatureBag(
+            start=np.concatenate((self.start, self.start[-1] + other.start[1:])),
+            token=np.concatenate((self.token, other.token)),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureColumn:
@@ -117,7 +124,6 @@ class FeaturePipeline:
                 {
                     "name": column.name,
                     "kind": column.kind,
-                    "first": column.first,
                     "vocabulary": list(column.vocabulary),
                     "edges": list(column.edges),
                 }
@@ -129,19 +135,19 @@ class FeaturePipeline:
     @staticmethod
     def from_json(given: dict[str, Any]) -> FeaturePipeline:
         """Gives the pipeline that `to_json` wrote."""
-        return FeaturePipeline(
-            columns=tuple(
+        columns: list[FeatureColumn] = []
+        for column in given["columns"]:
+            columns.append(
                 FeatureColumn(
                     name=column["name"],
                     kind=column["kind"],
-                    first=column["first"],
+                    first=columns[-1].first + columns[-1].size if columns else 0,
                     vocabulary=tuple(column["vocabulary"]),
                     edges=tuple(map(float, column["edges"])),
                 )
-                for column in given["columns"]
-            ),
-            left_out=tuple((column["name"], column["reason"]) for column in given["left_out"]),
-        )
+            )
+        left_out = tuple((column["name"], column["reason"]) for column in given["left_out"])
+        return FeaturePipeline(columns=tuple(columns), left_out=left_out)
 
 
 NO_FEATURES = FeaturePipeline()
@@ -164,7 +170,7 @@ def feature_bag(pipeline: FeaturePipeline, documents: Iterable[Sequence[str]]) -
 
 
 def decode(document: str) -> Row:
-    """Gives a row from its JSON. Integers become floats: a numeric of PostgreSQL may have too many digits for an int."""
+    """Gives a row from its JSON. Integers become floats: a numeric may have more digits than Python reads as an int."""
     row: Row = json.loads(document, parse_int=float)
     return row
 

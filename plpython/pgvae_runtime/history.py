@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import UNDEFINED_COLUMN, ScoringError
+from .features import FeatureBag, feature_bag
 from .store import Version, execute
 from .tokens import History
 
@@ -30,6 +32,17 @@ left join vae_private.scoring_items i
     on i.version_id = $1 and i.item_key = e.item_id::text and e.event_type = any ($2)
 group by e.user_id
 """
+_ONE_USERS_FEATURES = "select f.features::text as document from {schema}.features($1::{key_type}) f"
+# One pass over the users' table for all of them; without features none.
+_ALL_USERS_FEATURES = """
+select h.*, f.documents
+from ({histories}) h
+left join (
+    select u.user_id::text as user_key, array_agg(u.features::text) as documents
+    from {schema}.user_features u
+    group by u.user_id
+) f using (user_key)
+"""
 
 
 def read_history(plpy: Any, version: Version, user_key: str) -> History:
@@ -41,12 +54,35 @@ def read_history(plpy: Any, version: Version, user_key: str) -> History:
         item=np.array([row["item_index"] for row in rows], dtype=np.int64),
         event_type=np.array([version.event_types[row["event_type"]] for row in rows], dtype=np.int64),
         occurred_at=np.array([row["occurred_at"] for row in rows], dtype=np.float64),
+        features=_read_features(plpy, version, user_key),
     )
+
+
+def _read_features(plpy: Any, version: Version, user_key: str) -> FeatureBag | None:
+    """Gives the feature tokens of one user, with the rights of the caller; None where the version knows none."""
+    if not version.user_pipeline.size:
+        return None
+    query = _ONE_USERS_FEATURES.format(schema=plpy.quote_ident(version.model), key_type=version.user_id_type)
+    try:
+        rows = execute(plpy, query, ["text"], [user_key])
+    except plpy.SPIError as error:
+        if error.sqlstate != UNDEFINED_COLUMN:
+            raise
+        raise ScoringError(
+            f"a feature of model {version.model} is gone: {error}",
+            sqlstate=UNDEFINED_COLUMN,
+            hint=f"rename the column back, or choose others: select vae.set_features('{version.model}', …)",
+        ) from None
+    return feature_bag(version.user_pipeline, [[row["document"] for row in rows]])
 
 
 def read_histories(plpy: Any, version: Version, batch_size: int) -> Iterator[tuple[list[str], History]]:
     """Gives (user keys, events) of all users, `batch_size` users at a time; some may have no known events."""
-    query = _ALL_USERS.format(schema=plpy.quote_ident(version.model))
+    schema = plpy.quote_ident(version.model)
+    query = _ALL_USERS.format(schema=schema)
+    pipeline = version.user_pipeline
+    if pipeline.size:
+        query = _ALL_USERS_FEATURES.format(schema=schema, histories=query)
     plan = plpy.prepare(query, ["bigint", "text[]"])
     cursor = plpy.cursor(plan, [version.version_id, list(version.event_types)])
     while rows := cursor.fetch(batch_size):
@@ -58,6 +94,7 @@ def read_histories(plpy: Any, version: Version, batch_size: int) -> Iterator[tup
                 item=_joined(rows, "items", np.int64),
                 event_type=_joined(rows, "event_types", np.int64),
                 occurred_at=_joined(rows, "times", np.float64),
+                features=feature_bag(pipeline, (row["documents"] or () for row in rows)) if pipeline.size else None,
             ),
         )
 

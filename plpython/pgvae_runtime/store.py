@@ -138,7 +138,8 @@ def _load(plpy: Any, version_id: int) -> Version:
     row = execute(
         plpy,
         "select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config,"
-        " v.max_history, v.user_count, v.model_id from vae_private.scoring_versions v where v.version_id = $1",
+        " v.max_history, v.user_count, v.model_id, v.features::text as features"
+        " from vae_private.scoring_versions v where v.version_id = $1",
         ["bigint"],
         [version_id],
     )[0]
@@ -154,6 +155,7 @@ def _load(plpy: Any, version_id: int) -> Version:
     import json
 
     types = json.loads(row["config"])["event_types"]
+    features = json.loads(row["features"])
     weights = _load_weights(plpy, version_id)
     _check_shapes(weights, types=len(types))
     return Version(
@@ -167,6 +169,7 @@ def _load(plpy: Any, version_id: int) -> Version:
         targets=tuple(index for index, entry in enumerate(types) if entry["is_target"]),
         max_history=row["max_history"],
         user_count=row["user_count"],
+        user_pipeline=FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES,
     )
 
 

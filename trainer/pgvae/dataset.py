@@ -15,7 +15,8 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from pgvae.errors import PgvaeError
-from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline
+from pgvae.features import Column, fit_pipeline, read_columns, read_documents
+from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline, feature_bag
 from pgvae_runtime.tokens import History
 
 # A fixed order, so that the same data gives the same embedding rows.
@@ -153,7 +154,10 @@ def read_definition(connection: psycopg.Connection, model: str) -> ModelDefiniti
 
 
 def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
-    """Gives the cleaned events of a model. The connection's transaction should be of one snapshot."""
+    """Gives the cleaned events of a model, and the features of its users and items.
+
+    The connection's transaction should be of one snapshot.
+    """
     events = sql.Identifier(model, "clean_events")
     connection.execute(
         sql.SQL(
@@ -174,16 +178,72 @@ def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
     present = {row[0] for row in connection.execute("select distinct event_type from pgvae_events").fetchall()}
     event_types = [name for name in EVENT_TYPES if name in present]
     rows = np.concatenate(list(_copy_rows(connection, event_types)))
+    user_count = int(rows["user"][-1]) + 1
+    columns = read_columns(connection, model)
+    user_pipeline, user_features = _user_features(connection, model, columns, user_count)
+    item_pipeline, item_features, cold_keys = _item_features(connection, model, columns, len(keys))
     return Dataset(
         user=rows["user"].astype(np.int64),
         item=rows["item"].astype(np.int64),
         event_type=rows["event_type"].astype(np.int64),
         occurred_at=rows["occurred_at"].astype(np.float64),
         weight=rows["weight"].astype(np.float32),
-        item_keys=keys,
+        item_keys=keys + cold_keys,
         event_types=event_types,
-        user_count=int(rows["user"][-1]) + 1,
+        user_count=user_count,
+        user_pipeline=user_pipeline,
+        item_pipeline=item_pipeline,
+        user_features=user_features,
+        item_features=item_features,
     )
+
+
+def _user_features(
+    connection: psycopg.Connection, model: str, columns: list[Column], user_count: int
+) -> tuple[FeaturePipeline, FeatureBag]:
+    """Gives the pipeline of the users' columns, and what it makes of the users with events."""
+    if not any(column.source == "users" and column.is_used for column in columns):
+        return fit_pipeline(columns, [], source="users"), FeatureBag.empty(user_count)
+    query = sql.SQL(
+        "select u.number, f.features::text"
+        " from (select user_id, dense_rank() over (order by user_id) - 1 as number from"
+        " (select distinct user_id from pgvae_events) d) u"
+        " join {} f using (user_id) order by u.number"
+    ).format(sql.Identifier(model, "user_features"))
+    documents: list[list[str]] = [[] for _ in range(user_count)]
+    for number, own in read_documents(connection, query):
+        documents[int(number)] = own
+    pipeline = fit_pipeline(columns, documents, source="users")
+    return pipeline, feature_bag(pipeline, documents)
+
+
+def _item_features(
+    connection: psycopg.Connection, model: str, columns: list[Column], item_count: int
+) -> tuple[FeaturePipeline, FeatureBag, list[str]]:
+    """Gives the pipeline of the items' columns, what it makes of the items with events and then of the cold ones, and
+    the keys of the cold ones: those without an event of which the pipeline knows something.
+    """
+    if not any(column.source == "items" and column.is_used for column in columns):
+        return fit_pipeline(columns, [], source="items"), FeatureBag.empty(item_count), []
+    relation = sql.Identifier(model, "item_features")
+    query = sql.SQL(
+        "select i.item_index, f.features::text from pgvae_items i"
+        " join {} f on f.item_id::text = i.item_key order by i.item_index"
+    ).format(relation)
+    documents: list[list[str]] = [[] for _ in range(item_count)]
+    for number, own in read_documents(connection, query):
+        documents[int(number)] = own
+    pipeline = fit_pipeline(columns, documents, source="items")
+    trained = feature_bag(pipeline, documents)
+    query = sql.SQL(
+        "select f.item_id::text, f.features::text from {} f"
+        " where not exists (select from pgvae_items i where i.item_key = f.item_id::text)"
+        ' order by f.item_id::text collate "C"'
+    ).format(relation)
+    cold = list(read_documents(connection, query)) if pipeline.size else []
+    bag = feature_bag(pipeline, [own for _, own in cold])
+    known = np.flatnonzero(bag.counts())
+    return pipeline, trained.followed_by(bag.take(known)), [cold[number][0] for number in known]
 
 
 def _copy_rows(connection: psycopg.Connection, event_types: list[str]) -> Iterator[NDArray[Any]]:

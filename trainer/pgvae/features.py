@@ -1,0 +1,130 @@
+"""Fits the feature pipelines: which columns of users and items give tokens, and which values each token stands for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from operator import itemgetter
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from pgvae_runtime.features import FeatureColumn, FeaturePipeline, Row, as_number, decode, entries
+
+# Rows in which a category, tag or word must occur. Of users more: a version shows its categories to its readers.
+MIN_ROWS = {"users": 5, "items": 3}
+_BINS = 16
+_MAX_CATEGORIES = 1000
+_MAX_WORDS = 5000
+_MAX_TOKENS = 20_000
+# A longer text is no category.
+_MAX_LENGTH = 200
+# What stands in more rows than this share tells little.
+_MAX_WORD_SHARE = 0.5
+
+# Rows of one key, as JSON.
+Documents = Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A row of vae.feature_columns: a column of users or items, and whether the model reads it."""
+
+    source: str
+    column_name: str
+    is_used: bool
+    kind: str | None
+    reason: str | None
+
+
+def read_columns(connection: psycopg.Connection, model: str) -> list[Column]:
+    """Gives the columns of the model's users and items."""
+    with connection.cursor(row_factory=class_row(Column)) as cursor:
+        return cursor.execute("select * from vae.feature_columns(%s)", [model]).fetchall()
+
+
+def read_documents(connection: psycopg.Connection, query: sql.Composed) -> Iterator[tuple[Any, list[str]]]:
+    """Gives (first column, all its second columns) of a query of two columns, number or text and text, in its order."""
+    with connection.cursor() as cursor, cursor.copy(sql.SQL("copy ({}) to stdout").format(query)) as copy:
+        for key, rows in groupby(copy.rows(), key=itemgetter(0)):
+            yield key, [row[1] for row in rows]
+
+
+def fit_pipeline(columns: Iterable[Column], documents: Iterable[Documents], *, source: str) -> FeaturePipeline:
+    """Gives the pipeline of the columns of one source, users or items, from the rows that are trained on."""
+    rows = [decode(document) for document in chain.from_iterable(documents)]
+    kept: list[FeatureColumn] = []
+    left_out: list[tuple[str, str]] = []
+    for column in columns:
+        if column.source != source:
+            continue
+        size = kept[-1].first + kept[-1].size if kept else 0
+        fitted = _fit(column, rows, source) if column.is_used else str(column.reason)
+        if isinstance(fitted, FeatureColumn) and size + fitted.size > _MAX_TOKENS:
+            fitted = f"has {fitted.size} categories or words, and with the columns before it more than {_MAX_TOKENS}"
+        if isinstance(fitted, FeatureColumn):
+            kept.append(replace(fitted, first=size))
+        else:
+            left_out.append((column.column_name, fitted))
+    return FeaturePipeline(columns=tuple(kept), left_out=tuple(left_out))
+
+
+def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
+    """Gives the column's tokens, or the reason why it has none."""
+    values = [row[column.column_name] for row in rows if row.get(column.column_name) is not None]
+    if not values:
+        return "has no values"
+    if column.kind in ("number", "time"):
+        return _fit_number(column.column_name, column.kind, values, len(rows))
+    kind = "category" if column.kind == "text" else str(column.kind)
+    if column.kind == "text" and 2 * len(set(values)) > len(values):
+        if sum(len(value.split()) for value in values) < 2 * len(values):
+            return f"looks like an identifier: {len(set(values))} different values in {len(values)} rows"
+        if source == "users":
+            return "is free text about a person"
+        kind = "words"
+    counts = Counter(chain.from_iterable(set(entries(kind, value)) for value in values))
+    frequent = {
+        entry: count for entry, count in counts.items() if count >= MIN_ROWS[source] and len(entry) <= _MAX_LENGTH
+    }
+    if not frequent:
+        if kind == "category" and 2 * len(counts) > len(values):
+            return f"looks like an identifier: {len(counts)} different values in {len(values)} rows"
+        return f"has no value that occurs in {MIN_ROWS[source]} rows"
+    if kind == "words":
+        frequent = {word: count for word, count in frequent.items() if count <= _MAX_WORD_SHARE * len(rows)}
+    elif max(frequent.values()) == len(rows) and len(counts) == 1:
+        return "has one value only"
+    limit = _MAX_WORDS if kind == "words" else _MAX_CATEGORIES
+    vocabulary = sorted(sorted(frequent, key=lambda entry: (-frequent[entry], entry))[:limit])
+    if not vocabulary:
+        return "has no word that occurs often, but not in most rows"
+    return FeatureColumn(name=column.column_name, kind=kind, first=0, vocabulary=tuple(vocabulary))
+
+
+def _fit_number(name: str, kind: str, values: list[Any], row_count: int) -> FeatureColumn | str:
+    numbers = [number for number in map(as_number, values) if number is not None]
+    if not numbers:
+        return "has no finite values"
+    edges = _edges(numbers)
+    # Where only some rows have the one value, its token says which.
+    if not edges and len(numbers) == row_count:
+        return "has one value only"
+    return FeatureColumn(name=name, kind=kind, first=0, edges=tuple(edges))
+
+
+def _edges(numbers: list[float]) -> list[float]:
+    """Gives where bins of about equal numbers begin, but for the first; a value that fills a bin has one of its own."""
+    share = len(numbers) / _BINS
+    edges: list[float] = []
+    filled = 0
+    for value, count in sorted(Counter(numbers).items()):
+        if filled and (filled >= share or count >= share):
+            edges.append(value)
+            filled = 0
+        filled += count
+    return edges
