@@ -33,6 +33,7 @@ grant insert (model_id, view) on vae.refreshes to vae_operator;
 grant update (state, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
+    vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),
     vae_private.model_id(text),
@@ -44,6 +45,8 @@ grant execute on function
     vae_private.check_tables(vae.models),
     vae_private.check_views(vae.models),
     vae_private.column_type(regclass, text, text),
+    vae_private.looks_personal(text),
+    vae_private.table_features(regclass, text, text),
     vae_private.switch_version(integer, integer, text, boolean, text),
     vae_private.start_refresh(integer, text),
     vae_private.refresh_view(integer, text),
@@ -52,24 +55,27 @@ to vae_operator;
 grant execute on procedure vae.refresh(text) to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, delete on vae.models to vae_trainer;
+grant insert, update (user_features, item_features), delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
-    trainer_version, config, durations, quality
+    trainer_version, config, durations, quality, features
 ) on vae.versions to vae_trainer;
 grant insert on vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
 -- A version that is evaluated again gets its metrics anew.
 grant delete on vae.metrics to vae_trainer;
 grant execute on function
-    vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb),
+    vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[]),
     vae.drop_model(text),
     vae.rebuild_model(text),
     vae.set_event_type(text, text, text, real),
+    vae.set_features(text, text[], text[]),
     vae_private.standard_event_types(),
     vae_private.default_options(),
     vae_private.checked_options(jsonb),
     vae_private.key_type(regclass, text, text),
+    vae_private.chosen_features(regclass, text, text, text[]),
+    vae_private.feature_select(integer, text, text),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
@@ -102,7 +108,10 @@ begin
                 then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
-            case when name in ('metrics', 'epochs') then 'false' else 'vae_private.may_use(model_id)' end);
+            case
+                when name = 'models' then owned
+                when name in ('metrics', 'epochs') then 'false'
+                else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'

@@ -94,10 +94,10 @@ def _insert_version(
     window_start, window_end = dataset.window()
     row = connection.execute(
         "insert into vae.versions (model_id, version, window_start, window_end, event_count, user_count, item_count,"
-        " seed, format, code_digest, trainer_version, config, durations, quality)"
+        " seed, format, code_digest, trainer_version, config, durations, quality, features)"
         " values (%(model_id)s, vae_private.next_version(%(model_id)s), %(window_start)s, %(window_end)s,"
         " %(event_count)s, %(user_count)s, %(item_count)s, %(seed)s, %(format)s, %(code_digest)s,"
-        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s) returning version_id, version",
+        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s, %(features)s) returning version_id, version",
         {
             "model_id": definition.model_id,
             "window_start": window_start,
@@ -112,6 +112,7 @@ def _insert_version(
             "config": Jsonb({**asdict(config), "event_types": event_types}),
             "durations": Jsonb(durations),
             "quality": Jsonb(definition.quality),
+            "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),
         },
     ).fetchone()
     assert row is not None  # insert … returning gives a row or raises.

@@ -90,6 +90,20 @@ models = Table(
         server_default=text("'{}'"),
         comment="Thresholds of the quality gate and sizes, complete with defaults.",
     ),
+    Column(
+        "user_features",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Columns of the table of users that the model reads as features.",
+    ),
+    Column(
+        "item_features",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Columns of the table of items that the model reads as features.",
+    ),
     _timestamp("created_at", "When the model was created.", default_now=True),
     Column("created_by", Text, nullable=False, server_default=_user, comment="Role that created the model."),
     # Types become part of the statements that make a model's schema.
@@ -186,6 +200,14 @@ versions = Table(
         JSONB,
         nullable=False,
         comment="Report of the quality gate at training time, as vae.check_events gave it.",
+    ),
+    Column(
+        "features",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="How columns of users and items become feature tokens: per column the kind and its categories, words or"
+        " bins; left_out names the other columns and why.",
     ),
     UniqueConstraint("model_id", "version"),
     CheckConstraint("state in ('loading', 'ready', 'active', 'retired')", name="state"),
