@@ -1,0 +1,1 @@
+"""`pgvae report`: one self-contained page about a version, and its model card."""

@@ -1,0 +1,157 @@
+"""Reads a published version back: its lineage, what was measured of it, and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+from psycopg import sql
+from psycopg.rows import class_row, dict_row
+
+from pgvae.errors import PgvaeError
+from pgvae_runtime.features import NO_FEATURES, FeaturePipeline
+from pgvae_runtime.tensors import Assembler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A row of vae.metrics."""
+
+    method: str
+    split: str
+    slice: str
+    metric: str
+    k: int
+    value: float
+    lower: float | None
+    upper: float | None
+    user_count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A row of vae.epochs."""
+
+    phase: str
+    epoch: int
+    loss: float
+    reconstruction: float
+    kl: float
+    validation_ndcg: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedVersion:
+    """A row of vae.versions, with those of vae.metrics and vae.epochs that belong to it."""
+
+    model: str
+    max_history: int
+    version_id: int
+    version: int
+    state: str
+    created_at: datetime
+    created_by: str
+    activated_at: datetime | None
+    window_start: datetime | None
+    window_end: datetime | None
+    event_count: int
+    user_count: int
+    item_count: int
+    seed: int
+    format: int
+    code_digest: str
+    trainer_version: str
+    config: dict[str, Any]
+    durations: dict[str, float]
+    quality: list[dict[str, Any]]
+    features: dict[str, Any] | None
+    metrics: list[Measured]
+    passes: list[Pass]
+
+    @property
+    def event_types(self) -> list[str]:
+        """The standard names of the event types, in the order of their embedding."""
+        return [str(entry["event_type"]) for entry in self.config.get("event_types", [])]
+
+    @property
+    def targets(self) -> list[str]:
+        """The event types that the version predicts."""
+        return [str(entry["event_type"]) for entry in self.config.get("event_types", []) if entry["is_target"]]
+
+    def pipeline(self, source: str) -> FeaturePipeline:
+        """Gives the feature pipeline of `users` or `items`."""
+        given = (self.features or {}).get(source)
+        return FeaturePipeline.from_json(given) if given else NO_FEATURES
+
+
+def read_version(connection: psycopg.Connection, model: str, version: int | None = None) -> PublishedVersion:
+    """Gives a version of a model: the active one, else the newest, where no number is given."""
+    found = connection.execute("select model_id from vae.models where name = %s", [model]).fetchone()
+    if found is None:
+        names = [row[0] for row in connection.execute("select name from vae.models order by name").fetchall()]
+        raise PgvaeError(f'model "{model}" does not exist', hint=f"there are: {', '.join(names) or 'none'}")
+    row = connection.execute(
+        "select version_id from vae.versions"
+        " where model_id = %(model_id)s and state <> 'loading'"
+        " and (%(version)s::integer is null or version = %(version)s)"
+        " order by state = 'active' desc, version desc limit 1",
+        {"model_id": found[0], "version": version},
+    ).fetchone()
+    if row is None:
+        which = "no version yet" if version is None else f"no version {version}"
+        raise PgvaeError(f"model {model} has {which}", hint=f"train one with: pgvae train {model}")
+    return _read(connection, row[0])
+
+
+def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
+    with connection.cursor(row_factory=class_row(Measured)) as cursor:
+        metrics = cursor.execute(
+            "select method, split, slice, metric, k, value, lower, upper, user_count from vae.metrics"
+            " where version_id = %s order by split, slice, metric, k, method",
+            [version_id],
+        ).fetchall()
+    with connection.cursor(row_factory=class_row(Pass)) as cursor:
+        passes = cursor.execute(
+            "select phase, epoch, loss, reconstruction, kl, validation_ndcg, seconds from vae.epochs"
+            " where version_id = %s order by phase, epoch",
+            [version_id],
+        ).fetchall()
+    columns = (
+        "version_id, version, state, created_at, created_by, activated_at, window_start, window_end, event_count,"
+        " user_count, item_count, seed, format, code_digest, trainer_version, config, durations, quality, features"
+    )
+    query = sql.SQL(
+        "select m.name as model, (m.options ->> 'max_history')::integer as max_history, {columns}"
+        " from vae.versions v join vae.models m using (model_id) where v.version_id = %s"
+    ).format(columns=sql.SQL(", ").join(sql.Identifier("v", name) for name in columns.split(", ")))
+    with connection.cursor(row_factory=dict_row) as cursor:
+        found = cursor.execute(query, [version_id]).fetchone()
+    assert found is not None  # The version was found a moment ago, in the same transaction.
+    return PublishedVersion(**found, metrics=metrics, passes=passes)
+
+
+def readable(connection: psycopg.Connection, relation: str) -> sql.Identifier:
+    """Gives vae_private.tensors or .items where the role may read them, else the view on those of active versions."""
+    row = connection.execute(
+        "select pg_catalog.has_table_privilege(pg_catalog.format('vae_private.%%I', %s::text), 'select')", [relation]
+    ).fetchone()
+    return sql.Identifier("vae_private", relation if row and row[0] else f"scoring_{relation}")
+
+
+def read_weights(connection: psycopg.Connection, version_id: int) -> dict[str, NDArray[Any]]:
+    """Gives the tensors of a version by name, their digests checked; none where the role may not read them."""
+    assemblers: dict[str, Assembler] = {}
+    query = sql.SQL(
+        "select name, chunk, dtype, shape, sha256, data from {} where version_id = %s order by name, chunk"
+    ).format(readable(connection, "tensors"))
+    with connection.cursor(binary=True) as cursor:
+        for name, chunk, dtype, shape, sha256, data in cursor.stream(query, [version_id]):
+            if name not in assemblers:
+                assemblers[name] = Assembler(name, dtype, shape)
+            assemblers[name].add(chunk, sha256, data)
+    return {name: np.asarray(assembler.finish()) for name, assembler in assemblers.items()}
