@@ -1,0 +1,223 @@
+"""Charts as SVG that takes its colours from the page, so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from pgvae.report.insight import Gate, LatentMap
+from pgvae.report.words import OWN, method_name
+from pgvae.versions import Measured, Pass
+
+# Colours that stand for a CSS variable of the page, see page.html.
+_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+_SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606", "#0a0707")
+_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+}
+_STYLE: Any = {
+    # Text stays text: it takes the page's font, can be searched, and needs no glyphs.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pgvae",
+    # A name from the data may hold a dollar sign.
+    "text.parse_math": False,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.edgecolor": _GRID,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+# At the width of a phone one unit of the drawing is about one CSS pixel.
+_WIDTH = 4.7
+_PER_ROW = 0.3
+_LONGEST_LABEL = 26
+
+
+def learning_curves(passes: Sequence[Pass]) -> Markup:
+    """Draws the loss of each phase and, beneath, the NDCG on the validation part, by pass."""
+    phases = {phase: [p for p in passes if p.phase == phase] for phase in dict.fromkeys(p.phase for p in passes)}
+    validated = [p for p in passes if p.validation_ndcg is not None]
+    with matplotlib.rc_context(_STYLE):
+        rows = 2 if validated else 1
+        figure = Figure(figsize=(_WIDTH, 1.9 * rows + 0.4), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(rows, 1, sharex=True))
+        for colour, (phase, own) in zip(_SERIES, phases.items(), strict=False):
+            label = {"evaluate": "to measure", "publish": "to publish"}.get(phase, phase)
+            _line(axes[0], [p.epoch for p in own], [p.loss for p in own], colour, label)
+        axes[0].set_title("training loss per user (lower is better)")
+        if len(phases) > 1:
+            axes[0].legend()
+        if validated:
+            _line(axes[1], [p.epoch for p in validated], [p.validation_ndcg or 0 for p in validated], _SERIES[0], "")
+            best = max(validated, key=lambda p: p.validation_ndcg or 0)
+            axes[1].plot(best.epoch, best.validation_ndcg, "o", color=_SERIES[1], markersize=7)
+            axes[1].set_title(f"validation NDCG@20 (higher is better), best in pass {best.epoch}")
+        axes[-1].set_xlabel("pass over the users")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].set_xlim(0.5, max(p.epoch for p in passes) + 0.5)
+        return _svg(figure, "learning curves")
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, label: str) -> None:
+    axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3 if len(x) > 1 else 6, label=label)
+
+
+def comparison(rows: Sequence[Measured], title: str) -> Markup:
+    """Draws one metric of each method as a point with its interval."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, _PER_ROW * len(rows) + 0.7), layout="constrained")
+        axes = figure.subplots()
+        y = np.arange(len(rows))[::-1]
+        for place, row in zip(y, rows, strict=True):
+            colour = _SERIES[0] if row.method == OWN else _MUTED
+            _interval(axes, place, row.value, row.lower, row.upper, colour)
+        axes.set_yticks(y, [_short(method_name(row.method)) for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        _percent_axis(axes)
+        return _svg(figure, title)
+
+
+def slices(rows: Sequence[tuple[str, Measured, Measured | None]], title: str, other: str) -> Markup:
+    """Draws pgvae's metric in each slice with its interval, and beside it the value of another method."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, _PER_ROW * len(rows) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        y = np.arange(len(rows))[::-1]
+        for place, (_, own, beside) in zip(y, rows, strict=True):
+            _interval(axes, place, own.value, own.lower, own.upper, _SERIES[0])
+            if beside is not None:
+                axes.plot(beside.value, place, "D", color=_SERIES[1], markersize=5)
+        axes.plot([], [], "o", color=_SERIES[0], label="pgvae")
+        axes.plot([], [], "D", color=_SERIES[1], markersize=5, label=other)
+        figure.legend(loc="outside lower center", ncols=2)
+        axes.set_yticks(y, [_short(label) for label, _, _ in rows])
+        _percent_axis(axes)
+        return _svg(figure, title)
+
+
+def gates(rows: Sequence[Gate], title: str) -> Markup:
+    """Draws the mean attention gate of each kind of event, between 0 and 1."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, _PER_ROW * len(rows) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        y = np.arange(len(rows))[::-1]
+        axes.barh(y, [row.mean for row in rows], height=0.62, color=_SERIES[0])
+        for place, row in zip(y, rows, strict=True):
+            axes.annotate(
+                f"{row.mean:.2f}", (row.mean, place), (4, 0), textcoords="offset points", va="center", color=_INK
+            )
+        axes.set_yticks(y, [_short(row.label) for row in rows])
+        axes.set_xlim(0, 1.12)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, title)
+
+
+def reliability(given: Sequence[float], happened: Sequence[float]) -> Markup:
+    """Draws, by size of the shares that were given, how much was given and how much happened."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+        axes = figure.subplots()
+        kept = [b for b in range(len(given)) if given[b] >= 1e-3 or happened[b] >= 1e-3]
+        x = np.arange(len(kept))[::-1]
+        axes.bar(x - 0.2, [given[b] for b in kept], width=0.38, color=_SERIES[0], label="predicted")
+        axes.bar(x + 0.2, [happened[b] for b in kept], width=0.38, color=_SERIES[1], label="happened")
+        axes.set_xticks(x, [_power(b) for b in kept])
+        axes.set_xlabel("predicted share of an item, around")
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.grid(axis="x", visible=False)
+        axes.legend()
+        return _svg(figure, "reliability of the predicted shares")
+
+
+def _power(bin_number: int) -> str:
+    share = 4.0**-bin_number
+    return f"{share:.0%}" if share > 0.01 else f"1 in {_round(1 / share)}"
+
+
+def _round(number: float) -> str:
+    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number / 1e3:.0f} k" if number >= 1e3 else f"{number:.0f}"
+
+
+def latent_map(latent: LatentMap) -> Markup:
+    """Draws users as points, coloured by group."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for number, group in enumerate(latent.groups):
+            own = latent.points[latent.group == number]
+            colour = _SERIES[number % len(_SERIES)]
+            axes.plot(*own.T, "o", color=colour, alpha=0.6, markersize=3.5, markeredgewidth=0, label=group)
+        axes.set_xticklabels([])
+        axes.set_yticklabels([])
+        axes.set_xlabel(f"first direction, {latent.explained[0]:.0%} of the differences")
+        axes.set_ylabel(f"second direction, {latent.explained[1]:.0%}")
+        figure.legend(loc="outside lower center", ncols=2, title=latent.title, markerscale=2)
+        return _svg(figure, "latent map")
+
+
+def _interval(axes: Axes, place: float, value: float, lower: float | None, upper: float | None, colour: str) -> None:
+    if lower is not None and upper is not None:
+        axes.plot([lower, upper], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+    axes.plot(value, place, "o", color=colour, markersize=6.5)
+
+
+def _percent_axis(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", visible=False)
+
+
+def _percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    """Gives the figure as SVG for a page: colours as variables, ids that a figure of another label has not."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    prefix = re.sub(r"\W+", "-", label) + "-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'href="#', f'href="#{prefix}', text)
+    text = text.replace("url(#", f"url(#{prefix}")
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))

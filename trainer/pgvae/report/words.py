@@ -1,0 +1,304 @@
+"""What a version's figures mean, in words for whoever must decide about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pgvae.report.insight import Insight
+from pgvae.versions import Measured, PublishedVersion
+
+OWN = "pgvae"
+_METHODS = {
+    OWN: "pgvae",
+    "popularity": "bestsellers",
+    "recency": "current bestsellers",
+    "item_knn": "bought together",
+    "ease": "EASE (linear)",
+    "graph_filter": "graph filter (linear)",
+}
+METRICS = {
+    "recall": "of what people went on to choose, the part that stood in the list",
+    "ndcg": "the same, but a hit at the top counts more than one at the end; 100 % is a perfect list",
+    "precision": "the part of the list that people went on to choose",
+    "hit_rate": "the part of the people for whom at least one item of the list was right",
+    "mrr": "one over the place of the first right item: 100 % if always on top, 50 % if always second",
+    "map": "precision averaged over the places of the right items",
+    "coverage": "the part of the catalogue that stands in anybody's list",
+    "novelty": "how unknown the listed items are, in bits: one more is half as many people who know them",
+    "auc": "how often a right item is ranked before another one; 50 % is chance",
+    "log_loss": "surprise about what was chosen, in nats; lower is better",
+    "brier": "squared error of the predicted shares, 0 to 2; lower is better",
+    "calibration_error": "the part of all probability that lies on shares of the wrong size; lower is better",
+}
+_LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
+_NO_PERCENT = ("novelty", "log_loss", "brier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`tone` is good, mixed, bad or unknown."""
+
+    tone: str
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def method_name(method: str) -> str:
+    """Gives a method's name as people say it."""
+    return _METHODS.get(method, method.replace("_", " "))
+
+
+def figure(metric: str, value: float) -> str:
+    """Gives a metric's value as it is printed."""
+    return f"{value:.3f}" if metric in _NO_PERCENT else percent(value)
+
+
+def percent(value: float) -> str:
+    """Gives a share in per cent, in three digits."""
+    return f"{100 * value:.1f} %" if abs(value) >= 0.1 or value == 0 else f"{100 * value:.2f} %"
+
+
+def main_split(version: PublishedVersion) -> list[Measured]:
+    """Gives the metrics of everybody on the split that a version is judged by: by time, where that was measured."""
+    splits = sorted({row.split for row in version.metrics}, key=lambda split: (split != "temporal", split))
+    return [row for row in version.metrics if splits and row.split == splits[0] and row.slice == "all"]
+
+
+def methods_of(rows: Iterable[Measured], metric: str, k: int) -> list[Measured]:
+    """Gives the rows of one metric, the best method first."""
+    sign = 1 if metric in _LOWER_IS_BETTER else -1
+    return sorted(
+        (row for row in rows if (row.metric, row.k) == (metric, k)),
+        key=lambda row: (sign * row.value, row.method != OWN, row.method),
+    )
+
+
+def list_length(rows: Iterable[Measured]) -> int:
+    """Gives the length of list by which a version is judged: 20 where that was measured."""
+    lengths = sorted({row.k for row in rows if row.metric == "ndcg"})
+    return 20 if 20 in lengths or not lengths else lengths[-1]
+
+
+def verdict(version: PublishedVersion) -> Verdict:
+    """Says whether the version is worth using, by NDCG against each other method on the same split."""
+    rows = main_split(version)
+    k = list_length(rows)
+    ndcg = {row.method: row for row in methods_of(rows, "ndcg", k)}
+    recall = {row.method: row for row in methods_of(rows, "recall", k)}
+    own = ndcg.get(OWN)
+    if own is None or len(ndcg) < 2:
+        return Verdict(
+            tone="unknown",
+            headline="Nobody knows yet whether it is any good",
+            sentences=(
+                "It was not measured: with so few people, or so few new choices at the end of the window, a figure"
+                " would say nothing. Collect more events and train again, or compare it with what you use today.",
+            ),
+        )
+    leads = {row.method: row for row in methods_of(rows, "ndcg_lead", k)}
+    others = [method for method in ndcg if method != OWN]
+    behind = [method for method in others if ndcg[method].value > own.value]
+    open_ = [method for method in others if not _clearly_beats(own, ndcg[method], leads.get(method))]
+    sentences = _recall_sentences(version, recall, k)
+    if "popularity" in behind:
+        return Verdict(
+            tone="bad",
+            headline="Do not use it: a plain list of bestsellers ranks better",
+            sentences=(*sentences, "Activation refuses it unless it is forced. More events, or pgvae tune, may help."),
+        )
+    if behind:
+        return Verdict(
+            tone="mixed",
+            headline=f"Ahead of bestsellers, behind {_listed(method_name(method) for method in behind)}",
+            sentences=(*sentences, "It may still be worth its place: see the parts below, and try pgvae tune."),
+        )
+    if open_:
+        names = _listed(method_name(method) for method in open_)
+        return Verdict(
+            tone="mixed",
+            headline=f"Ahead of everything compared, though over {names} by no clear margin",
+            sentences=(*sentences, "With this many people the difference may be chance."),
+        )
+    return Verdict(
+        tone="good",
+        headline="Clearly better than everything it was compared with",
+        sentences=(*sentences, "In each comparison the difference is larger than chance explains (95 %)."),
+    )
+
+
+def _clearly_beats(own: Measured, other: Measured, lead: Measured | None) -> bool:
+    """Says whether the 95 % interval of the paired difference is above 0, or, without it, the two intervals apart."""
+    if lead is not None and lead.lower is not None:
+        return lead.lower > 0
+    return own.lower is not None and other.upper is not None and own.lower > other.upper
+
+
+def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k: int) -> tuple[str, ...]:
+    own = recall.get(OWN)
+    if own is None:
+        return ()
+    sure = ""
+    if own.lower is not None and own.upper is not None:
+        sure = f" (95 % sure: {percent(own.lower)} to {percent(own.upper)})"
+    what = _listed(version.targets) or "event"
+    text = (
+        f"Measured on {own.user_count:,} people and events that it had not seen: of the items of each one's next"
+        f" {what} events, {percent(own.value)} stood in its list of {k}{sure}"
+    )
+    bestsellers = recall.get("popularity")
+    if bestsellers is None:
+        return (f"{text}.",)
+    times = f", {own.value / bestsellers.value:.1f} times as many" if bestsellers.value > 0 else ""
+    return (f"{text}; in a list of the {k} bestsellers {percent(bestsellers.value)}{times}.",)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = [*names] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """A part of the model card: a heading and its points."""
+
+    heading: str
+    points: tuple[str, ...]
+
+
+def card(version: PublishedVersion, insight: Insight) -> list[Chapter]:
+    """Gives the model card (Mitchell et al. 2019): what the version is for, what it saw, what it can and cannot do."""
+    judged = verdict(version)
+    seconds = sum(version.durations.values())
+    targets = _listed(version.targets)
+    chapters = [
+        Chapter(
+            heading="Intended use",
+            points=(
+                f"To rank the items of one shop for one person by what that person may choose next ({targets}).",
+                "Not for decisions about people, such as credit, prices for one person, or access to a service.",
+                "The score orders items. It is a share of the model's probability over the catalogue, no probability"
+                " that somebody buys.",
+            ),
+        ),
+        Chapter(
+            heading="Data",
+            points=(
+                f"{version.event_count:,} events of {version.user_count:,} people on {version.item_count:,} items,"
+                f" {_day(version.window_start)} to {_day(version.window_end)}.",
+                f"Kinds of event: {', '.join(version.event_types)}. Predicted: {targets}.",
+                "The events are those of the shop, cleaned by rules that anybody can read in SQL:"
+                f" {version.model}.clean_events. They show what people did in this shop as it was, with what it"
+                " offered and placed in front of them.",
+                *_feature_points(version),
+            ),
+        ),
+        Chapter(heading="Metrics", points=(judged.headline + ".", *judged.sentences)),
+        Chapter(heading="Limits", points=_limits(version, insight)),
+        Chapter(heading="Privacy", points=_privacy(version)),
+        Chapter(
+            heading="Explainability",
+            points=(
+                "Each event of a person has an attention gate between 0 and 1 that says how much it counts; the"
+                " average gates of each kind of event and of each age are in the report.",
+                "A live score is computed from the events that the person has at that moment, and from nothing else"
+                " that is stored about the person"
+                + (", besides the person's features." if version.pipeline("users").size else "."),
+                "The formulas, with the code of each, are in docs/model.md.",
+            ),
+        ),
+        Chapter(
+            heading="Compute cost",
+            points=(
+                f"{seconds:,.0f} seconds from reading to the last pass, {sum(p.seconds for p in version.passes):,.0f}"
+                f" of them in {len(version.passes)} passes over the people. Energy was not measured."
+                if version.durations
+                else "Not recorded.",
+            ),
+        ),
+    ]
+    return chapters
+
+
+def _feature_points(version: PublishedVersion) -> list[str]:
+    points = []
+    for source in ("users", "items"):
+        pipeline = version.pipeline(source)
+        if pipeline.columns:
+            points.append(f"Features of {source}: {', '.join(column.name for column in pipeline.columns)}.")
+    return points or ["No features of people or items besides their events."]
+
+
+def _limits(version: PublishedVersion, insight: Insight) -> tuple[str, ...]:
+    points = [
+        "It was measured on the past of this shop. Whether people choose more because of its lists, only an"
+        " experiment with real people can tell.",
+        "It learns what was shown and bought before: what was never offered cannot be liked, and popular items have"
+        " an advantage.",
+        "It knows the items of its training. An item added since is in no list until the next training.",
+        "A person without events gets the popular items, marked is_cold_start.",
+    ]
+    failed = [check["check_name"] for check in version.quality if check.get("status") == "fail"]
+    if failed:
+        points.append(f"It was trained although checks of the quality gate failed: {', '.join(map(str, failed))}.")
+    if insight.since:
+        points.append(
+            f"Since its training, {insight.since.users:,} people of a sample chose something new; of those items"
+            f" {percent(insight.since.recall)} stood in its list of 20."
+        )
+    else:
+        points.append("How well its shares fit what happens since its training is not measured yet.")
+    return tuple(points)
+
+
+def _privacy(version: PublishedVersion) -> tuple[str, ...]:
+    users = version.pipeline("users")
+    return (
+        "The version stores no row about a person: it holds numbers for items, kinds of event and ages of events, and"
+        " networks that all people share. No name, key or event of a person is in it.",
+        "Of the users' features it stores how they are read:"
+        f" {', '.join(column.name for column in users.columns)}, with the values that were frequent enough to learn."
+        if users.columns
+        else "It stores nothing of the users' table.",
+        "The predictions that a refresh writes name people by the shop's own key, beside item keys and scores. They go"
+        " when the model is dropped, and change with the next refresh.",
+        "Who is removed from the shop's tables is out of live scores at once, out of the stored predictions with the"
+        " next refresh, and has no influence on the weights after the next training.",
+        "This page shows averages, and a map of a sample of people as points without keys.",
+    )
+
+
+def _day(moment: object) -> str:
+    return f"{moment:%Y-%m-%d}" if moment else "?"
+
+
+def markdown(version: PublishedVersion, insight: Insight) -> str:
+    """Gives the model card as Markdown, what comes from the data escaped."""
+    lines = [f"# Model card: {_escaped(version.model)}, version {version.version}", ""]
+    lines += [
+        f"State {_escaped(version.state)}, published {_day(version.created_at)} by {_escaped(version.created_by)}"
+        f" with pgvae {_escaped(version.trainer_version)}.",
+        "",
+    ]
+    for chapter in card(version, insight):
+        lines += [f"## {chapter.heading}", "", *(f"- {_escaped(point)}" for point in chapter.points), ""]
+    rows = main_split(version)
+    names = list(dict.fromkeys((row.metric, row.k) for row in rows if row.metric in METRICS))
+    methods = [row.method for row in methods_of(rows, "ndcg", list_length(rows))]
+    if rows:
+        lines += ["## Figures", ""]
+        lines.append("| Metric | " + " | ".join(_escaped(method_name(method)) for method in methods) + " |")
+        lines.append("|---" * (len(methods) + 1) + "|")
+        for metric, k in names:
+            cells = {row.method: figure(metric, row.value) for row in methods_of(rows, metric, k)}
+            label = f"{metric}@{k}" if k else metric
+            lines.append(f"| {_escaped(label)} | " + " | ".join(cells.get(method, "") for method in methods) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>#|"} | {"\n": " "})
+
+
+def _escaped(text: str) -> str:
+    return text.translate(_SPECIAL)
