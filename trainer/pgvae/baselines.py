@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from pgvae.dataset import Dataset
-from pgvae.ranking import Holdout, Scorer, per_user_metrics
+from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
 from pgvae_runtime.tokens import History
 
 RANK = 256
-NEIGHBOURS = 500
+# Of the graph filter's item-item graph: the whole of it with 7000 items, 500 for each of 100 000.
+EDGES = 50_000_000
 _EASE_NEIGHBOURS = 200
+# Of the cosine: two users in common shall not make two rare items twins.
+_SHRINKAGE = 3.0
 # Above this many items a dense item × item matrix and its inverse take too much memory and time.
 EXACT_ITEMS = 6000
 # Entries of a block of an item × item product.
@@ -37,12 +40,13 @@ def recency(dataset: Dataset, *, half_life: float = 30.0) -> Scorer:
     return _recency(dataset, [half_life])[0]
 
 
-def item_knn(dataset: Dataset, *, shrinkage: float = 10.0) -> Scorer:
-    """Gives the items that go with the user's: shrunk cosine of the items' users (Sarwar et al. 2001).
+def item_knn(dataset: Dataset, *, neighbours: float = 50) -> Scorer:
+    """Gives the items whose neighbours the user has: shrunk cosine of the items' users (Sarwar et al. 2001).
 
-    Similarity is c_ij / (sqrt(n_i n_j) + shrinkage), for the 500 most similar items of each.
+    The similarity of two items is c_ij / (sqrt(n_i n_j) + 3); an item's score is the sum over those of its most similar
+    items that are in the history.
     """
-    return _item_knn(dataset, [shrinkage])[0]
+    return _item_knn(dataset, [neighbours])[0]
 
 
 def ease(dataset: Dataset, *, l2: float = 100.0) -> Scorer:
@@ -57,7 +61,7 @@ def ease(dataset: Dataset, *, l2: float = 100.0) -> Scorer:
 def graph_filter(dataset: Dataset, *, alpha: float = 0.3) -> Scorer:
     """Gives GF-CF: neighbours in the normalised graph, plus alpha times its 256 lowest frequencies (Shen et al. 2021).
 
-    The item-item graph keeps the 500 heaviest edges of each item.
+    Where the item-item graph may have more than 50 million edges, each item keeps the heaviest ones only.
     """
     return _graph_filter(dataset, [alpha])[0]
 
@@ -72,7 +76,7 @@ class Choice(NamedTuple):
 def choose(name: str, dataset: Dataset, validation: Holdout, seed: int = 1) -> Choice:
     """Fits a baseline of CHOICES with the setting of its list that has the highest NDCG@20 on the validation part."""
     _, values, make = CHOICES[name]
-    few = _some_users(validation, seed)
+    few = some_users(validation, _CHOOSING_USERS, seed)
     scorers = make(dataset, values)
     ndcg = [per_user_metrics(few, scorer, _CHOOSING_K)["ndcg"].mean() for scorer in scorers]
     best = int(np.argmax(ndcg))
@@ -109,9 +113,9 @@ def _recency(dataset: Dataset, half_lives: Sequence[float]) -> list[Scorer]:
     return scorers
 
 
-def _item_knn(dataset: Dataset, shrinkages: Sequence[float]) -> list[Scorer]:
+def _item_knn(dataset: Dataset, sizes: Sequence[float]) -> list[Scorer]:
     plain = _of_dataset(dataset)
-    return [_linear(_similar_items(plain, shrinkage, NEIGHBOURS)) for shrinkage in shrinkages]
+    return [_linear(sparse.csr_array(_similar_items(plain, int(size)).T)) for size in sizes]
 
 
 def _graph_filter(dataset: Dataset, alphas: Sequence[float]) -> list[Scorer]:
@@ -119,7 +123,7 @@ def _graph_filter(dataset: Dataset, alphas: Sequence[float]) -> list[Scorer]:
     item_degree = np.asarray(plain.sum(axis=0)).ravel()
     user_scale, item_scale = (_inverse_root(degree) for degree in (np.asarray(plain.sum(axis=1)).ravel(), item_degree))
     graph = sparse.csr_array(sparse.diags_array(user_scale) @ plain @ sparse.diags_array(item_scale))
-    near = _neighbours(graph, NEIGHBOURS)
+    near = sparse.csr_array(_neighbours(graph, EDGES // max(1, len(item_degree))).T)
     _, low = truncated_svd(graph, RANK)
     into = item_scale[:, None] * low
     back = (low * np.sqrt(item_degree)[:, None]).T
@@ -155,7 +159,7 @@ def _ease(dataset: Dataset, l2s: Sequence[float]) -> list[Scorer]:
 
 
 def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
-    near = _similar_items(plain, 10.0, _EASE_NEIGHBOURS)
+    near = _similar_items(plain, _EASE_NEIGHBOURS)
     by_item = sparse.csc_array(plain)
     weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
     for item, (begin, end) in enumerate(pairwise(near.indptr)):
@@ -176,9 +180,9 @@ def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
 # Name: the setting, what is tried, and what fits the method with each of these values.
 CHOICES: dict[str, tuple[str, tuple[float, ...], Callable[[Dataset, Sequence[float]], list[Scorer]]]] = {
     "recency": ("half_life", (3.0, 10.0, 30.0, 100.0), _recency),
-    "item_knn": ("shrinkage", (0.0, 10.0, 100.0), _item_knn),
+    "item_knn": ("neighbours", (20, 50, 200, 1000), _item_knn),
     "ease": ("l2", (30.0, 100.0, 300.0, 1000.0), _ease),
-    "graph_filter": ("alpha", (0.0, 0.1, 0.3, 1.0), _graph_filter),
+    "graph_filter": ("alpha", (0.0, 0.1, 0.3, 0.5, 1.0), _graph_filter),
 }
 
 
@@ -201,12 +205,12 @@ def _linear(weights: NDArray[np.float32] | sparse.csr_array) -> Scorer:
     return score
 
 
-def _similar_items(plain: sparse.csr_array, shrinkage: float, neighbours: int) -> sparse.csr_array:
+def _similar_items(plain: sparse.csr_array, neighbours: int) -> sparse.csr_array:
     """Gives the shrunk cosine of each item with the items that are most similar to it, itself left out, [I, I]."""
     users = np.asarray(plain.sum(axis=0)).ravel()
 
     def cosine(rows: NDArray[np.int64], columns: NDArray[np.int64], together: NDArray[np.float32]) -> None:
-        together /= np.sqrt(users[rows] * users[columns]) + np.float32(shrinkage)
+        together /= np.sqrt(users[rows] * users[columns]) + np.float32(_SHRINKAGE)
         together[rows == columns] = 0.0
 
     return _neighbours(plain, neighbours, cosine)
@@ -259,19 +263,3 @@ def incidence(user: NDArray[np.int64], item: NDArray[np.int64], users: int, item
 def _inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:
     scale: NDArray[np.float32] = np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, 1.0)), 0.0).astype(np.float32)
     return scale
-
-
-def _some_users(holdout: Holdout, seed: int) -> Holdout:
-    count = len(holdout.users)
-    if count <= _CHOOSING_USERS:
-        return holdout
-    kept = np.sort(np.random.default_rng(seed).choice(count, _CHOOSING_USERS, replace=False))
-    lengths = np.diff(holdout.truth_start)
-    chosen = np.repeat(np.isin(np.arange(count), kept), lengths)
-    return Holdout(
-        before=holdout.before,
-        users=holdout.users[kept],
-        truth_start=np.concatenate(([0], np.cumsum(lengths[kept]))),
-        truth_item=holdout.truth_item[chosen],
-        item_share=holdout.item_share,
-    )
