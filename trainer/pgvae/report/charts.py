@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +22,11 @@ from pgvae.versions import Measured, Pass
 # Colours that stand for a CSS variable of the page, see page.html.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606", "#0a0707")
+_RAMP = ("#0b0101", "#0b0202", "#0b0303", "#0b0404")
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+    colour: f"var(--{name}-{number})"
+    for name, colours in (("series", _SERIES), ("ramp", _RAMP))
+    for number, colour in enumerate(colours, 1)
 }
 _STYLE: Any = {
     # Text stays text: it takes the page's font, can be searched, and needs no glyphs.
@@ -30,10 +34,10 @@ _STYLE: Any = {
     "svg.hashsalt": "pgvae",
     # A name from the data may hold a dollar sign.
     "text.parse_math": False,
-    "font.size": 10,
+    "font.size": 10.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "axes.labelsize": 9.5,
+    "axes.labelsize": 10,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
     "axes.titlecolor": _INK,
@@ -51,12 +55,13 @@ _STYLE: Any = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 10,
 }
+_LEAST_BIN = 8
 # At the width of a phone one unit of the drawing is about one CSS pixel.
-_WIDTH = 4.7
-_PER_ROW = 0.3
-_LONGEST_LABEL = 26
+_WIDTH = 4.2
+_PER_ROW = 0.32
+_LONGEST_LABEL = 24
 
 
 def learning_curves(passes: Sequence[Pass]) -> Markup:
@@ -70,14 +75,14 @@ def learning_curves(passes: Sequence[Pass]) -> Markup:
         for colour, (phase, own) in zip(_SERIES, phases.items(), strict=False):
             label = {"evaluate": "to measure", "publish": "to publish"}.get(phase, phase)
             _line(axes[0], [p.epoch for p in own], [p.loss for p in own], colour, label)
-        axes[0].set_title("training loss per user (lower is better)")
+        axes[0].set_title("training loss per user")
         if len(phases) > 1:
             axes[0].legend()
         if validated:
             _line(axes[1], [p.epoch for p in validated], [p.validation_ndcg or 0 for p in validated], _SERIES[0], "")
             best = max(validated, key=lambda p: p.validation_ndcg or 0)
             axes[1].plot(best.epoch, best.validation_ndcg, "o", color=_SERIES[1], markersize=7)
-            axes[1].set_title(f"validation NDCG@20 (higher is better), best in pass {best.epoch}")
+            axes[1].set_title(f"validation NDCG@20, best in pass {best.epoch}")
         axes[-1].set_xlabel("pass over the users")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1].set_xlim(0.5, max(p.epoch for p in passes) + 0.5)
@@ -106,17 +111,19 @@ def comparison(rows: Sequence[Measured], title: str) -> Markup:
 def slices(rows: Sequence[tuple[str, Measured, Measured | None]], title: str, other: str) -> Markup:
     """Draws pgvae's metric in each slice with its interval, and beside it the value of another method."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, _PER_ROW * len(rows) + 1.2), layout="constrained")
+        # A label has two lines: of what, and which.
+        figure = Figure(figsize=(_WIDTH, 1.35 * _PER_ROW * len(rows) + 1.0), layout="constrained")
         axes = figure.subplots()
         y = np.arange(len(rows))[::-1]
         for place, (_, own, beside) in zip(y, rows, strict=True):
             _interval(axes, place, own.value, own.lower, own.upper, _SERIES[0])
             if beside is not None:
-                axes.plot(beside.value, place, "D", color=_SERIES[1], markersize=5)
+                axes.plot(beside.value, place, "D", color=_SERIES[1], markersize=5, clip_on=False)
         axes.plot([], [], "o", color=_SERIES[0], label="pgvae")
         axes.plot([], [], "D", color=_SERIES[1], markersize=5, label=other)
         figure.legend(loc="outside lower center", ncols=2)
-        axes.set_yticks(y, [_short(label) for label, _, _ in rows])
+        axes.set_yticks(y, ["\n".join(map(_short, label.split(": ", 1))) for label, _, _ in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
         _percent_axis(axes)
         return _svg(figure, title)
 
@@ -144,11 +151,15 @@ def reliability(given: Sequence[float], happened: Sequence[float]) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
         axes = figure.subplots()
-        kept = [b for b in range(len(given)) if given[b] >= 1e-3 or happened[b] >= 1e-3]
-        x = np.arange(len(kept))[::-1]
-        axes.bar(x - 0.2, [given[b] for b in kept], width=0.38, color=_SERIES[0], label="predicted")
-        axes.bar(x + 0.2, [happened[b] for b in kept], width=0.38, color=_SERIES[1], label="happened")
-        axes.set_xticks(x, [_power(b) for b in kept])
+        heights = np.array([given, happened])
+        # What is so small that nobody tells it apart is one pair of bars.
+        heights[:, _LEAST_BIN] = heights[:, _LEAST_BIN:].sum(axis=1)
+        filled = np.flatnonzero((heights[:, : _LEAST_BIN + 1] >= 1e-3).any(axis=0))
+        bins = np.arange(filled[0], filled[-1] + 1) if len(filled) else filled
+        x = -bins
+        axes.bar(x - 0.2, heights[0, bins], width=0.38, color=_SERIES[0], label="predicted")
+        axes.bar(x + 0.2, heights[1, bins], width=0.38, color=_SERIES[1], label="happened")
+        axes.set_xticks(x, [_around(number) for number in bins])
         axes.set_xlabel("predicted share of an item, around")
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         axes.grid(axis="x", visible=False)
@@ -156,13 +167,13 @@ def reliability(given: Sequence[float], happened: Sequence[float]) -> Markup:
         return _svg(figure, "reliability of the predicted shares")
 
 
-def _power(bin_number: int) -> str:
-    share = 4.0**-bin_number
-    return f"{share:.0%}" if share > 0.01 else f"1 in {_round(1 / share)}"
-
-
-def _round(number: float) -> str:
-    return f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number / 1e3:.0f} k" if number >= 1e3 else f"{number:.0f}"
+def _around(number: int) -> str:
+    """Gives the share around which a bin of pgvae.measurement lies."""
+    if number == _LEAST_BIN:
+        return "less"
+    if number < 4:
+        return f"{4.0**-number:.0%}"
+    return f"1 in\n{4**number}" if number < 5 else f"1 in\n{4**number // 1000} k"
 
 
 def latent_map(latent: LatentMap) -> Markup:
@@ -170,12 +181,13 @@ def latent_map(latent: LatentMap) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
         axes = figure.subplots()
-        for number, group in enumerate(latent.groups):
+        colours = itertools.cycle(_RAMP if latent.is_ordered else _SERIES)
+        for number, (group, colour) in enumerate(zip(latent.groups, colours, strict=False)):
             own = latent.points[latent.group == number]
-            colour = _SERIES[number % len(_SERIES)]
             axes.plot(*own.T, "o", color=colour, alpha=0.6, markersize=3.5, markeredgewidth=0, label=group)
-        axes.set_xticklabels([])
-        axes.set_yticklabels([])
+        # The directions have no unit.
+        axes.set_xticks([])
+        axes.set_yticks([])
         axes.set_xlabel(f"first direction, {latent.explained[0]:.0%} of the differences")
         axes.set_ylabel(f"second direction, {latent.explained[1]:.0%}")
         figure.legend(loc="outside lower center", ncols=2, title=latent.title, markerscale=2)

@@ -39,13 +39,14 @@ class Gate:
 class LatentMap:
     """Users in the plane of the two widest directions of μ.
 
-    `points` [U, 2], `group` [U] are rows of `groups`, whose meaning `title` says; `explained` are the two shares of
-    the variance of μ.
+    `points` [U, 2]; `group` [U] are rows of `groups`, whose meaning `title` says, and which may have an order;
+    `explained` are the two shares of the variance of μ.
     """
 
     points: NDArray[np.float64]
     group: NDArray[np.int64]
     groups: list[str]
+    is_ordered: bool
     title: str
     explained: tuple[float, float]
 
@@ -207,17 +208,18 @@ def _latent_map(
     # The sign of a component is arbitrary; fixed, two reports of one version look alike.
     sign = np.sign(right[np.arange(2), np.abs(right[:2]).argmax(axis=1)])
     variance = singular**2 / max(float((singular**2).sum()), 1e-30)
-    group, groups, title = _groups(events, users)
+    group, groups, is_ordered, title = _groups(events, users)
     return LatentMap(
         points=left[:, :2] * singular[:2] * sign,
         group=group,
         groups=groups,
+        is_ordered=is_ordered,
         title=title,
         explained=(float(variance[0]), float(variance[1])),
     )
 
 
-def _groups(events: Dataset, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[str], str]:
+def _groups(events: Dataset, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[str], bool, str]:
     """Gives a group of each user: the main event type where that tells users apart, else how much they did."""
     row = np.searchsorted(users, events.user)
     counts = np.zeros((len(users), len(events.event_types)))
@@ -226,12 +228,13 @@ def _groups(events: Dataset, users: NDArray[np.int64]) -> tuple[NDArray[np.int64
     shares = np.bincount(main, minlength=len(events.event_types)) / len(users)
     if np.count_nonzero(shares >= 0.1) > 1:
         kept = np.flatnonzero(shares > 0)
-        return np.searchsorted(kept, main), [events.event_types[number] for number in kept], "most frequent event"
+        names = [events.event_types[number] for number in kept]
+        return np.searchsorted(kept, main), names, False, "most frequent kind of event"
     edges = np.unique(np.quantile(counts.sum(axis=1), [0.25, 0.5, 0.75]).astype(np.int64))
     low = [1, *(edges + 1)]
     labels = [f"{a}–{b} events" if a < b else f"{a} events" for a, b in zip(low[:-1], edges, strict=True)]
     labels.append(f"{low[-1]} events or more")
-    return np.searchsorted(edges, counts.sum(axis=1)), labels, "number of events"
+    return np.searchsorted(edges, counts.sum(axis=1)), labels, True, "number of events"
 
 
 def _since(version: PublishedVersion, weights: forward.Weights, before: Dataset, after: Dataset) -> Since | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,6 +78,7 @@ def render(version: PublishedVersion, insight: Insight) -> str:
         parts=_split_parts(version),
         curves=charts.learning_curves(version.passes) if version.passes else "",
         by_event_type=_gates(insight.by_event_type, "attention by kind of event"),
+        evenness=words.evenness(insight),
         by_age=_gates(insight.by_age, "attention by age of event"),
         latent=charts.latent_map(insight.latent) if insight.latent else "",
         since=insight.since,
@@ -111,7 +113,8 @@ class _Part:
     users: int
     k: int
     chart: Markup
-    table: _Table
+    main: _Table
+    more: _Table
     slices: Markup | str
 
 
@@ -125,21 +128,20 @@ def _part(rows: list[Measured], split: str) -> _Part:
     everybody = [row for row in rows if row.slice == "all"]
     k = words.list_length(everybody)
     ndcg = words.methods_of(everybody, "ndcg", k)
+    methods = [row.method for row in ndcg]
+    keys = words.metrics_of(everybody)
     return _Part(
         title=split,
         users=max(row.user_count for row in everybody),
         k=k,
         chart=charts.comparison(ndcg, f"NDCG@{k}, {split}"),
-        table=_table(everybody, [row.method for row in ndcg]),
+        main=_table(everybody, methods, [key for key in keys if key[0] in words.MAIN]),
+        more=_table(everybody, methods, [key for key in keys if key[0] not in words.MAIN]),
         slices=_slices(rows, split, k),
     )
 
 
-def _table(rows: list[Measured], methods: list[str]) -> _Table:
-    names = list(words.METRICS)
-    keys = sorted(
-        {(row.metric, row.k) for row in rows if row.metric in names}, key=lambda key: (names.index(key[0]), key[1])
-    )
+def _table(rows: list[Measured], methods: list[str], keys: list[tuple[str, int]]) -> _Table:
     found = []
     for metric, k in keys:
         ranked = words.methods_of(rows, metric, k)
@@ -165,7 +167,7 @@ def _slices(rows: list[Measured], split: str, k: int) -> Markup | str:
     chosen = [row for row in rows if (row.metric, row.k) == ("ndcg", k)]
     other = {row.slice: row for row in chosen if row.method == _POPULARITY}
     own = [row for row in chosen if row.method == words.OWN]
-    own.sort(key=lambda row: (row.slice != "all", row.slice))
+    own.sort(key=lambda row: (row.slice != "all", _natural(row.slice)))
     if len(own) < 2:
         return ""
     return charts.slices(
@@ -175,12 +177,18 @@ def _slices(rows: list[Measured], split: str, k: int) -> Markup | str:
     )
 
 
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Gives a key by which 3 comes before 12."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", text)]
+
+
 def _calibration(version: PublishedVersion) -> list[tuple[str, str, str]]:
     """Gives the metrics of pgvae's shares as probabilities: name, value, meaning."""
+    own = {row.metric: row for row in words.main_split(version) if row.method == words.OWN}
     return [
-        (row.metric, words.figure(row.metric, row.value), words.METRICS[row.metric])
-        for row in words.main_split(version)
-        if row.method == words.OWN and row.metric in ("calibration_error", "log_loss", "brier")
+        (metric, words.figure(metric, own[metric].value), words.METRICS[metric])
+        for metric in ("calibration_error", "log_loss", "brier")
+        if metric in own
     ]
 
 

@@ -31,6 +31,10 @@ METRICS = {
     "brier": "squared error of the predicted shares, 0 to 2; lower is better",
     "calibration_error": "the part of all probability that lies on shares of the wrong size; lower is better",
 }
+# What says enough to somebody in a hurry.
+MAIN = ("recall", "ndcg", "hit_rate", "coverage")
+# Gates that differ by less are told apart by nobody.
+_EVEN = 0.05
 _LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
 _NO_PERCENT = ("novelty", "log_loss", "brier")
 
@@ -56,7 +60,8 @@ def figure(metric: str, value: float) -> str:
 
 def percent(value: float) -> str:
     """Gives a share in per cent, in three digits."""
-    return f"{100 * value:.1f} %" if abs(value) >= 0.1 or value == 0 else f"{100 * value:.2f} %"
+    digits = 1 if abs(value) >= 0.1 or value == 0 else 2
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def main_split(version: PublishedVersion) -> list[Measured]:
@@ -71,6 +76,14 @@ def methods_of(rows: Iterable[Measured], metric: str, k: int) -> list[Measured]:
     return sorted(
         (row for row in rows if (row.metric, row.k) == (metric, k)),
         key=lambda row: (sign * row.value, row.method != OWN, row.method),
+    )
+
+
+def metrics_of(rows: Iterable[Measured]) -> list[tuple[str, int]]:
+    """Gives the metrics, by name and length of list, in the order of METRICS."""
+    names = list(METRICS)
+    return sorted(
+        {(row.metric, row.k) for row in rows if row.metric in METRICS}, key=lambda key: (names.index(key[0]), key[1])
     )
 
 
@@ -156,6 +169,17 @@ def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k:
 def _listed(names: Iterable[str]) -> str:
     *most, last = [*names] or [""]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def evenness(insight: Insight) -> str:
+    """Says in a sentence whether the gates tell events apart."""
+    gates = [gate.mean for gate in (*insight.by_event_type, *insight.by_age)]
+    if not gates or max(gates) - min(gates) < _EVEN:
+        return "Here they hardly differ: the model counts all kinds and ages of events nearly alike."
+    kind = max(insight.by_event_type, key=lambda gate: gate.mean, default=None)
+    age = max(insight.by_age, key=lambda gate: gate.mean, default=None)
+    most = _listed(gate.label for gate in (kind, age) if gate)
+    return f"Most weight have, of the kinds and of the ages: {most}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +288,7 @@ def _privacy(version: PublishedVersion) -> tuple[str, ...]:
         " when the model is dropped, and change with the next refresh.",
         "Who is removed from the shop's tables is out of live scores at once, out of the stored predictions with the"
         " next refresh, and has no influence on the weights after the next training.",
-        "This page shows averages, and a map of a sample of people as points without keys.",
+        "The report shows averages, and a map of a sample of people as points without keys.",
     )
 
 
@@ -283,7 +307,7 @@ def markdown(version: PublishedVersion, insight: Insight) -> str:
     for chapter in card(version, insight):
         lines += [f"## {chapter.heading}", "", *(f"- {_escaped(point)}" for point in chapter.points), ""]
     rows = main_split(version)
-    names = list(dict.fromkeys((row.metric, row.k) for row in rows if row.metric in METRICS))
+    names = metrics_of(rows)
     methods = [row.method for row in methods_of(rows, "ndcg", list_length(rows))]
     if rows:
         lines += ["## Figures", ""]
