@@ -36,8 +36,8 @@ from shop import Shop
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ANALYST, DBA, REFERENCE, ERRORS = (
-    DOCS / name for name in ("tutorial-analyst.md", "tutorial-dba.md", "sql-reference.md", "errors.md")
+ANALYST, DBA, REFERENCE, FEATURES, ERRORS = (
+    DOCS / name for name in ("tutorial-analyst.md", "tutorial-dba.md", "sql-reference.md", "features.md", "errors.md")
 )
 PAGES = sorted(
     path
@@ -288,10 +288,21 @@ def test_the_readme_runs(server: Server, template: str, folder: Path, psql_folde
         drop_database(server, "readme")
 
 
+def test_the_page_of_features_runs(server: Server, template: str, folder: Path, psql_folder: Path) -> None:
+    create_database(server, "features", template)
+    runner = Runner(dsn=server.dsn("features"), bindir=psql_folder, folder=folder)
+    try:
+        simulate(runner.dsn, SimulationConfig(schema="web", users=300, items=60, until=date(2025, 1, 1)))
+        for block in blocks(FEATURES):
+            runner.run(block)
+    finally:
+        drop_database(server, "features")
+
+
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
-        for path in (ANALYST, DBA, REFERENCE)
+        for path in (ANALYST, DBA, REFERENCE, FEATURES)
         for block in blocks(path)
         if block.language in ("sql", "sh") and block.mark and not re.match(r"(not run|fails|run): \S", block.mark)
     ]
@@ -338,7 +349,8 @@ where c.relkind in ('r', 'v') and (n.nspname = 'vae' and has_table_privilege('va
 def catalogue(connection: psycopg.Connection) -> dict[str, str]:
     """What the reference must say of each public object, by its name."""
     Shop().make(connection)
-    Shop().create_model(connection, "shop")
+    connection.execute("create table users (user_id bigint)")
+    Shop().create_model(connection, "shop", users="users")
     described = {}
     for name, is_procedure, short, arguments, result, comment, roles in connection.execute(_ROUTINES).fetchall():
         described[name] = (
@@ -354,7 +366,7 @@ def catalogue(connection: psycopg.Connection) -> dict[str, str]:
 def signature(name: str, is_procedure: bool, arguments: str, result: str | None) -> str:
     """Gives how a routine is declared, as people write SQL: lower case, no casts of nulls."""
     plain = (
-        re.sub(r"::[a-z]+( [a-z]+)*", "", arguments)
+        re.sub(r"::[a-z]+( [a-z]+)*(\[\])?", "", arguments)
         .replace("DEFAULT NULL", "default null")
         .replace("DEFAULT", "default")
     )
