@@ -136,3 +136,20 @@ def per_user_metrics(holdout: Holdout, scorer: Scorer, k: int) -> dict[str, NDAr
     for part, scores in ranked_batches(holdout, scorer):
         hits[part] = hits_of(best_items(scores, k), *holdout.truth(part))
     return list_metrics(hits, np.diff(holdout.truth_start), k)
+
+
+def some_users(holdout: Holdout, most: int, seed: int) -> Holdout:
+    """Gives the holdout of at most so many of its users, drawn by chance."""
+    count = len(holdout.users)
+    if count <= most:
+        return holdout
+    kept = np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+    lengths = np.diff(holdout.truth_start)
+    chosen = np.repeat(np.isin(np.arange(count), kept), lengths)
+    return Holdout(
+        before=holdout.before,
+        users=holdout.users[kept],
+        truth_start=np.concatenate(([0], np.cumsum(lengths[kept]))),
+        truth_item=holdout.truth_item[chosen],
+        item_share=holdout.item_share,
+    )
