@@ -156,8 +156,9 @@ def _load(plpy: Any, version_id: int) -> Version:
 
     types = json.loads(row["config"])["event_types"]
     features = json.loads(row["features"])
+    user_pipeline = FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES
     weights = _load_weights(plpy, version_id)
-    _check_shapes(weights, types=len(types))
+    _check_shapes(weights, types=len(types), features=user_pipeline.size)
     return Version(
         version_id=version_id,
         version=row["version"],
@@ -169,7 +170,7 @@ def _load(plpy: Any, version_id: int) -> Version:
         targets=tuple(index for index, entry in enumerate(types) if entry["is_target"]),
         max_history=row["max_history"],
         user_count=row["user_count"],
-        user_pipeline=FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES,
+        user_pipeline=user_pipeline,
     )
 
 
@@ -210,9 +211,9 @@ def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
     return {name: assembler.finish() for name, assembler in assemblers.items()}
 
 
-def _check_shapes(weights: dict[str, Any], *, types: int) -> None:
+def _check_shapes(weights: dict[str, Any], *, types: int, features: int) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
-    sizes = {"T": types, "A": AGE_BUCKETS, "1": 1}
+    sizes = {"T": types, "A": AGE_BUCKETS, "F": features, "1": 1}
     for name, letters in SHAPES.items():
         shape = weights[name].shape if name in weights else None
         fits = (
