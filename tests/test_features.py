@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_a_wide_column_cannot_explode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons(both) == {"y": "has 1000 categories or words, and with the columns before it more than 1500"}
 
 
+def test_of_many_rows_every_second_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgvae.features._MAX_ROWS", 50)
+    pipeline, rows = fit_values([f"even {number % 5}" if number % 2 == 0 else "odd" for number in range(99)], "text")
+    assert pipeline.columns[0].vocabulary == tuple(f"even {number}" for number in range(5))
+    assert feature_bag(pipeline, [[row] for row in rows]).counts().sum() == 50
+
+
 @settings(deadline=None)
 @given(
     st.lists(
@@ -416,6 +424,16 @@ def test_a_version_keeps_its_pipeline(scored: psycopg.Connection) -> None:
     assert {user: tokens for user, tokens in refresh_tokens(scored, users).items() if user > 2} == expected
 
 
+def test_a_training_says_which_columns_it_reads(
+    model: psycopg.Connection, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_cli("train", "shop", "--epochs=1", dsn=model.info.dsn)
+    assert done.returncode == 0, done.stderr
+    left_out = "user_id is the key; first_name looks personal by its name; joined has one value only"
+    assert f"features of users: country, tags; left out: {left_out}\n" in done.stderr
+    assert "features of items: category, price; left out: item_id is the key\n" in done.stderr
+
+
 def test_a_dataset_hands_on_its_features(model: psycopg.Connection) -> None:
     dataset = read(model)
     early = dataset.between(-np.inf, float(np.median(dataset.occurred_at)))
@@ -497,17 +515,19 @@ def test_text_keys_find_their_features(connection: psycopg.Connection) -> None:
     )
 
 
-def test_a_version_without_features_reads_no_table_of_users() -> None:
-    prepared = []
+@pytest.mark.parametrize("values", [[], ["a", "b"] * 5])
+def test_all_users_are_read_by_one_query_which_joins_features_only_where_there_are_some(values: list[str]) -> None:
+    pipeline = fit_values(values, "category")[0] if values else NO_FEATURES
+    prepared: list[str] = []
     plpy = SimpleNamespace(
         quote_ident=lambda name: name,
         prepare=lambda query, types: prepared.append(query),
         cursor=lambda plan, values: SimpleNamespace(fetch=lambda count: []),
     )
-    version: Any = SimpleNamespace(model="shop", version_id=1, event_types={}, user_pipeline=NO_FEATURES)
+    version: Any = SimpleNamespace(model="shop", version_id=1, event_types={}, user_pipeline=pipeline)
     assert list(read_histories(plpy, version, 10)) == []
     assert len(prepared) == 1
-    assert "features" not in prepared[0]
+    assert ("user_features" in prepared[0]) == bool(values)
 
 
 def test_an_empty_array_takes_no_features(with_tables: psycopg.Connection) -> None:

@@ -17,6 +17,8 @@ from pgvae_runtime.features import FeatureColumn, FeaturePipeline, Row, as_numbe
 
 # Rows in which a category, tag or word must occur. Of users more: a version shows its categories to its readers.
 MIN_ROWS = {"users": 5, "items": 3}
+# Rows that a pipeline is fitted on; of more, every second, every third and so on.
+_MAX_ROWS = 200_000
 _BINS = 16
 _MAX_CATEGORIES = 1000
 _MAX_WORDS = 5000
@@ -56,7 +58,8 @@ def read_documents(connection: psycopg.Connection, query: sql.Composed) -> Itera
 
 def fit_pipeline(columns: Iterable[Column], documents: Iterable[Documents], *, source: str) -> FeaturePipeline:
     """Gives the pipeline of the columns of one source, users or items, from the rows that are trained on."""
-    rows = [decode(document) for document in chain.from_iterable(documents)]
+    found = list(chain.from_iterable(documents))
+    rows = [decode(document) for document in found[:: 1 + len(found) // _MAX_ROWS]]
     kept: list[FeatureColumn] = []
     left_out: list[tuple[str, str]] = []
     for column in columns:

@@ -159,6 +159,12 @@ class _Display:
             f" {begin:%Y-%m-%d} to {end:%Y-%m-%d}",
             highlight=False,
         )
+        for source, pipeline in (("users", dataset.user_pipeline), ("items", dataset.item_pipeline)):
+            used = ", ".join(column.name for column in pipeline.columns)
+            others = "; ".join(f"{name} {reason}" for name, reason in pipeline.left_out)
+            if used or others:
+                line = f"features of {source}: {used or 'none'}" + (f"; left out: {others}" if others else "")
+                self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
 
     def _epoch(self, epoch: Epoch) -> None:
         ranking = "" if epoch.validation_ndcg is None else f"  validation NDCG@20 {epoch.validation_ndcg:.4f}"
