@@ -211,7 +211,7 @@ def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
     return {name: assembler.finish() for name, assembler in assemblers.items()}
 
 
-def _check_shapes(weights: dict[str, Any], *, types: int, features: int) -> None:
+def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
     sizes = {"T": types, "A": AGE_BUCKETS, "F": features, "1": 1}
     for name, letters in SHAPES.items():
