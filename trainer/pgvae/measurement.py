@@ -14,8 +14,7 @@ from pgvae.ranking import Holdout, Scorer, best_items, hits_of, list_metrics, ra
 BINS = 16
 # A share of nothing would be infinitely wrong about an item that was bought.
 LEAST_SHARE = 1e-9
-# From this many items on, sorting a user's scores once is faster than comparing each item with all.
-_SORT_FROM = 12
+_EDGES = (0.5 * 0.25 ** np.arange(BINS - 2, -1, -1)).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +49,15 @@ def measure(holdout: Holdout, scorer: Scorer, ks: Sequence[int], *, are_probabil
         truth = holdout.truth(part)
         best[part] = best_items(scores, max(ks))
         hits[part] = hits_of(best[part], *truth)
-        auc[part] = area_under_curve(scores, *truth)
+        ordered = np.sort(scores, axis=1)
+        auc[part] = area_under_curve(ordered, truth[0], scores[truth])
         if are_probabilities:
-            shares = shares_of(scores)
-            log_loss[part], brier[part] = probability_losses(shares, *truth)
-            reliability += binned(shares, *truth)
+            scale = scale_of(scores)
+            given = np.maximum(scores[truth], 0.0) * scale[truth[0]]
+            ordered = np.maximum(ordered, 0.0, out=ordered)
+            ordered *= scale[:, None]
+            log_loss[part], brier[part] = probability_losses(ordered, truth[0], given)
+            reliability += binned(ordered, truth[0], given)
     values = {("auc", 0): auc} | ({("log_loss", 0): log_loss, ("brier", 0): brier} if are_probabilities else {})
     for k in ks:
         values |= {(name, k): value for name, value in list_metrics(hits, truth_count, k).items()}
@@ -69,62 +72,63 @@ def measure(holdout: Holdout, scorer: Scorer, ks: Sequence[int], *, are_probabil
 
 
 def area_under_curve(
-    scores: NDArray[np.float32], users: NDArray[np.int64], items: NDArray[np.int64]
+    ordered: NDArray[np.float32], users: NDArray[np.int64], own: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Gives the share of the (truth item, other ranked item) pairs that are in the right order, per user; ties half.
 
-    A user with no other ranked item gets 0.5.
+    `ordered` [U, I] are the scores of each user in ascending order, `own` those of the truth items of `users`. A user
+    with no other ranked item gets 0.5.
     """
-    ends = np.searchsorted(users, np.arange(len(scores) + 1))
-    masked = np.count_nonzero(np.isneginf(scores), axis=1)
-    area = np.full(len(scores), 0.5)
-    for user, row in enumerate(scores):
-        own = row[items[ends[user] : ends[user + 1]]]
-        others = len(row) - masked[user] - len(own)
-        if others and len(own):
+    ends = np.searchsorted(users, np.arange(len(ordered) + 1))
+    area = np.full(len(ordered), 0.5)
+    for user, row in enumerate(ordered):
+        of_user = own[ends[user] : ends[user + 1]]
+        masked, count = np.searchsorted(row, -np.inf, "right"), len(of_user)
+        others = len(row) - masked - count
+        if others:
+            below = (np.searchsorted(row, of_user, "left") + np.searchsorted(row, of_user, "right")).sum() / 2
             # Among the truth items themselves there are half as many right orders as pairs, each with itself included.
-            right = _below(row, own) - len(own) * float(masked[user]) - len(own) ** 2 / 2
-            area[user] = right / (len(own) * others)
+            area[user] = (below - count * masked - count**2 / 2) / (count * others)
     return area
 
 
-def _below(row: NDArray[np.float32], own: NDArray[np.float32]) -> float:
-    """Gives the number of (entry of row, entry of own) pairs of which the first is the smaller one; ties half."""
-    if len(own) < _SORT_FROM:
-        return sum(np.count_nonzero(row < score) + np.count_nonzero(row <= score) for score in own) / 2
-    row = np.sort(row)
-    return float(np.searchsorted(row, own, "left").sum() + np.searchsorted(row, own, "right").sum()) / 2
-
-
-def shares_of(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turns the scores of ranked items into shares of their sum, in place; an item that is not ranked gets 0."""
-    np.maximum(scores, 0.0, out=scores)
-    scores /= np.maximum(scores.sum(axis=1, keepdims=True), np.float32(1e-30))
-    return scores
+def scale_of(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gives what turns the scores of each user's ranked items into shares of their sum, [U]."""
+    totals = np.maximum(scores, 0.0).sum(axis=1)
+    scale: NDArray[np.float32] = 1.0 / np.maximum(totals, np.float32(1e-30))
+    return scale
 
 
 def probability_losses(
-    shares: NDArray[np.float32], users: NDArray[np.int64], items: NDArray[np.int64]
+    shares: NDArray[np.float32], users: NDArray[np.int64], given: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Gives the log-loss, in nats, and the Brier score of each user's mean truth item.
 
+    `shares` [U, I] are what each user's items were given, in any order, `given` what the truth items of `users` were.
     Log-loss is -ln of the item's share, at least 1e-9; Brier is the sum over the catalogue of the squared differences
     of the share and 1 for that item, 0 for the others: 0 to 2 (Brier 1950).
     """
-    given = shares[users, items].astype(np.float64)
+    given = given.astype(np.float64)
     count = np.bincount(users, minlength=len(shares))
     log_loss = np.bincount(users, weights=-np.log(np.maximum(given, LEAST_SHARE)), minlength=len(shares)) / count
     mean = np.bincount(users, weights=given, minlength=len(shares)) / count
     return log_loss, np.einsum("ui,ui->u", shares, shares, dtype=np.float64) - 2.0 * mean + 1.0
 
 
-def binned(shares: NDArray[np.float32], users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Gives the sums of the shares and of what they should have been, by the bin of the share, [BINS, 2]."""
-    # The upper eight bits of a positive float32 are half its exponent: bin 0 begins at 1/2, each bin is a quarter.
-    bins = np.clip(63 - (shares.view(np.int32) >> 24), 0, BINS - 1)
-    given = np.bincount(bins.ravel(), weights=shares.ravel(), minlength=BINS)
-    happened = np.bincount(bins[users, items], weights=1.0 / np.bincount(users)[users], minlength=BINS)
-    return np.column_stack((given, happened))
+def binned(ordered: NDArray[np.float32], users: NDArray[np.int64], given: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Gives the sums of the shares and of what they should have been, by the bin of the share, [BINS, 2].
+
+    `ordered` [U, I] are the shares of each user in ascending order, `given` those of the truth items of `users`.
+    """
+    sums = np.zeros(BINS)
+    for row in ordered:
+        ends = np.searchsorted(row, _EDGES, "left")
+        running = np.concatenate(([0.0], np.cumsum(row, dtype=np.float64)))
+        sums += np.diff(running[ends], prepend=0.0, append=running[-1])
+    happened = np.bincount(
+        np.searchsorted(_EDGES, given, "right"), weights=1.0 / np.bincount(users)[users], minlength=BINS
+    )
+    return np.column_stack((sums, happened))[::-1]
 
 
 def calibration_error(reliability: NDArray[np.float64]) -> float:
