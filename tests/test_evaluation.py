@@ -31,6 +31,7 @@ from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import History
 from shop import BEGIN, QUICK, Shop, train
+from test_docs import DOCS, blocks
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 Event = tuple[int, int, int, float]
@@ -755,6 +756,17 @@ def test_a_shop_with_too_few_users_is_told_so(trained_database: str, run_cli: Ru
     assert "20 are needed" in done.stderr
     assert "hint: give --split random" in done.stderr
     assert stored(trained_database, "strong") == []
+
+
+def test_the_queries_of_the_page_find_what_was_measured(lively: str, run_cli: RunCli) -> None:
+    done = run_cli("evaluate", "shop", dsn=lively)
+    assert done.returncode == 0, done.stderr
+    queries = [block.text for block in blocks(DOCS / "evaluation.md") if block.language == "sql"]
+    with psycopg.connect(lively) as connection:
+        slices, leads = (connection.execute(query.encode()).fetchall() for query in queries)
+    assert {row[0].split(":")[0] for row in slices} == {"activity"}
+    assert all(None not in row for row in slices)
+    assert {row[1] for row in leads if row[0] == "temporal"} == set(METHODS) - {"pgvae"}
 
 
 def test_the_configuration_is_that_of_the_version(lively: str) -> None:
