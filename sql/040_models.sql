@@ -38,6 +38,7 @@ as $$
 select jsonb_build_object(
     'recommendations', 20,
     'max_history', 500,
+    'max_cold_items', 100000,
     'earliest', '1995-01-01',
     'min_events', 1000,
     'min_users', 50,

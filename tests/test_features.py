@@ -22,7 +22,7 @@ from pgvae.errors import PgvaeError
 from pgvae.features import Column, fit_pipeline
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline, feature_bag
 from pgvae_runtime.history import read_histories
-from shop import Shop, refusal, train, train_and_activate
+from shop import SMALL, Shop, refusal, train, train_and_activate
 
 SHOP = Shop()
 EVENT_TYPES = ["view", "add_to_cart", "purchase"]
@@ -429,9 +429,11 @@ def test_a_training_says_which_columns_it_reads(
 ) -> None:
     done = run_cli("train", "shop", "--epochs=1", dsn=model.info.dsn)
     assert done.returncode == 0, done.stderr
-    left_out = "user_id is the key; first_name looks personal by its name; joined has one value only"
+    left_out = "user_id is the key, first_name looks personal by its name, joined has one value only"
     assert f"features of users: country, tags; left out: {left_out}\n" in done.stderr
-    assert "features of items: category, price; left out: item_id is the key\n" in done.stderr
+    known_alone = "known by them alone: 3 items"
+    assert f"features of items: category, price; {known_alone}; left out: item_id is the key\n" in done.stderr
+    assert " of 30 users on 12 items," in done.stderr
 
 
 def test_a_dataset_hands_on_its_features(model: psycopg.Connection) -> None:
@@ -459,6 +461,13 @@ def test_items_without_events_are_in_the_catalogue_where_something_is_known_of_t
     assert [key for (key,) in keys] == dataset.item_keys
     assert scored.execute("select item_count from vae.versions").fetchone() == (15,)
     assert scored.execute("select shop.score(%s, 10) > 0", [SHOP.users[0]]).fetchone() == (True,)
+
+
+def test_of_many_cold_items_those_are_kept_of_which_most_is_known(with_tables: psycopg.Connection) -> None:
+    SHOP.create_model(with_tables, users="users", items="items", options=SMALL | {"max_cold_items": 1})
+    dataset = read(with_tables)
+    assert dataset.item_keys[12:] == ["10"]
+    assert dataset.item_features.counts()[12] == 2
 
 
 def test_items_new_since_training_are_ignored(scored: psycopg.Connection) -> None:

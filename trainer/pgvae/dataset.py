@@ -221,7 +221,7 @@ def _item_features(
     connection: psycopg.Connection, model: str, columns: list[Column], item_count: int
 ) -> tuple[FeaturePipeline, FeatureBag, list[str]]:
     """Gives the pipeline of the items' columns, what it makes of the items with events and then of the cold ones, and
-    the keys of the cold ones: those without an event of which the pipeline knows something.
+    the keys of the cold ones: those without an event of which the pipeline knows something, or the most.
     """
     if not any(column.source == "items" and column.is_used for column in columns):
         return fit_pipeline(columns, [], source="items"), FeatureBag.empty(item_count), []
@@ -242,7 +242,11 @@ def _item_features(
     ).format(relation)
     cold = list(read_documents(connection, query)) if pipeline.size else []
     bag = feature_bag(pipeline, [own for _, own in cold])
-    known = np.flatnonzero(bag.counts())
+    row = connection.execute(
+        "select (options ->> 'max_cold_items')::integer from vae.models where name = %s", [model]
+    ).fetchone()
+    assert row is not None  # read_columns raises for an unknown model.
+    known = np.sort(np.argsort(-bag.counts(), kind="stable")[: min(row[0], np.count_nonzero(bag.counts()))])
     return pipeline, trained.followed_by(bag.take(known)), [cold[number][0] for number in known]
 
 

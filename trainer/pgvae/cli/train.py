@@ -155,15 +155,18 @@ class _Display:
     def _data(self, dataset: Dataset) -> None:
         begin, end = dataset.window()
         self._progress.console.print(
-            f"{len(dataset.user)} events of {dataset.user_count} users on {len(dataset.item_keys)} items,"
+            f"{len(dataset.user)} events of {dataset.user_count} users on {dataset.trained_items.sum()} items,"
             f" {begin:%Y-%m-%d} to {end:%Y-%m-%d}",
             highlight=False,
         )
         for source, pipeline in (("users", dataset.user_pipeline), ("items", dataset.item_pipeline)):
             used = ", ".join(column.name for column in pipeline.columns)
-            others = "; ".join(f"{name} {reason}" for name, reason in pipeline.left_out)
+            others = ", ".join(f"{name} {reason}" for name, reason in pipeline.left_out)
+            cold = len(dataset.item_keys) - dataset.trained_items.sum() if source == "items" else 0
             if used or others:
-                line = f"features of {source}: {used or 'none'}" + (f"; left out: {others}" if others else "")
+                line = f"features of {source}: {used or 'none'}"
+                line += f"; known by them alone: {cold} items" if cold else ""
+                line += f"; left out: {others}" if others else ""
                 self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
 
     def _epoch(self, epoch: Epoch) -> None:
