@@ -24,20 +24,25 @@ _LEAD = "ndcg_lead"
 
 
 def lists_table(metrics: Sequence[Metric], title: str) -> Table:
-    """Gives metrics of all users as a table, a row per method, with intervals; * marks the best of a column."""
+    """Gives metrics of all users as a table, a row per method, with intervals; * marks the best of a column.
+
+    Many columns have their intervals below the values, or a terminal would be too narrow.
+    """
     shown = [metric for metric in metrics if metric.slice == "all" and metric.metric != _LEAD]
     columns = list(dict.fromkeys((metric.metric, metric.k) for metric in shown))
     cells = {(metric.method, metric.metric, metric.k): metric for metric in shown}
     methods = list(dict.fromkeys(metric.method for metric in shown))
-    table = Table(box=SIMPLE_HEAD, title=title)
-    table.add_column("method")
+    stacked = len(columns) > 3
+    table = Table(box=SIMPLE_HEAD, title=f"{title}, with 95 % intervals" if stacked else title)
+    table.add_column("method", overflow="fold")
     for name, k in columns:
-        table.add_column(f"{name}@{k} (95 %)" if k else f"{name} (95 %)", justify="right")
+        header = f"{name}@{k}" if k else name
+        table.add_column(header if stacked else f"{header} (95 %)", justify="right", overflow="fold")
     for method in methods:
         row = []
         for name, k in columns:
             metric = cells.get((method, name, k))
-            row.append(_cell(metric, [m for m in shown if (m.metric, m.k) == (name, k)]) if metric else "")
+            row.append(_cell(metric, [m for m in shown if (m.metric, m.k) == (name, k)], stacked) if metric else "")
         table.add_row(method, *row)
     return table
 
@@ -72,8 +77,13 @@ def verdicts(metrics: Sequence[Metric]) -> Iterator[str]:
             yield f"pgvae {verdict} {lead.method}: {ratio:.2f} times its NDCG"
 
 
-def _cell(metric: Metric, column: Sequence[Metric]) -> str:
-    interval = "" if metric.lower is None else f" ({metric.lower:.4f}–{metric.upper:.4f})"
+def _cell(metric: Metric, column: Sequence[Metric], stacked: bool) -> str:
     pick = min if metric.metric in _LOWER_IS_BETTER else max
     best = metric.metric not in _DESCRIPTIVE and metric.value == pick(other.value for other in column)
-    return f"{metric.value:.4f}{interval}{'*' if best else ' '}"
+    mark = "*" if best else " "
+    if metric.lower is None or metric.upper is None:
+        return f"{metric.value:.4f}{mark}"
+    if stacked:
+        lower, upper = (f"{bound:.4f}".removeprefix("0") for bound in (metric.lower, metric.upper))
+        return f"{metric.value:.4f}{mark}\n{lower}–{upper} "
+    return f"{metric.value:.4f} ({metric.lower:.4f}–{metric.upper:.4f}){mark}"
