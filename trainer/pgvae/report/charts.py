@@ -159,7 +159,7 @@ def reliability(given: Sequence[float], happened: Sequence[float]) -> Markup:
         x = -bins
         axes.bar(x - 0.2, heights[0, bins], width=0.38, color=_SERIES[0], label="predicted")
         axes.bar(x + 0.2, heights[1, bins], width=0.38, color=_SERIES[1], label="happened")
-        axes.set_xticks(x, [_around(number) for number in bins])
+        axes.set_xticks(x, [_around(int(number)) for number in bins])
         axes.set_xlabel("predicted share of an item, around")
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         axes.grid(axis="x", visible=False)
