@@ -17,7 +17,9 @@ from pgvae_runtime.tokens import History
 RANK = 256
 # Of the graph filter's item-item graph: the whole of it with 7000 items, 500 for each of 100 000.
 EDGES = 50_000_000
+# Of the sparse EASE: the work grows with the items and with the square of the neighbours.
 _EASE_NEIGHBOURS = 200
+_EASE_EDGES = 8_000_000
 # Of the cosine: two users in common shall not make two rare items twins.
 _SHRINKAGE = 3.0
 # Above this many items a dense item × item matrix and its inverse take too much memory and time.
@@ -52,7 +54,7 @@ def item_knn(dataset: Dataset, *, neighbours: float = 50) -> Scorer:
 def ease(dataset: Dataset, *, l2: float = 100.0) -> Scorer:
     """Gives the linear item-item model with a zero diagonal that reconstructs the histories best (Steck 2019).
 
-    Exact up to 6000 items. Beyond, each item is regressed on its 200 most similar ones only, as in the sparse
+    Exact up to 6000 items. Beyond, each item is regressed on its 200 most similar ones at most, as in the sparse
     approximation of Steck (2019, "Markov Random Fields for Collaborative Filtering").
     """
     return _ease(dataset, [l2])[0]
@@ -159,7 +161,7 @@ def _ease(dataset: Dataset, l2s: Sequence[float]) -> list[Scorer]:
 
 
 def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
-    near = _similar_items(plain, _EASE_NEIGHBOURS)
+    near = _similar_items(plain, min(_EASE_NEIGHBOURS, max(1, _EASE_EDGES // plain.shape[1])))
     by_item = sparse.csc_array(plain)
     weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
     for item, (begin, end) in enumerate(pairwise(near.indptr)):
