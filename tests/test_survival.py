@@ -32,7 +32,7 @@ Connection = psycopg.Connection[Any]
 
 USER = Shop().users[0]
 # Some 25 MB of weights that do not compress.
-LARGE = TrainingConfig(epochs=1, embedding=8, hidden=1200, latent=1200)
+LARGE = TrainingConfig(epochs=1, hidden=1200, latent=1200)
 
 
 def rows(connection: Connection, query: str, *parameters: Any) -> list[Any]:

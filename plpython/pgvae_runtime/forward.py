@@ -1,7 +1,8 @@
 """The scorer: the same mathematics as the trainer's network, on any array module.
 
 Every function takes the array module `xp` (numpy or cupy) first and computes in float32. Shapes: U users,
-N tokens, I items, D embedding width, H hidden width, Z latent width. Formulas: docs/model.md.
+N tokens, I items, Z latent width, H hidden width, F user features, W neighbours of an item in the shortcut. Formulas:
+docs/model.md.
 """
 
 from __future__ import annotations
@@ -11,20 +12,26 @@ from typing import Any
 
 import numpy as np
 
+from .features import FeatureBag
 from .tokens import Tokens
 
 # An array of `xp`: NumPy's type cannot name CuPy's.
 Array = Any
 Weights = Mapping[str, Array]
 
-FORMAT = 1
+FORMAT = 2
 SHAPES: Mapping[str, str] = {
-    "item_embedding": "ID",
-    "event_type_embedding": "TD",
-    "age_embedding": "AD",
-    "encoder_gate_weight": "D",
+    "item_embedding": "IZ",
+    "event_type_embedding": "TZ",
+    "age_embedding": "AZ",
+    "order_embedding": "OZ",
+    "user_feature_embedding": "FZ",
+    "encoder_gate_weight": "Z",
     "encoder_gate_bias": "1",
-    "encoder_weight": "HD",
+    "event_type_gate": "T",
+    "age_gate": "A",
+    "order_gate": "O",
+    "encoder_weight": "HZ",
     "encoder_bias": "H",
     "mean_weight": "ZH",
     "mean_bias": "Z",
@@ -34,10 +41,17 @@ SHAPES: Mapping[str, str] = {
     "decoder_gate_bias": "Z",
     "decoder_weight": "HZ",
     "decoder_bias": "H",
-    "output_weight": "IH",
+    "decoder_output_weight": "ZH",
+    "output_weight": "IZ",
     "output_bias": "I",
     "item_popularity": "I",
+    "shortcut_item": "IW",
+    "shortcut_weight": "IW",
 }
+# All others are float32.
+INTEGERS = frozenset({"shortcut_item"})
+
+_TINY = np.float32(1e-12)
 
 
 def sigmoid(xp: Any, x: Array) -> Array:
@@ -46,59 +60,118 @@ def sigmoid(xp: Any, x: Array) -> Array:
 
 
 def embed(xp: Any, weights: Weights, tokens: Tokens) -> Array:
-    """Gives the token embeddings h_i = item + event type + age, shape [N, D]."""
+    """Gives the token embeddings h_i = item + event type + age + order, shape [N, Z]."""
     return (
         weights["item_embedding"][xp.asarray(tokens.item)]
         + weights["event_type_embedding"][xp.asarray(tokens.event_type)]
         + weights["age_embedding"][xp.asarray(tokens.age)]
+        + weights["order_embedding"][xp.asarray(tokens.order)]
     )
 
 
-def encoder_gates(xp: Any, weights: Weights, embedded: Array) -> Array:
-    """Gives the attention gate a_i = sigmoid(W_a h_i + b_a) of each token, shape [N]."""
-    return sigmoid(xp, embedded @ weights["encoder_gate_weight"] + weights["encoder_gate_bias"])
+def encoder_gates(xp: Any, weights: Weights, tokens: Tokens, embedded: Array) -> Array:
+    """Gives the attention gate a_i = sigmoid(W_a h_i + b_a + type + age + order) of each token, shape [N]."""
+    return sigmoid(
+        xp,
+        embedded @ weights["encoder_gate_weight"]
+        + weights["encoder_gate_bias"]
+        + weights["event_type_gate"][xp.asarray(tokens.event_type)]
+        + weights["age_gate"][xp.asarray(tokens.age)]
+        + weights["order_gate"][xp.asarray(tokens.order)],
+    )
 
 
-def sum_by_user(xp: Any, tokens: Tokens, values: Array) -> Array:
-    """Gives the sum over each user's tokens, shape [U, ...], of values of shape [N, ...]; 0 for a user without tokens.
+def sum_rows(xp: Any, start: Any, values: Array) -> Array:
+    """Gives the sum of the rows start[u] to start[u + 1] of `values` [N, ...], shape [U, ...]; 0 where there is none.
 
     CuPy's add.reduceat is no way to do this: it takes differences of one running sum over all tokens, which in float32
     was off by 5e-3 for a batch of 4096 users.
     """
-    sums = xp.zeros((tokens.user_count, *values.shape[1:]), dtype=xp.float32)
-    filled = tokens.start[1:] > tokens.start[:-1]
+    users = len(start) - 1
+    sums = xp.zeros((users, *values.shape[1:]), dtype=xp.float32)
+    filled = start[1:] > start[:-1]
     if xp is np:
         # Twice as fast as add.at; it would give a user without tokens its neighbour's first token.
         if filled.any():
-            sums[filled] = np.add.reduceat(values, tokens.start[:-1][filled], axis=0)
+            sums[filled] = np.add.reduceat(values, start[:-1][filled], axis=0)
     else:
-        xp.add.at(sums, xp.asarray(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))), values)
+        xp.add.at(sums, xp.asarray(np.repeat(np.arange(users), np.diff(start))), values)
     return sums
+
+
+def mean_of_features(xp: Any, embedding: Array, features: FeatureBag) -> Array:
+    """Gives the mean embedding of each one's feature tokens, shape [U, Z]; 0 for who has none."""
+    sums = sum_rows(xp, features.start, embedding[xp.asarray(features.token)])
+    return sums / xp.asarray(np.maximum(features.counts(), 1).astype(np.float32))[:, None]
+
+
+def pool(xp: Any, weights: Weights, tokens: Tokens) -> tuple[Array, Array]:
+    """Gives the pooled history of each user, [U, Z], and each token's share in it, a_i / sqrt(sum a_i^2), [N].
+
+    The factor sqrt(Z) gives a sum of random directions the length of a draw from the prior N(0, I).
+    """
+    embedded = embed(xp, weights, tokens)
+    gates = encoder_gates(xp, weights, tokens, embedded)
+    norms = xp.maximum(xp.sqrt(sum_rows(xp, tokens.start, gates * gates)), _TINY)
+    shares = gates / norms[xp.asarray(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)))]
+    pooled = sum_rows(xp, tokens.start, shares[:, None] * embedded)
+    if tokens.features is not None:
+        pooled += mean_of_features(xp, weights["user_feature_embedding"], tokens.features)
+    pooled *= xp.float32(np.sqrt(pooled.shape[1]))
+    return pooled, shares
+
+
+def mean_of_latent(xp: Any, weights: Weights, pooled: Array) -> Array:
+    """Gives the mean of q(z | x), shape [U, Z]: the pooled history and what the hidden layer adds to it."""
+    hidden = xp.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
+    return pooled + hidden @ weights["mean_weight"].T + weights["mean_bias"]
 
 
 def encode(xp: Any, weights: Weights, tokens: Tokens) -> Array:
     """Gives the mean of q(z | x) of each user, shape [U, Z]; a user without tokens gets that of an empty history."""
-    embedded = embed(xp, weights, tokens)
-    gates = encoder_gates(xp, weights, embedded)
-    sums = sum_by_user(xp, tokens, gates[:, None] * embedded)
-    norms = xp.sqrt(sum_by_user(xp, tokens, gates * gates))
-    pooled = sums / xp.maximum(norms, xp.float32(1e-12))[:, None]
-    hidden = xp.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
-    return hidden @ weights["mean_weight"].T + weights["mean_bias"]
+    return mean_of_latent(xp, weights, pool(xp, weights, tokens)[0])
 
 
-def decode_hidden(xp: Any, weights: Weights, z: Array) -> Array:
-    """Gives the decoder's hidden layer, shape [U, H], from the gated latent b * z, b = sigmoid(W_b z + b_b)."""
-    gate = sigmoid(xp, z @ weights["decoder_gate_weight"].T + weights["decoder_gate_bias"])
-    return xp.tanh((gate * z) @ weights["decoder_weight"].T + weights["decoder_bias"])
+def decode_direction(xp: Any, weights: Weights, z: Array) -> Array:
+    """Gives the decoder's direction r / |r|, shape [U, Z]: r = b * z + what the hidden layer adds to it, and
+    b = sigmoid(W_b z + b_b) is the gate of each latent dimension.
+    """
+    gated = sigmoid(xp, z @ weights["decoder_gate_weight"].T + weights["decoder_gate_bias"]) * z
+    hidden = xp.tanh(gated @ weights["decoder_weight"].T + weights["decoder_bias"])
+    r = gated + hidden @ weights["decoder_output_weight"].T
+    return r / xp.maximum(xp.sqrt((r * r).sum(axis=1, keepdims=True)), _TINY)
 
 
 def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Array:
-    """Gives the logits of the multinomial over the catalogue, shape [U, I], into `out` if it is given."""
-    hidden = decode_hidden(xp, weights, z)
-    logits = xp.matmul(hidden, weights["output_weight"].T, out=out)
+    """Gives the decoder's logits of the multinomial over the catalogue, shape [U, I], into `out` if it is given.
+
+    The rows of output_weight are the items' directions over the temperature: a logit is cos(r, o_j) / tau + b_j.
+    """
+    logits = xp.matmul(decode_direction(xp, weights, z), weights["output_weight"].T, out=out)
     logits += weights["output_bias"]
     return logits
+
+
+# Entries of a block in which the shortcut adds up: 8 MB of float64.
+_SHORTCUT_BLOCK = 1_000_000
+
+
+def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logits: Array) -> None:
+    """Adds what each token's neighbours get from it to the logits, [U, I], in place: sum of share_i · S[item_i, j]."""
+    near, weight = weights["shortcut_item"], weights["shortcut_weight"]
+    if not near.shape[1]:
+        return
+    items = logits.shape[1]
+    users = max(1, _SHORTCUT_BLOCK // items)
+    for begin in range(0, tokens.user_count, users):
+        count = min(users, tokens.user_count - begin)
+        first, last = int(tokens.start[begin]), int(tokens.start[begin + count])
+        item = xp.asarray(tokens.item[first:last])
+        row = np.repeat(np.arange(count), np.diff(tokens.start[begin : begin + count + 1]))
+        place = xp.asarray(row * items)[:, None] + near[item]
+        value = shares[first:last, None] * weight[item]
+        sums = xp.bincount(place.ravel(), weights=value.ravel(), minlength=count * items)
+        logits[begin : begin + count] += sums.reshape(count, items).astype(xp.float32)
 
 
 def softmax(xp: Any, logits: Array) -> Array:

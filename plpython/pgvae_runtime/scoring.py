@@ -16,13 +16,18 @@ def score_users(
     """Gives the scores of every item for U users, shape [U, I], and which users are cold starts, shape [U].
 
     A score is the item's share of the probability that the multinomial likelihood spreads over the catalogue:
-    the shares of one user add up to 1. A user without events gets each item's share of the catalogue's popularity.
+    the shares of one user add up to 1. A user without events is a cold start: scored by features where there are some,
+    else by each item's share of the catalogue's popularity.
     """
     tokens = history.tokens(max_history)
-    scores = forward.softmax(xp, forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out))
-    cold = xp.asarray(history.counts == 0)
-    scores[cold] = weights["item_popularity"]
-    return scores, cold
+    pooled, shares = forward.pool(xp, weights, tokens)
+    logits = forward.decode(xp, weights, forward.mean_of_latent(xp, weights, pooled), out=out)
+    forward.add_shortcut(xp, weights, tokens, shares, logits)
+    scores = forward.softmax(xp, logits)
+    cold = history.counts == 0
+    unknown = cold if history.features is None else cold & (history.features.counts() == 0)
+    scores[xp.asarray(unknown)] = weights["item_popularity"]
+    return scores, xp.asarray(cold)
 
 
 def mask_seen(xp: Any, scores: Array, history: History, targets: Sequence[int]) -> None:

@@ -17,9 +17,9 @@ from .errors import (
     ScoringError,
 )
 from .features import NO_FEATURES, FeaturePipeline
-from .forward import FORMAT, SHAPES
+from .forward import FORMAT, INTEGERS, SHAPES
 from .tensors import Assembler
-from .tokens import AGE_BUCKETS
+from .tokens import AGE_BUCKETS, ORDER_BUCKETS
 
 # A session that scores with many models keeps the weights of the last few, not of all.
 _KEPT_VERSIONS = 4
@@ -213,13 +213,13 @@ def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
 
 def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
-    sizes = {"T": types, "A": AGE_BUCKETS, "F": features, "1": 1}
+    sizes = {"T": types, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": features, "1": 1}
     for name, letters in SHAPES.items():
         shape = weights[name].shape if name in weights else None
         fits = (
             shape is not None
             and len(shape) == len(letters)
-            and weights[name].dtype == "<f4"
+            and weights[name].dtype == ("<i4" if name in INTEGERS else "<f4")
             and all(sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=True))
         )
         if not fits:
@@ -228,3 +228,10 @@ def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> 
                 sqlstate=CORRUPT_WEIGHTS,
                 hint="activate another version with vae.activate or vae.rollback, then train again",
             )
+    linked = weights["shortcut_item"]
+    if linked.size and not 0 <= linked.min() <= linked.max() < len(linked):
+        raise ScoringError(
+            f"tensor 'shortcut_item' names the items {linked.min()} to {linked.max()} of {len(linked)}",
+            sqlstate=CORRUPT_WEIGHTS,
+            hint="activate another version with vae.activate or vae.rollback, then train again",
+        )

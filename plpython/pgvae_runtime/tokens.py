@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .features import FeatureBag
 
 AGE_BUCKETS = 12
+ORDER_BUCKETS = 10
 _SECONDS_PER_DAY = 86_400.0
 
 
@@ -18,14 +19,16 @@ _SECONDS_PER_DAY = 86_400.0
 class Tokens:
     """Histories of U users as N tokens, users one after the other, each user's oldest event first.
 
-    `start` has shape [U + 1]: user u owns the tokens start[u] to start[u + 1]. `item`, `event_type` and `age`
-    have shape [N] and are rows of the embeddings of that name. `features` are the users' own; None: they have none.
+    `start` has shape [U + 1]: user u owns the tokens start[u] to start[u + 1]. `item`, `event_type`, `age` and
+    `order` have shape [N] and are rows of the embeddings of that name. `features` are the users'
+    own; None: they have none.
     """
 
     start: NDArray[np.int64]
     item: NDArray[np.int64]
     event_type: NDArray[np.int64]
     age: NDArray[np.int64]
+    order: NDArray[np.int64]
     features: FeatureBag | None = None
 
     @property
@@ -38,6 +41,12 @@ def age_bucket(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Gives floor(log2(1 + age in days)), at most AGE_BUCKETS - 1, for ages in seconds, shape [N]."""
     bucket = np.log2(1.0 + np.maximum(seconds, 0.0) / _SECONDS_PER_DAY).astype(np.int64)
     return np.minimum(bucket, AGE_BUCKETS - 1)
+
+
+def order_bucket(moments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Gives the bucket of how many of the user's moments came after an event's: 0 to 4, then by powers of 2, [N]."""
+    bucket = np.where(moments < 5, moments, 3 + np.log2(np.maximum(moments, 1)).astype(np.int64))
+    return np.minimum(bucket, ORDER_BUCKETS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +93,14 @@ class History:
             start = _starts(counts)
         at = self.occurred_at[order]
         last = np.repeat(start[1:] - 1, counts)
+        # Counts the distinct times: the lines of one order are equally recent.
+        moment = np.cumsum(np.concatenate(([False], at[1:] != at[:-1]))) if len(at) else np.zeros(0, dtype=np.int64)
         return Tokens(
             start=start,
             item=self.item[order],
             event_type=self.event_type[order],
             age=age_bucket(at[last] - at),
+            order=order_bucket(moment[last] - moment),
             features=self.features,
         )
 

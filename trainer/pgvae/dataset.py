@@ -98,9 +98,7 @@ class Dataset:
 
     def history(self, users: NDArray[np.int64]) -> History:
         """Gives the events of the users with these numbers, in this order."""
-        starts = np.searchsorted(self.user, users, side="left")
-        counts = np.searchsorted(self.user, users, side="right") - starts
-        rows = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(counts.sum())
+        rows, counts = self.rows_of(users)
         return History(
             counts=counts,
             item=self.item[rows],
@@ -108,6 +106,13 @@ class Dataset:
             occurred_at=self.occurred_at[rows],
             features=self.user_features.take(users) if self.user_pipeline.size else None,
         )
+
+    def rows_of(self, users: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gives the rows of the events of the users with these numbers, one user after the other, and their counts."""
+        starts = np.searchsorted(self.user, users, side="left")
+        counts = np.searchsorted(self.user, users, side="right") - starts
+        rows = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(counts.sum())
+        return rows, counts
 
     def popularity(self) -> NDArray[np.float32]:
         """Gives each item's share of the (user, item) pairs with a target event, [I], summing to 1."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pgvae import baselines
 from pgvae.bootstrap import interval, resampled_means
+from pgvae.checkpoints import Checkpoints
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
@@ -76,7 +77,12 @@ class Listener:
 
 
 def evaluate(
-    dataset: Dataset, config: TrainingConfig, *, max_history: int, on_epoch: Callable[[Epoch], None]
+    dataset: Dataset,
+    config: TrainingConfig,
+    *,
+    max_history: int,
+    on_epoch: Callable[[Epoch], None],
+    checkpoints: Checkpoints | None = None,
 ) -> Evaluation:
     """Trains on the first 80 % of the events by time, chooses the epoch on the next 10 %, tests on the last 10 %.
 
@@ -87,7 +93,7 @@ def evaluate(
     if found is None:
         return Evaluation(fit=None, metrics=[])
     name, split = found
-    fitted = _fit(split, config, max_history, on_epoch)
+    fitted = _fit(split, config, max_history, on_epoch, checkpoints)
     methods = {
         "pgvae": scorer(fitted.weights, max_history),
         "item_knn": baselines.item_knn(split.train),
@@ -146,9 +152,21 @@ class _Fold:
     measurements: dict[str, Measurement]
 
 
-def _fit(split: Split, config: TrainingConfig, max_history: int, on_epoch: Callable[[Epoch], None]) -> Fit:
+def _fit(
+    split: Split,
+    config: TrainingConfig,
+    max_history: int,
+    on_epoch: Callable[[Epoch], None],
+    checkpoints: Checkpoints | None = None,
+) -> Fit:
     return fit(
-        split.train, config, max_history=max_history, phase="evaluate", validation=split.validation, on_epoch=on_epoch
+        split.train,
+        config,
+        max_history=max_history,
+        phase="evaluate",
+        validation=split.validation,
+        checkpoints=checkpoints,
+        on_epoch=on_epoch,
     )
 
 

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 
 from pgvae import __version__, resources
+from pgvae.checkpoints import Checkpoints, default_folder
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric, evaluate
 from pgvae.publish import publish
-from pgvae.training import Epoch, fit
+from pgvae.training import SHORTCUT_SCALE, Epoch, fit
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -47,6 +49,7 @@ def train(
     config: TrainingConfig | None = None,
     *,
     force: bool = False,
+    checkpoints: Path | None = None,
     listener: Listener | None = None,
 ) -> Training:
     """Trains a model on its cleaned events and publishes the result as a version in the state ready.
@@ -54,15 +57,18 @@ def train(
     The network is first trained without the newest events, or without a share of each user's items, and measured on
     them, then trained again on all events for as many epochs as were best. No connection is open meanwhile, so a long
     training holds back no vacuum. PgvaeError where the quality gate fails and `force` is not given; nothing is then
-    published.
+    published. A training that was interrupted goes on from its checkpoint in the folder `checkpoints`.
     """
     config = config or TrainingConfig()
+    kept = Checkpoints(checkpoints or default_folder())
     listener = listener or Listener()
     durations: dict[str, float] = {}
     with _timed("read", durations, listener), connect(dsn) as connection:
         definition, dataset = read_checked(connection, model, force, listener)
     with _timed("evaluate", durations, listener):
-        evaluation = evaluate(dataset, config, max_history=definition.max_history, on_epoch=listener.on_epoch)
+        evaluation = evaluate(
+            dataset, config, max_history=definition.max_history, checkpoints=kept, on_epoch=listener.on_epoch
+        )
     with _timed("train", durations, listener):
         final = fit(
             dataset,
@@ -70,6 +76,8 @@ def train(
             max_history=definition.max_history,
             phase="publish",
             epochs=evaluation.fit.best_epoch if evaluation.fit else min(config.epochs, _UNVALIDATED_EPOCHS),
+            shortcut_scale=evaluation.fit.shortcut_scale if evaluation.fit else SHORTCUT_SCALE,
+            checkpoints=kept,
             on_epoch=listener.on_epoch,
         )
     with _timed("publish", {}, listener), connect(dsn) as connection:
@@ -83,6 +91,7 @@ def train(
             metrics=evaluation.metrics,
             durations=durations,
         )
+    kept.remove()
     return Training(version=version, metrics=evaluation.metrics, durations=durations)
 
 

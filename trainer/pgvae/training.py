@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
+from pgvae.batches import Batch, Batches
+from pgvae.checkpoints import Checkpoints, State
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
-from pgvae.model import AttentionVae, kl_divergence
-from pgvae.ranking import Holdout, Scorer, per_user_metrics
+from pgvae.model import PER_ITEM, AttentionVae, kl_divergence
+from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
+from pgvae.shortcut import shortcut
+from pgvae.softmax import SampledSoftmax
 from pgvae_runtime.scoring import score_users
-from pgvae_runtime.tokens import History, Tokens
+from pgvae_runtime.tokens import History
 
 VALIDATION_K = 20
+# After each epoch so many users of the validation part are ranked.
+_VALIDATION_USERS = 5000
+# What the shortcut's links are multiplied by; the validation part chooses.
+_SHORTCUT_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_SHARED_RATE = 0.1
+# Where nothing can be validated.
+SHORTCUT_SCALE = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,7 @@ class Fit:
     weights: dict[str, NDArray[np.float32]]
     best_epoch: int
     curve: list[Epoch]
+    shortcut_scale: float
 
 
 def fit(
@@ -51,79 +63,206 @@ def fit(
     max_history: int,
     phase: str,
     epochs: int | None = None,
+    shortcut_scale: float = SHORTCUT_SCALE,
     validation: Holdout | None = None,
+    checkpoints: Checkpoints | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Fit:
-    """Trains on all users of a dataset; with a validation holdout, keeps the epoch that ranks best there.
+    """Trains on all users of a dataset, from the last checkpoint of the same training where there is one.
+
+    With a validation holdout, keeps the epoch that ranks best there, and then the scale of the shortcut that does.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
     """
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True)
-    generator = torch.Generator().manual_seed(config.seed)
-    shuffler = np.random.default_rng(config.seed)
-    users = np.unique(dataset.user)
-    targets = _targets(dataset)
-    network = AttentionVae(item_popularity=dataset.popularity(), event_types=len(dataset.event_types), config=config)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
-    total = epochs or config.epochs
-    steps_per_epoch = -(-len(users) // config.batch_size)
-    anneal_steps = max(1, round(config.anneal_epochs * steps_per_epoch))
-    best = Fit(weights={}, best_epoch=0, curve=[])
-    best_ndcg = -1.0
-    curve: list[Epoch] = []
-    step = 0
-    for number in range(1, total + 1):
+    epochs = epochs or config.epochs
+    judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
+    run = _Run(dataset, config, max_history)
+    checkpoint = checkpoints.of(dataset, config, phase=phase, max_history=max_history) if checkpoints else None
+    if checkpoint and (saved := checkpoint.load()):
+        run.restore(saved)
+        for epoch in run.curve:
+            on_epoch(epoch)
+    while len(run.curve) < epochs and not (judges and len(run.curve) - run.best_epoch >= config.patience):
         begun = time.perf_counter()
-        network.train()
-        sums = np.zeros(3)
-        for batch in np.array_split(shuffler.permutation(users), steps_per_epoch):
-            beta = config.kl_weight * min(1.0, step / anneal_steps)
-            tokens = _drop(dataset.history(batch).tokens(max_history), config.token_dropout, shuffler)
-            logits, mean, log_variance = network(tokens, generator)
-            target = torch.from_numpy(targets[batch].toarray())
-            reconstruction = -(target * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
-            kl = kl_divergence(mean, log_variance).mean()
-            loss = (1.0 - beta) * reconstruction + beta * kl
-            if not torch.isfinite(loss):
-                raise _diverged(f"the loss is {loss.item()} in epoch {number}", config)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            sums += len(batch) * np.array([loss.item(), reconstruction.item(), kl.item()])
-            step += 1
-        weights = network.weights()
+        number = len(run.curve) + 1
+        loss, reconstruction, kl = run.pass_over_users()
+        weights = run.network.weights()
         # A last step that is too wide leaves no loss to tell of it.
-        if not all(np.isfinite(tensor).all() for tensor in weights.values()):
-            raise _diverged(f"weights are not finite after epoch {number}", config)
-        ndcg = None
-        if validation is not None:
-            metrics = per_user_metrics(validation, scorer(weights, max_history), VALIDATION_K)
-            ndcg = float(metrics["ndcg"].mean())
-        losses = (sums / len(users)).tolist()
-        curve.append(
+        if not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
+            raise _diverged(number, loss, run, config)
+        ndcg = _ndcg(judges, weights | no_shortcut(dataset), max_history) if judges else None
+        run.curve.append(
             Epoch(
                 phase=phase,
                 epoch=number,
-                loss=losses[0],
-                reconstruction=losses[1],
-                kl=losses[2],
+                loss=loss,
+                reconstruction=reconstruction,
+                kl=kl,
                 validation_ndcg=ndcg,
                 seconds=time.perf_counter() - begun,
             )
         )
-        on_epoch(curve[-1])
-        if ndcg is None or ndcg > best_ndcg:
-            best = Fit(weights=weights, best_epoch=number, curve=curve)
-            best_ndcg = ndcg or 0.0
-        elif number - best.best_epoch >= config.patience:
-            break
-    return best
+        if ndcg is None or ndcg > run.best_ndcg:
+            run.best_weights, run.best_epoch, run.best_ndcg = weights, number, ndcg or 0.0
+        if checkpoint and checkpoint.is_due:
+            checkpoint.save(run.state())
+        on_epoch(run.curve[-1])
+    weights, scale = _with_shortcut(run.best_weights, shortcut_scale, dataset, config, judges, max_history)
+    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut_scale=scale)
 
 
-def _diverged(what: str, config: TrainingConfig) -> PgvaeError:
-    return PgvaeError(what, hint=f"train again with a lower --learning-rate than {config.learning_rate}")
+class _Run:
+    """All that changes while a network is trained."""
+
+    def __init__(self, dataset: Dataset, config: TrainingConfig, max_history: int) -> None:
+        self.config = config
+        self.device = choose_device(config)
+        self.network = AttentionVae(dataset, config).to(self.device)
+        self.batches = Batches(dataset, config, max_history=max_history)
+        self.optimizer = torch.optim.Adam(_parameter_groups(self.network, config), fused=True)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.use_bfloat16 = chooses_bfloat16(config, self.device)
+        self.curve: list[Epoch] = []
+        self.best_weights: dict[str, NDArray[np.float32]] = {}
+        self.best_epoch = 0
+        self.best_ndcg = -1.0
+
+    def pass_over_users(self) -> tuple[float, float, float]:
+        """Gives the loss, reconstruction and KL divergence of an epoch, means per user in nats."""
+        step = len(self.curve) * self.batches.steps
+        anneal_steps = max(1, round(self.config.anneal_epochs * self.batches.steps))
+        # Added up on the device: reading a loss after every step would wait for it.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in self.batches.epoch():
+            beta = self.config.kl_weight * min(1.0, step / anneal_steps)
+            reconstruction, kl = _losses(self.network, batch, self.generator, use_bfloat16=self.use_bfloat16)
+            loss = (1.0 - beta) * reconstruction + beta * kl
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            sums += batch.tokens.user_count * torch.stack((loss, reconstruction, kl)).detach()
+            step += 1
+        loss, reconstruction, kl = (sums / self.batches.user_count).tolist()
+        return loss, reconstruction, kl
+
+    def state(self) -> State:
+        """Gives what a checkpoint holds."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "batches": self.batches.state(),
+            "curve": [asdict(epoch) for epoch in self.curve],
+            "best_weights": {name: torch.from_numpy(array) for name, array in self.best_weights.items()},
+            "best_epoch": self.best_epoch,
+            "best_ndcg": self.best_ndcg,
+        }
+
+    def restore(self, state: State) -> None:
+        """Goes back to a state: what follows is the same as if nothing had been interrupted."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.batches.restore(state["batches"])
+        self.curve = [Epoch(**epoch) for epoch in state["curve"]]
+        self.best_weights = {name: tensor.numpy() for name, tensor in state["best_weights"].items()}
+        self.best_epoch, self.best_ndcg = state["best_epoch"], state["best_ndcg"]
+
+
+def _diverged(number: int, loss: float, run: _Run, config: TrainingConfig) -> PgvaeError:
+    good = f"; or stop before: --epochs {number - 1}" if number > 1 else ""
+    return PgvaeError(
+        f"the training diverged in epoch {number}: its loss is {loss:.4g}",
+        hint=f"train again with a lower --learning-rate than {config.learning_rate}{good}",
+    )
+
+
+def _parameter_groups(network: AttentionVae, config: TrainingConfig) -> list[dict[str, object]]:
+    """Gives the parameters with their step widths: what is learned per item moves faster than what all users share."""
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in PER_ITEM], "lr": config.learning_rate},
+        {"params": [p for name, p in named if name not in PER_ITEM], "lr": config.learning_rate * _SHARED_RATE},
+    ]
+
+
+def _losses(
+    network: AttentionVae, batch: Batch, generator: torch.Generator, *, use_bfloat16: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gives the reconstruction loss and the KL divergence of a batch, means over its users, in nats."""
+    device = generator.device
+    mean, log_variance = network.encode(batch.tokens, alone=batch.alone_tokens)
+    noise = torch.randn(mean.shape, generator=generator, device=device)
+    direction = network.decode_direction(mean + torch.exp(0.5 * log_variance) * noise)
+    items = network.item_directions(batch.candidates, alone=batch.alone_candidates)
+    candidates, log_multiplicity, rows, columns, weight = (
+        torch.from_numpy(array).to(device)
+        for array in (
+            batch.candidates,
+            batch.log_multiplicity,
+            batch.target_row,
+            batch.target_column,
+            batch.target_weight,
+        )
+    )
+    # A drawn wrong answer stands for the many that were not drawn (Jean et al. 2015, section 3.1).
+    bias = network.output_bias[candidates] + log_multiplicity
+    loss = SampledSoftmax.apply(  # type: ignore[no-untyped-call]
+        direction / network.temperature, items, bias, rows, columns, weight, use_bfloat16
+    )
+    reconstruction = loss / batch.tokens.user_count
+    return reconstruction, kl_divergence(mean, log_variance).mean()
+
+
+def _ndcg(judges: Holdout, weights: dict[str, NDArray[np.float32]], max_history: int) -> float:
+    return float(per_user_metrics(judges, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
+
+
+def no_shortcut(dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """Gives the tensors of a shortcut without any link."""
+    items = len(dataset.item_keys)
+    return {"shortcut_item": np.zeros((items, 0), np.int32), "shortcut_weight": np.zeros((items, 0), np.float32)}
+
+
+def _with_shortcut(
+    weights: dict[str, NDArray[np.float32]],
+    scale: float,
+    dataset: Dataset,
+    config: TrainingConfig,
+    judges: Holdout | None,
+    max_history: int,
+) -> tuple[dict[str, NDArray[Any]], float]:
+    """Gives the weights with the shortcut, and the scale of its links: the one that ranks best for the judges."""
+    none = weights | no_shortcut(dataset)
+    if "shortcut" in config.without or not config.neighbours:
+        return none, 0.0
+    near, link = shortcut(dataset, config.neighbours, config.seed)
+
+    def scaled(scale: float) -> dict[str, NDArray[Any]]:
+        return none | {"shortcut_item": near, "shortcut_weight": link * np.float32(scale)} if scale else none
+
+    if judges:
+        scale = max(_SHORTCUT_SCALES, key=lambda scale: _ndcg(judges, scaled(scale), max_history))
+    return scaled(scale), scale
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """Gives the device to train on: a GPU where there is one, unless the configuration says otherwise."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise PgvaeError("device is cuda, but PyTorch sees no GPU", hint="train with --device cpu, or auto")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def chooses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
+    """Tells whether the product with the catalogue is computed in bfloat16: where the hardware multiplies it faster."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def scorer(weights: dict[str, NDArray[np.float32]], max_history: int) -> Scorer:
@@ -134,22 +273,3 @@ def scorer(weights: dict[str, NDArray[np.float32]], max_history: int) -> Scorer:
         return scores
 
     return score
-
-
-def _targets(dataset: Dataset) -> sparse.csr_array:
-    """Gives what the network must reconstruct, [U, I]: of each pair the heaviest event's weight, at most 1."""
-    shape = (dataset.user_count, len(dataset.item_keys))
-    pair = dataset.user * shape[1] + dataset.item
-    # Sorted by pair and weight, the last of each pair is its heaviest.
-    order = np.lexsort((dataset.weight, pair))
-    last = np.append(pair[order][1:] != pair[order][:-1], True)
-    chosen = order[last]
-    weight = dataset.weight[chosen] / max(float(dataset.weight.max(initial=0.0)), 1e-9)
-    return sparse.csr_array((weight, (dataset.user[chosen], dataset.item[chosen])), shape=shape)
-
-
-def _drop(tokens: Tokens, share: float, generator: np.random.Generator) -> Tokens:
-    """Gives the tokens without a random share of them: what the network must guess (Liang et al. 2018, section 2.3)."""
-    kept = generator.random(len(tokens.item)) >= share
-    start = np.concatenate(([0], np.cumsum(kept)))[tokens.start]
-    return Tokens(start=start, item=tokens.item[kept], event_type=tokens.event_type[kept], age=tokens.age[kept])

@@ -73,6 +73,9 @@ SPACE = (
     Parameter(name="learning_rate", low=1e-4, high=2e-2, log=True),
     Parameter(name="kl_weight", low=0.0, high=0.9),
     Parameter(name="token_dropout", low=0.0, high=0.9),
+    Parameter(name="temperature", low=0.02, high=0.5, log=True),
+    Parameter(name="future_share", low=0.0, high=1.0),
+    Parameter(name="neighbours", low=0, high=300, step=20),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import psycopg
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from pgvae.cli import Dsn, app
 from pgvae.cli.metrics import PARTS, lists_table, verdicts
-from pgvae.config import TrainingConfig
+from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out
 
@@ -42,15 +43,38 @@ def train(
     ] = _DEFAULTS.patience,
     batch_size: Annotated[int, typer.Option(help="Users per step.")] = _DEFAULTS.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Step width of Adam.")] = _DEFAULTS.learning_rate,
-    embedding: Annotated[int, typer.Option(help="Width of the token embeddings.")] = _DEFAULTS.embedding,
     hidden: Annotated[int, typer.Option(help="Width of the hidden layers.")] = _DEFAULTS.hidden,
-    latent: Annotated[int, typer.Option(help="Width of the latent space.")] = _DEFAULTS.latent,
+    latent: Annotated[int, typer.Option(help="Width of embeddings and latent space.")] = _DEFAULTS.latent,
     kl_weight: Annotated[
         float, typer.Option(help="Weight of the KL term, 1 - λ, once annealed.")
     ] = _DEFAULTS.kl_weight,
     token_dropout: Annotated[
         float, typer.Option(help="Share of a history that is hidden from the encoder.")
     ] = _DEFAULTS.token_dropout,
+    future_share: Annotated[
+        float, typer.Option(help="Share of the steps that guess what came after a moment from what came before.")
+    ] = _DEFAULTS.future_share,
+    temperature: Annotated[
+        float, typer.Option(help="What the cosines are divided by; 0: by the size of the catalogue.")
+    ] = _DEFAULTS.temperature,
+    negatives: Annotated[
+        int, typer.Option(help="Wrong answers drawn per step; a catalogue of up to twice as many is used whole.")
+    ] = _DEFAULTS.negatives,
+    neighbours: Annotated[
+        int, typer.Option(help="Items that the shortcut links an item with; 0: no shortcut.")
+    ] = _DEFAULTS.neighbours,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Part of the model to leave out, may be repeated: {', '.join(MODEL_PARTS)}."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _DEFAULTS.device,
+    precision: Annotated[
+        str, typer.Option(help="Of the product with the catalogue: auto, float32 or bfloat16.")
+    ] = _DEFAULTS.precision,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Folder from which an interrupted training goes on; by default in the user's cache."),
+    ] = None,
 ) -> None:
     """Train a model on its events and publish the result as a new version.
 
@@ -67,13 +91,19 @@ def train(
         patience=patience,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        embedding=embedding,
         hidden=hidden,
         latent=latent,
         kl_weight=kl_weight,
         token_dropout=token_dropout,
+        future_share=future_share,
+        temperature=temperature,
+        negatives=negatives,
+        neighbours=neighbours,
+        without=tuple(without or ()),
+        device=device,
+        precision=precision,
     )
-    result = train_with_display(dsn, model, config, force=force)
+    result = train_with_display(dsn, model, config, force=force, checkpoints=checkpoints)
     show(model, result)
     if activate:
         with connect(dsn) as connection:
@@ -84,13 +114,15 @@ def train(
         out.print(f"next: {hint}", highlight=False)
 
 
-def train_with_display(dsn: str | None, model: str, config: TrainingConfig, *, force: bool) -> Training:
+def train_with_display(
+    dsn: str | None, model: str, config: TrainingConfig, *, force: bool, checkpoints: Path | None = None
+) -> Training:
     """Trains and publishes, with its progress shown."""
     # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
     from pgvae.train import train as run
 
     with _Display(config) as display:
-        return run(dsn, model, config, force=force, listener=display.listener())
+        return run(dsn, model, config, force=force, checkpoints=checkpoints, listener=display.listener())
 
 
 def activate_version(connection: psycopg.Connection, model: str, version: int) -> None:

@@ -169,7 +169,7 @@ def _gates(
     version: PublishedVersion, weights: forward.Weights, events: Dataset, users: NDArray[np.int64]
 ) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
     tokens = events.history(users).tokens(version.max_history)
-    gates = forward.encoder_gates(np, weights, forward.embed(np, weights, tokens))
+    gates = forward.encoder_gates(np, weights, tokens, forward.embed(np, weights, tokens))
 
     def means(kind: NDArray[np.int64], labels: list[str]) -> tuple[Gate, ...]:
         counts = np.bincount(kind, minlength=len(labels))
