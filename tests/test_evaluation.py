@@ -774,7 +774,7 @@ def test_the_configuration_is_that_of_the_version(lively: str) -> None:
         row = connection.execute("select config from vae.versions").fetchone()
     assert row is not None
     assert config_of(row[0]) == QUICK
-    assert config_of({"embedding": 9, "event_types": []}).embedding == 9
+    assert config_of({"epochs": 9, "event_types": []}).epochs == 9
 
 
 def test_trainers_replace_the_metrics_of_models_that_they_may_use(lively: str, role: str) -> None:

@@ -74,6 +74,9 @@ def _read_version(connection: psycopg.Connection, model: str, version: int | Non
 
 def config_of(stored: dict[str, Any]) -> TrainingConfig:
     """Gives the configuration that a version was trained with, from vae.versions.config, which holds more than it."""
-    return TrainingConfig(
-        **{field.name: stored[field.name] for field in fields(TrainingConfig) if field.name in stored}
-    )
+    names = {field.name for field in fields(TrainingConfig)}
+    # JSON has lists where the configuration has tuples.
+    own: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in names
+    }
+    return TrainingConfig(**own)

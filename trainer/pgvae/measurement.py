@@ -128,7 +128,7 @@ def binned(ordered: NDArray[np.float32], users: NDArray[np.int64], given: NDArra
     happened = np.bincount(
         np.searchsorted(_EDGES, given, "right"), weights=1.0 / np.bincount(users)[users], minlength=BINS
     )
-    return np.column_stack((sums, happened))[::-1]
+    return np.column_stack((sums, happened)).astype(np.float64)[::-1]
 
 
 def calibration_error(reliability: NDArray[np.float64]) -> float:
