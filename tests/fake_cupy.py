@@ -48,6 +48,15 @@ class ndarray:
     def T(self):
         return _wrap(self._host.T)
 
+    def ravel(self):
+        return _wrap(self._host.ravel())
+
+    def reshape(self, *shape):
+        return _wrap(self._host.reshape(*shape))
+
+    def astype(self, dtype):
+        return _wrap(self._host.astype(dtype))
+
     def max(self, axis=None, keepdims=False):
         return _wrap(self._host.max(axis=axis, keepdims=keepdims))
 
@@ -107,6 +116,13 @@ def argsort(a, axis=-1, kind=None):
     if kind not in (None, "stable"):
         raise ValueError("kind can only be None or 'stable'")
     return _on_device(np.argsort)(a, axis=axis, kind="stable")
+
+
+def bincount(x, weights=None, minlength=None):
+    """Refuses an empty array, as CuPy does, whose size it takes from its maximum."""
+    if not x.shape[0]:
+        raise ValueError("zero-size array to reduction operation cupy_max which has no identity")
+    return _on_device(np.bincount)(x, weights=weights, minlength=minlength or 0)
 
 
 def asarray(a):

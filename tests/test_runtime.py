@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,16 @@ from hypothesis.extra import numpy as hnp
 import fake_cupy
 from pgvae_runtime import batch, device, forward, tensors
 from pgvae_runtime.errors import ScoringError
+from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.store import Version, _check_shapes
-from pgvae_runtime.tokens import AGE_BUCKETS, History, Tokens, age_bucket
+from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History, Tokens, age_bucket, order_bucket
 
 DAY = 86_400
-ITEMS, TYPES = 30, 3
-SIZES = {"I": ITEMS, "D": 12, "T": TYPES, "A": AGE_BUCKETS, "H": 10, "Z": 6, "1": 1}
+ITEMS, TYPES, FEATURES = 30, 3, 8
+SIZES = {
+    "I": ITEMS, "T": TYPES, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": FEATURES, "H": 10, "Z": 6, "W": 5, "1": 1,
+}  # fmt: skip
 Event = tuple[int, int, float]
 
 settings.register_profile("pgvae", deadline=None, max_examples=100, derandomize=True)
@@ -37,15 +41,20 @@ users = st.lists(st.lists(events, max_size=9), max_size=7)
 long_ago = st.lists(
     st.lists(events | st.tuples(st.just(0), st.just(0), st.floats(-1e10, 1e10)), max_size=9), max_size=4
 )
+# Users of whom something else is known than their events, which they may lack.
+described = st.lists(
+    st.tuples(st.lists(events, max_size=9), st.sets(st.integers(0, FEATURES - 1), max_size=4)), min_size=1, max_size=7
+)
 
 
-def history_of(users: list[list[Event]]) -> History:
+def history_of(users: list[list[Event]], features: list[set[int]] | None = None) -> History:
     flat = [event for user in users for event in user]
     return History(
         counts=np.array([len(user) for user in users], dtype=np.int64),
         item=np.array([event[0] for event in flat], dtype=np.int64),
         event_type=np.array([event[1] for event in flat], dtype=np.int64),
         occurred_at=np.array([event[2] for event in flat], dtype=np.float64),
+        features=None if features is None else FeatureBag.of([sorted(own) for own in features]),
     )
 
 
@@ -57,18 +66,25 @@ def random_history(generator: np.random.Generator, count: int, longest: int) -> 
         item=generator.integers(0, ITEMS, total),
         event_type=generator.integers(0, TYPES, total),
         occurred_at=1.7e9 + 3600.0 * generator.integers(0, 5000, total),
+        features=FeatureBag.of([sorted({*generator.integers(0, FEATURES, user % 3)}) for user in range(count)]),
     )
 
 
-def random_weights(seed: int = 0) -> dict[str, Any]:
-    """Gives weights of ordinary size: no gate, embedding or bias is zero, as after a training."""
+def random_weights(seed: int = 0, **sizes: int) -> dict[str, Any]:
+    """Gives weights of ordinary size: no gate, embedding or bias is zero, as after a training.
+
+    Some items are linked with one neighbour more than once.
+    """
     generator = np.random.default_rng(seed)
+    of = SIZES | sizes
     weights = {
-        name: generator.normal(0, 0.5, [SIZES[letter] for letter in letters]).astype(np.float32)
+        name: generator.normal(0, 0.5, [of[letter] for letter in letters]).astype(np.float32)
         for name, letters in forward.SHAPES.items()
     }
-    popularity = generator.random(ITEMS)
+    popularity = generator.random(of["I"])
     weights["item_popularity"] = (popularity / popularity.sum()).astype(np.float32)
+    weights["shortcut_item"] = generator.integers(0, of["I"], (of["I"], of["W"])).astype(np.int32)
+    weights["shortcut_item"][::2, 1:3] = weights["shortcut_item"][::2, :1]
     return weights
 
 
@@ -87,6 +103,12 @@ def test_ages_at_the_edges_have_a_bucket() -> None:
     assert age_bucket(ages).tolist() == [0, 0, 0, 0, 1, 2, AGE_BUCKETS - 1]
 
 
+def test_of_few_later_moments_each_number_has_a_bucket_and_of_many_each_power_of_two() -> None:
+    moments = np.array([0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 127, 10**6])
+    assert order_bucket(moments).tolist() == [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 9]
+    assert order_bucket(np.arange(10**4)).max() == ORDER_BUCKETS - 1
+
+
 @given(users | long_ago, st.integers(1, 10))
 def test_tokens_are_the_latest_events_of_each_user_oldest_first(users: list[list[Event]], max_history: int) -> None:
     tokens = history_of(users).tokens(max_history)
@@ -99,6 +121,9 @@ def test_tokens_are_the_latest_events_of_each_user_oldest_first(users: list[list
         # math.log2 of 1 + a whole number of days: exact at the powers of two, where the buckets begin.
         ages = [latest[-1][2] - event[2] for event in latest]
         assert tokens.age[part].tolist() == [min(int(math.log2(1 + age / DAY)), AGE_BUCKETS - 1) for age in ages]
+        # The order counts moments, not events: what happened at one moment is equally recent.
+        later = [len({other[2] for other in latest if other[2] > event[2]}) for event in latest]
+        assert tokens.order[part].tolist() == [n if n < 5 else min(3 + int(math.log2(n)), 9) for n in later]
 
 
 @given(users, st.randoms(use_true_random=False), st.integers(1, 10))
@@ -107,7 +132,7 @@ def test_tokens_do_not_depend_on_the_order_in_which_events_were_read(
 ) -> None:
     shuffled = [random.sample(user, len(user)) for user in users]
     one, other = history_of(users).tokens(max_history), history_of(shuffled).tokens(max_history)
-    for name in ("start", "item", "event_type", "age"):
+    for name in ("start", "item", "event_type", "age", "order"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -132,21 +157,40 @@ def test_seen_pairs_are_those_of_target_events(users: list[list[Event]], targets
 
 def reference_scores(weights: dict[str, Any], tokens: Tokens, user: int) -> np.ndarray[Any, Any]:
     """Gives the scores of one user by the formulas of docs/model.md, token by token, in double precision."""
-    w = {name: array.astype(np.float64) for name, array in weights.items()}
-    pooled, squares = np.zeros(SIZES["D"]), 0.0
-    for i in range(tokens.start[user], tokens.start[user + 1]):
+    w = {name: array.astype(np.float64) for name, array in weights.items() if name != "shortcut_item"}
+    width = w["item_embedding"].shape[1]
+    numbers = range(tokens.start[user], tokens.start[user + 1])
+    embedded, gates = [], []
+    for i in numbers:
+        item, kind, age, order = tokens.item[i], tokens.event_type[i], tokens.age[i], tokens.order[i]
         h = (
-            w["item_embedding"][tokens.item[i]]
-            + w["event_type_embedding"][tokens.event_type[i]]
-            + w["age_embedding"][tokens.age[i]]
+            w["item_embedding"][item]
+            + w["event_type_embedding"][kind]
+            + w["age_embedding"][age]
+            + w["order_embedding"][order]
         )
-        a = 1 / (1 + np.exp(-(w["encoder_gate_weight"] @ h + w["encoder_gate_bias"][0])))
-        pooled, squares = pooled + a * h, squares + a * a
-    pooled = pooled / np.sqrt(squares) if squares else pooled
-    z = w["mean_weight"] @ np.tanh(w["encoder_weight"] @ pooled + w["encoder_bias"]) + w["mean_bias"]
-    b = 1 / (1 + np.exp(-(w["decoder_gate_weight"] @ z + w["decoder_gate_bias"])))
-    hidden = np.tanh(w["decoder_weight"] @ (b * z) + w["decoder_bias"])
-    logits = w["output_weight"] @ hidden + w["output_bias"]
+        energy = w["encoder_gate_weight"] @ h + w["encoder_gate_bias"][0]
+        energy += w["event_type_gate"][kind] + w["age_gate"][age] + w["order_gate"][order]
+        embedded.append(h)
+        gates.append(1 / (1 + np.exp(-energy)))
+    length = math.sqrt(sum(a * a for a in gates))
+    pooled = np.zeros(width)
+    for a, h in zip(gates, embedded, strict=True):
+        pooled = pooled + a / length * h
+    if tokens.features is not None:
+        own = tokens.features.token[tokens.features.start[user] : tokens.features.start[user + 1]]
+        for token in own:
+            pooled = pooled + w["user_feature_embedding"][token] / len(own)
+    pooled = math.sqrt(width) * pooled
+    hidden = np.tanh(w["encoder_weight"] @ pooled + w["encoder_bias"])
+    z = pooled + w["mean_weight"] @ hidden + w["mean_bias"]
+    g = z / (1 + np.exp(-(w["decoder_gate_weight"] @ z + w["decoder_gate_bias"])))
+    r = g + w["decoder_output_weight"] @ np.tanh(w["decoder_weight"] @ g + w["decoder_bias"])
+    logits = w["output_weight"] @ (r / math.sqrt(r @ r)) + w["output_bias"]
+    for a, i in zip(gates, numbers, strict=True):
+        neighbours, links = weights["shortcut_item"][tokens.item[i]], w["shortcut_weight"][tokens.item[i]]
+        for j, link in zip(neighbours, links, strict=True):
+            logits[j] += a / length * link
     odds = np.exp(logits - logits.max())
     return np.asarray(odds / odds.sum())
 
@@ -161,6 +205,39 @@ def test_scores_follow_the_formulas(users: list[list[Event]], seed: int, max_his
     for number, user in enumerate(users):
         expected = reference_scores(weights, tokens, number) if user else weights["item_popularity"]
         np.testing.assert_allclose(scores[number], expected, rtol=1e-5)
+
+
+@given(described, st.integers(0, 5), st.integers(0, 6))
+def test_scores_with_features_follow_the_formulas_also_of_a_user_without_events(
+    users: list[tuple[list[Event], set[int]]], seed: int, neighbours: int
+) -> None:
+    weights = random_weights(seed, W=neighbours)
+    history = history_of([user for user, _ in users], [own for _, own in users])
+    scores, cold = score_users(np, weights, history, max_history=6)
+    tokens = history.tokens(6)
+    assert cold.tolist() == [not user for user, _ in users]
+    for number, (user, own) in enumerate(users):
+        expected = reference_scores(weights, tokens, number) if user or own else weights["item_popularity"]
+        np.testing.assert_allclose(scores[number], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 100, 10_000])
+def test_the_shortcut_adds_up_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    weights, history = random_weights(), random_history(np.random.default_rng(3), 50, 9)
+    tokens = history.tokens(7)
+    # Without the network's own part what is left is the shortcut alone.
+    logits = np.zeros((50, ITEMS), dtype=np.float32)
+    shares = np.random.default_rng(4).random(len(tokens.item), dtype=np.float32)
+    expected = np.zeros((50, ITEMS))
+    for user in range(50):
+        for i in range(tokens.start[user], tokens.start[user + 1]):
+            for near, link in zip(
+                weights["shortcut_item"][tokens.item[i]], weights["shortcut_weight"][tokens.item[i]], strict=True
+            ):
+                expected[user, near] += float(shares[i]) * float(link)
+    monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", block)
+    forward.add_shortcut(np, weights, tokens, shares, logits)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(users.filter(bool))
@@ -269,13 +346,20 @@ def test_the_stand_in_refuses_what_cupy_refuses() -> None:
 
 
 @pytest.mark.parametrize("longest", [0, 1, 12])
-def test_scoring_on_a_device_mixes_nothing_with_the_host_and_gives_its_scores(longest: int) -> None:
+def test_scoring_on_a_device_mixes_nothing_with_the_host_and_gives_its_scores(
+    monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
     weights, history = random_weights(), random_history(np.random.default_rng(longest), 40, longest)
     expected, expected_cold = score_users(np, weights, history, max_history=7)
     scores, cold = score_users(fake_cupy, to_fake_device(weights), history, max_history=7)
     assert isinstance(scores, fake_cupy.ndarray)
     np.testing.assert_allclose(device.to_host(fake_cupy, scores), expected, rtol=1e-5)
     np.testing.assert_array_equal(device.to_host(fake_cupy, cold), expected_cold)
+    assert expected_cold.any()
+    # In small blocks, some of them of users without events.
+    monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", 1)
+    blocks, _ = score_users(fake_cupy, to_fake_device(weights), history, max_history=7)
+    np.testing.assert_allclose(device.to_host(fake_cupy, blocks), expected, rtol=1e-5)
     mask_seen(np, expected, history, [1])
     mask_seen(fake_cupy, scores, history, [1])
     for k in (1, 10, ITEMS, ITEMS + 1):
@@ -293,7 +377,7 @@ def test_the_sums_of_a_large_batch_are_as_exact_on_a_device() -> None:
     parts = np.split(values.astype(np.float64), tokens.start[1:-1])
     expected = np.stack([part.sum(axis=0) for part in parts])
     for xp in (np, fake_cupy):
-        sums = device.to_host(xp, forward.sum_by_user(xp, tokens, xp.asarray(values)))
+        sums = device.to_host(xp, forward.sum_rows(xp, tokens.start, xp.asarray(values)))
         np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -312,6 +396,7 @@ def version(weights: dict[str, Any], **changes: Any) -> Version:
         "targets": (2,),
         "max_history": 7,
         "user_count": 40,
+        "user_pipeline": FeaturePipeline(columns=(FeatureColumn(name="x", kind="number", first=0, edges=(1.0,) * 7),)),
     }
     return Version(**(values | changes))
 
@@ -374,6 +459,40 @@ def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPa
     greedy, modest = batch.recommend_all(Plpy(), np, version(random_weights()), ITEMS)
     assert greedy[1:3] == ("{}", "{}")
     assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1
+
+
+@pytest.mark.parametrize(
+    ("items", "max_history", "width", "neighbours"), [(30, 500, 8, 64), (5000, 500, 64, 64), (300_000, 200, 8, 4)]
+)
+def test_a_batch_stays_within_its_memory(items: int, max_history: int, width: int, neighbours: int) -> None:
+    weights = random_weights(I=items, Z=width, W=neighbours)
+    shop = version(weights, max_history=max_history)
+    users = batch.batch_size(shop)
+    generator = np.random.default_rng(0)
+    counts = np.full(users, max_history)
+    total = users * max_history
+    history = History(
+        counts=counts,
+        item=generator.integers(0, items, total),
+        event_type=generator.integers(0, TYPES, total),
+        occurred_at=generator.random(total) * 1e8,
+    )
+    scores = np.empty((users, items), dtype=np.float32)
+    tokens = history.tokens(max_history)
+    shares = np.full(total, 0.1, dtype=np.float32)
+    tracemalloc.start()
+    forward.add_shortcut(np, weights, tokens, shares, scores)
+    _, of_shortcut = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    score_users(np, weights, history, max_history=max_history, out=scores)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Beside the embeddings, several arrays of eight bytes a token: their number, item, event type, age, order and time.
+    embeddings = 4 * width * total
+    assert peak < 4 * embeddings + 100 * total + 2 * scores.nbytes + of_shortcut
+    assert of_shortcut < 64 * 2**20
+    assert scores.nbytes <= 64 * 2**20
+    assert embeddings <= 256 * 2**20
 
 
 def test_a_batch_run_on_a_device_gives_the_rows_of_the_host(histories: list[tuple[list[str], History]]) -> None:
@@ -523,8 +642,9 @@ def test_damaged_weights_are_refused(how: str) -> None:
     assert "vae.rollback" in refused.value.hint
 
 
-def test_weights_that_fit_together_are_taken() -> None:
-    _check_shapes(random_weights(), types=TYPES)
+@pytest.mark.parametrize("neighbours", [0, 1, 5])
+def test_weights_that_fit_together_are_taken(neighbours: int) -> None:
+    _check_shapes(random_weights(W=neighbours), types=TYPES, features=FEATURES)
 
 
 @pytest.mark.parametrize("name", forward.SHAPES)
@@ -537,9 +657,19 @@ def test_weights_that_do_not_fit_together_are_refused(name: str, how: str) -> No
     elif how == "one more dimension":
         weights[name] = array[None]
     elif how == "wrong type":
-        weights[name] = array.astype("<i4")
+        weights[name] = array.astype("<f4" if name in forward.INTEGERS else "<i4")
     else:
         weights[name] = np.concatenate((array, array[:1]))
     with pytest.raises(ScoringError, match="tensor ") as refused:
-        _check_shapes(weights, types=TYPES)
+        _check_shapes(weights, types=TYPES, features=FEATURES)
     assert refused.value.sqlstate == "VA004"
+
+
+@pytest.mark.parametrize(("item", "named"), [(-1, "-1 to 29"), (ITEMS, "0 to 30"), (2**31 - 1, "0 to 2147483647")])
+def test_a_link_to_an_item_that_is_not_there_is_refused(item: int, named: str) -> None:
+    weights = random_weights()
+    weights["shortcut_item"][0, 0], weights["shortcut_item"][1:3, 0] = item, (0, ITEMS - 1)
+    with pytest.raises(ScoringError, match=f"tensor 'shortcut_item' names the items {named} of 30") as refused:
+        _check_shapes(weights, types=TYPES, features=FEATURES)
+    assert refused.value.sqlstate == "VA004"
+    assert "vae.rollback" in refused.value.hint

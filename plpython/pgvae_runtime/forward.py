@@ -152,7 +152,7 @@ def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Arr
     return logits
 
 
-# Entries of a block in which the shortcut adds up: 8 MB of float64.
+# Sums, or links that are added up, of a block: 8 MB each of float64.
 _SHORTCUT_BLOCK = 1_000_000
 
 
@@ -162,10 +162,14 @@ def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logit
     if not near.shape[1]:
         return
     items = logits.shape[1]
-    users = max(1, _SHORTCUT_BLOCK // items)
+    longest = int(np.diff(tokens.start).max(initial=0))
+    users = max(1, _SHORTCUT_BLOCK // max(items, longest * near.shape[1]))
     for begin in range(0, tokens.user_count, users):
         count = min(users, tokens.user_count - begin)
         first, last = int(tokens.start[begin]), int(tokens.start[begin + count])
+        # CuPy's bincount refuses an empty array.
+        if first == last:
+            continue
         item = xp.asarray(tokens.item[first:last])
         row = np.repeat(np.arange(count), np.diff(tokens.start[begin : begin + count + 1]))
         place = xp.asarray(row * items)[:, None] + near[item]
