@@ -44,10 +44,14 @@ def report(name: str, figures: list[Figure], facts: dict[str, object]) -> None:
         table.add_row(figure.figure, f"{figure.value:.3g}", figure.unit, target, met, figure.peer or "")
     out.print(table)
     RESULTS.mkdir(exist_ok=True)
-    machine = {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform(terse=True)}
     rows = [{**asdict(figure), "met": figure.met} for figure in ordered]
-    content = {"name": name, "machine": machine, "facts": facts, "figures": rows}
+    content = {"name": name, "machine": machine(), "facts": facts, "figures": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, object]:
+    """Gives the facts of this machine."""
+    return {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform(terse=True)}
 
 
 def _processor() -> str:

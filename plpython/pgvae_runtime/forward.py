@@ -1,7 +1,7 @@
 """The scorer: the same mathematics as the trainer's network, on any array module.
 
 Every function takes the array module `xp` (numpy or cupy) first and computes in float32. Shapes: U users,
-N tokens, I items, Z latent width, H hidden width, F user features, W neighbours of an item in the shortcut. Formulas:
+N tokens, I items, Z latent width, H hidden width, F user features, L links of the shortcut, J = I + 1. Formulas:
 docs/model.md.
 """
 
@@ -45,11 +45,12 @@ SHAPES: Mapping[str, str] = {
     "output_weight": "IZ",
     "output_bias": "I",
     "item_popularity": "I",
-    "shortcut_item": "IW",
-    "shortcut_weight": "IW",
+    "shortcut_start": "J",
+    "shortcut_item": "L",
+    "shortcut_weight": "L",
 }
 # All others are float32.
-INTEGERS = frozenset({"shortcut_item"})
+INTEGERS = frozenset({"shortcut_start", "shortcut_item"})
 
 _TINY = np.float32(1e-12)
 
@@ -157,25 +158,37 @@ _SHORTCUT_BLOCK = 1_000_000
 
 
 def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logits: Array) -> None:
-    """Adds what each token's neighbours get from it to the logits, [U, I], in place: sum of share_i · S[item_i, j]."""
-    near, weight = weights["shortcut_item"], weights["shortcut_weight"]
-    if not near.shape[1]:
+    """Adds to the logits, [U, I], in place, what each token's item says for others.
+
+    To item j that is the sum over the tokens i of share_i · S[item_i, j]. Item i's links are shortcut_start[i] to shortcut_start[i + 1].
+    """
+    start, linked, weight = weights["shortcut_start"], weights["shortcut_item"], weights["shortcut_weight"]
+    if not len(linked):
         return
     items = logits.shape[1]
-    longest = int(np.diff(tokens.start).max(initial=0))
-    users = max(1, _SHORTCUT_BLOCK // max(items, longest * near.shape[1]))
+    users = max(1, _SHORTCUT_BLOCK // items)
     for begin in range(0, tokens.user_count, users):
         count = min(users, tokens.user_count - begin)
         first, last = int(tokens.start[begin]), int(tokens.start[begin + count])
-        # CuPy's bincount refuses an empty array.
-        if first == last:
-            continue
         item = xp.asarray(tokens.item[first:last])
-        row = np.repeat(np.arange(count), np.diff(tokens.start[begin : begin + count + 1]))
-        place = xp.asarray(row * items)[:, None] + near[item]
-        value = shares[first:last, None] * weight[item]
-        sums = xp.bincount(place.ravel(), weights=value.ravel(), minlength=count * items)
+        row = xp.asarray(np.repeat(np.arange(count), np.diff(tokens.start[begin : begin + count + 1])))
+        links = start[item + 1] - start[item]
+        end = xp.cumsum(links)
+        total = int(end[-1]) if last > first else 0
+        # The token of each of its links; repeat() of CuPy takes no array of counts.
+        token = np.repeat(np.arange(last - first), links) if xp is np else _owners(xp, end, total)
+        link = xp.arange(total) + (start[item] - (end - links))[token]
+        sums = xp.bincount(
+            row[token] * items + linked[link],
+            weights=shares[first:last][token] * weight[link],
+            minlength=count * items,
+        )
         logits[begin : begin + count] += sums.reshape(count, items).astype(xp.float32)
+
+
+def _owners(xp: Any, end: Array, total: int) -> Array:
+    """Gives which of the runs that end before `end` each of `total` places belongs to."""
+    return xp.searchsorted(end, xp.arange(total), side="right")
 
 
 def softmax(xp: Any, logits: Array) -> Array:

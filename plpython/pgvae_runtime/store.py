@@ -6,6 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from . import mapping
 from .errors import (
     CORRUPT_WEIGHTS,
@@ -228,10 +230,12 @@ def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> 
                 sqlstate=CORRUPT_WEIGHTS,
                 hint="activate another version with vae.activate or vae.rollback, then train again",
             )
-    linked = weights["shortcut_item"]
-    if linked.size and not 0 <= linked.min() <= linked.max() < len(linked):
+    start, linked = weights["shortcut_start"], weights["shortcut_item"]
+    items = len(weights["item_popularity"])
+    in_order = len(start) == items + 1 and start[0] == 0 and start[-1] == len(linked) and (np.diff(start) >= 0).all()
+    if not in_order or (linked.size and not 0 <= linked.min() <= linked.max() < items):
         raise ScoringError(
-            f"tensor 'shortcut_item' names the items {linked.min()} to {linked.max()} of {len(linked)}",
+            f"the shortcut's links do not fit {items} items",
             sqlstate=CORRUPT_WEIGHTS,
             hint="activate another version with vae.activate or vae.rollback, then train again",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from pgvae.dataset import Dataset
+from pgvae.item_graph import heaviest_products, incidence, inverse_root, regressions, similar_items
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
 from pgvae_runtime.tokens import History
 
@@ -20,12 +20,8 @@ EDGES = 50_000_000
 # Of the sparse EASE: the work grows with the items and with the square of the neighbours.
 _EASE_NEIGHBOURS = 200
 _EASE_EDGES = 8_000_000
-# Of the cosine: two users in common shall not make two rare items twins.
-_SHRINKAGE = 3.0
 # Above this many items a dense item × item matrix and its inverse take too much memory and time.
 EXACT_ITEMS = 6000
-# Entries of a block of an item × item product.
-_BLOCK = 16_000_000
 # Settings are compared on at most this many users of the validation part.
 _CHOOSING_USERS = 5000
 _CHOOSING_K = 20
@@ -117,15 +113,15 @@ def _recency(dataset: Dataset, half_lives: Sequence[float]) -> list[Scorer]:
 
 def _item_knn(dataset: Dataset, sizes: Sequence[float]) -> list[Scorer]:
     plain = _of_dataset(dataset)
-    return [_linear(sparse.csr_array(_similar_items(plain, int(size)).T)) for size in sizes]
+    return [_linear(sparse.csr_array(similar_items(plain, int(size)).T)) for size in sizes]
 
 
 def _graph_filter(dataset: Dataset, alphas: Sequence[float]) -> list[Scorer]:
     plain = _of_dataset(dataset)
     item_degree = np.asarray(plain.sum(axis=0)).ravel()
-    user_scale, item_scale = (_inverse_root(degree) for degree in (np.asarray(plain.sum(axis=1)).ravel(), item_degree))
+    user_scale, item_scale = (inverse_root(degree) for degree in (np.asarray(plain.sum(axis=1)).ravel(), item_degree))
     graph = sparse.csr_array(sparse.diags_array(user_scale) @ plain @ sparse.diags_array(item_scale))
-    near = sparse.csr_array(_neighbours(graph, EDGES // max(1, len(item_degree))).T)
+    near = sparse.csr_array(heaviest_products(graph, EDGES // max(1, len(item_degree))).T)
     _, low = truncated_svd(graph, RANK)
     into = item_scale[:, None] * low
     back = (low * np.sqrt(item_degree)[:, None]).T
@@ -161,22 +157,9 @@ def _ease(dataset: Dataset, l2s: Sequence[float]) -> list[Scorer]:
 
 
 def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
-    near = _similar_items(plain, min(_EASE_NEIGHBOURS, max(1, _EASE_EDGES // plain.shape[1])))
-    by_item = sparse.csc_array(plain)
-    weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
-    for item, (begin, end) in enumerate(pairwise(near.indptr)):
-        if begin == end:
-            continue
-        columns = by_item[:, np.append(near.indices[begin:end], item)]
-        gram = (columns.T @ columns).toarray().astype(np.float64)
-        for number, l2 in enumerate(l2s):
-            system = gram[:-1, :-1] + l2 * np.eye(end - begin)
-            weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
+    near = similar_items(plain, min(_EASE_NEIGHBOURS, max(1, _EASE_EDGES // plain.shape[1])))
     # Row j holds what the neighbours of item j say for it; a history is multiplied by the transpose.
-    return [
-        _linear(sparse.csr_array(sparse.csr_array((own, near.indices, near.indptr), shape=near.shape).T))
-        for own in weights
-    ]
+    return [_linear(sparse.csr_array(weights.T)) for weights in regressions(plain, near, l2s)]
 
 
 # Name: the setting, what is tried, and what fits the method with each of these values.
@@ -207,61 +190,9 @@ def _linear(weights: NDArray[np.float32] | sparse.csr_array) -> Scorer:
     return score
 
 
-def _similar_items(plain: sparse.csr_array, neighbours: int) -> sparse.csr_array:
-    """Gives the shrunk cosine of each item with the items that are most similar to it, itself left out, [I, I]."""
-    users = np.asarray(plain.sum(axis=0)).ravel()
-
-    def cosine(rows: NDArray[np.int64], columns: NDArray[np.int64], together: NDArray[np.float32]) -> None:
-        together /= np.sqrt(users[rows] * users[columns]) + np.float32(_SHRINKAGE)
-        together[rows == columns] = 0.0
-
-    return _neighbours(plain, neighbours, cosine)
-
-
-def _neighbours(
-    matrix: sparse.csr_array,
-    neighbours: int,
-    change: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None] | None = None,
-) -> sparse.csr_array:
-    """Gives the item-item product of a matrix [U, I], [I, I], of which each row keeps its largest entries.
-
-    `change` alters entries, given their rows and columns, in place before the choice. The product is made in blocks of
-    rows: it is never held whole.
-    """
-    items = matrix.shape[1]
-    transposed = sparse.csr_array(matrix.T)
-    rows = max(1, _BLOCK // items)
-    blocks = []
-    for begin in range(0, items, rows):
-        block = sparse.csr_array(transposed[begin : begin + rows] @ matrix)
-        if change is not None:
-            row = np.repeat(np.arange(begin, begin + block.shape[0]), np.diff(block.indptr))
-            change(row, block.indices, block.data)
-        for start, end in pairwise(block.indptr):
-            if end - start > neighbours:
-                values = block.data[start:end]
-                values[np.argpartition(values, -neighbours)[:-neighbours]] = 0.0
-        block.eliminate_zeros()
-        blocks.append(block)
-    return sparse.csr_array(sparse.vstack(blocks, format="csr"))
-
-
 def _of_dataset(dataset: Dataset) -> sparse.csr_array:
     return incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
 
 
 def _of_history(history: History, items: int) -> sparse.csr_array:
     return incidence(history.users(), history.item, len(history.counts), items)
-
-
-def incidence(user: NDArray[np.int64], item: NDArray[np.int64], users: int, items: int) -> sparse.csr_array:
-    """Gives which user had an event on which item, [U, I]; repeated events count once."""
-    matrix = sparse.csr_array((np.ones(len(user), dtype=np.float32), (user, item)), shape=(users, items))
-    matrix.sum_duplicates()
-    matrix.data[:] = 1.0
-    return matrix
-
-
-def _inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:
-    scale: NDArray[np.float32] = np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, 1.0)), 0.0).astype(np.float32)
-    return scale

@@ -26,7 +26,8 @@ class Batch:
     """U users with N visible tokens, T targets and C candidates.
 
     `candidates` [C] are items, ascending, each target among them; candidate j stands for exp(log_multiplicity[j])
-    items. Target t is the candidate `target_column[t]` for user `target_row[t]`, with the weight `target_weight[t]` in (0, 1].
+    items. Target t is the candidate `target_column[t]` for user `target_row[t]`, with the weight `target_weight[t]` in
+    (0, 1].
     `alone_tokens` [N] and `alone_candidates` [C] say which are known by their features alone; None: no item has any.
     """
 

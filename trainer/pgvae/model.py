@@ -67,8 +67,8 @@ class AttentionVae(nn.Module):
         self.output_weight = _normal(items, z)
         self.item_feature_output = _zeros(dataset.item_pipeline.size, z)
         self.output_bias = _zeros(items)
-        self.register_buffer("item_popularity", torch.from_numpy(dataset.popularity()))
-        self.register_buffer("trained_items", torch.from_numpy(dataset.trained_items))
+        self.item_popularity = dataset.popularity()
+        self.trained_items = dataset.trained_items
         self.item_features = dataset.item_features if dataset.item_pipeline.size else None
         for part in config.without:
             for name in _PARAMETERS[part]:
@@ -141,7 +141,7 @@ class AttentionVae(nn.Module):
         """
         named = {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.named_parameters()}
         items = np.arange(len(self.item_embedding))
-        trained = self.trained_items.cpu().numpy()
+        trained = self.trained_items
         # The rows of an item without events were never trained.
         cold = ~trained
         item_embedding = self._kept(self.item_embedding, cold)
@@ -151,7 +151,7 @@ class AttentionVae(nn.Module):
         named["output_weight"] = (self.item_directions(items, alone=cold) / self.temperature).cpu().numpy()
         if not trained.all():
             named["output_bias"][~trained] = np.median(named["output_bias"][trained])
-        named["item_popularity"] = self.item_popularity.cpu().numpy()
+        named["item_popularity"] = self.item_popularity
         del named["item_feature_embedding"], named["item_feature_output"]
         return named
 

@@ -1,65 +1,89 @@
-"""The linear item-item shortcut: the items that go with an item, found without training.
+"""The linear item-item shortcut: what each item of a history says for other items, beside the autoencoder.
 
-S = D_I^-1/2 R^T D_U^-1 R D_I^-1/2, the normalised co-occurrence whose largest eigenvectors are the low frequencies
-of a graph filter (Shen et al. 2021, GF-CF, eq. 7), of which each item keeps its heaviest links.
+Two ways to weigh the links are made, and the validation part chooses. Either way an item that can be recommended is
+linked from `neighbours` others: chosen per recommended item, rare ones keep theirs.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
 from pgvae.dataset import Dataset
+from pgvae.item_graph import heaviest_products, incidence, inverse_root, regressions, similar_items
 
-# Entries of a block of rows of the product, which is never held whole.
-_BLOCK = 16_000_000
 # Of a user with more items a random part: 5000 items are 25 million pairs.
 _MAX_USER_ITEMS = 1000
+_L2 = (100.0, 500.0)
 
 
-def shortcut(dataset: Dataset, neighbours: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Gives the items that each item is linked with and the weights, both [I, W], W <= neighbours.
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """L weighted links: item i speaks for item[start[i]:start[i + 1]]; `start` is [I + 1], `item` and `weight` [L].
 
-    Weights are scaled so that an item's heaviest link weighs 1 in the mean. An item with fewer links is filled up with
-    links to itself of weight 0.
+    The weights are scaled so that the heaviest link of an item weighs 1 in the mean.
     """
-    items = len(dataset.item_keys)
-    matrix = _incidence(dataset, seed)
-    user_degree = np.maximum(np.asarray(matrix.sum(axis=1)).ravel(), 1.0)
-    item_degree = np.maximum(np.asarray(matrix.sum(axis=0)).ravel(), 1.0)
+
+    start: NDArray[np.int32]
+    item: NDArray[np.int32]
+    weight: NDArray[np.float32]
+
+    def tensors(self, scale: float = 1.0) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
+        """Gives the tensors of pgvae_runtime.forward.SHAPES, the weights times `scale`."""
+        return {
+            "shortcut_start": self.start,
+            "shortcut_item": self.item,
+            "shortcut_weight": self.weight * np.float32(scale),
+        }
+
+    @staticmethod
+    def none(items: int) -> Links:
+        """Gives no link between so many items."""
+        return Links(start=np.zeros(items + 1, np.int32), item=np.zeros(0, np.int32), weight=np.zeros(0, np.float32))
+
+
+def shortcuts(dataset: Dataset, neighbours: int, seed: int) -> dict[str, Links]:
+    """Gives the links of each way, by its name.
+
+    cooccurrence: D_I^-1/2 R^T D_U^-1 R D_I^-1/2, the normalised item-item graph (Shen et al. 2021, GF-CF, eq. 7).
+    regression: each item regressed on its most similar ones, with an L2 penalty (as EASE, Steck 2019, restricted to a
+    sparse graph), for each of two penalties.
+    """
+    matrix = _bounded_incidence(dataset, seed)
+    user_degree, item_degree = (np.asarray(matrix.sum(axis=axis)).ravel() for axis in (1, 0))
     graph = sparse.csr_array(
-        sparse.diags_array(user_degree**-0.5) @ matrix @ sparse.diags_array(item_degree**-0.5), dtype=np.float32
+        sparse.diags_array(inverse_root(user_degree)) @ matrix @ sparse.diags_array(inverse_root(item_degree))
     )
-    width = min(neighbours, items)
-    near = np.repeat(np.arange(items, dtype=np.int32)[:, None], width, axis=1)
-    weight = np.zeros((items, width), dtype=np.float32)
-    transposed = sparse.csr_array(graph.T)
-    rows = max(1, _BLOCK // items)
-    for begin in range(0, items, rows):
-        block = sparse.csr_array(transposed[begin : begin + rows] @ graph)
-        for row in range(block.shape[0]):
-            first, last = block.indptr[row], block.indptr[row + 1]
-            columns, values = block.indices[first:last], block.data[first:last]
-            if len(values) > width:
-                heaviest = np.argpartition(values, -width)[-width:]
-                columns, values = columns[heaviest], values[heaviest]
-            near[begin + row, : len(values)] = columns
-            weight[begin + row, : len(values)] = values
-    heaviest = weight.max(axis=1, initial=0.0)
-    return near, weight / max(float(heaviest[heaviest > 0].mean()) if heaviest.any() else 1.0, 1e-12)
+    near = similar_items(matrix, neighbours)
+    found = {"cooccurrence": heaviest_products(graph, neighbours)}
+    for l2, weights in zip(_L2, regressions(matrix, near, _L2), strict=True):
+        found[f"regression_{l2:g}"] = weights
+    # Row j of each holds what other items say for item j.
+    return {name: _links(sparse.csr_array(weights.T)) for name, weights in found.items()}
 
 
-def _incidence(dataset: Dataset, seed: int) -> sparse.csr_array:
-    """Gives which user had an event on which item, [U, I]; repeated events count once."""
-    items = len(dataset.item_keys)
-    pairs = np.unique(dataset.user * items + dataset.item)
-    user, item = pairs // items, pairs % items
-    counts = np.bincount(user, minlength=dataset.user_count)
-    if counts.max(initial=0) > _MAX_USER_ITEMS:
-        order = np.lexsort((np.random.default_rng(seed).random(len(pairs)), user))
-        place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
-        kept = order[place < _MAX_USER_ITEMS]
-        user, item = user[kept], item[kept]
-    ones = np.ones(len(user), dtype=np.float32)
-    return sparse.csr_array((ones, (user, item)), shape=(dataset.user_count, items))
+def _links(matrix: sparse.csr_array) -> Links:
+    matrix.sum_duplicates()
+    heaviest = np.asarray(abs(matrix).max(axis=1).todense()).ravel() if matrix.nnz else np.zeros(0)
+    unit = float(heaviest[heaviest > 0].mean()) if (heaviest > 0).any() else 1.0
+    return Links(
+        start=matrix.indptr.astype(np.int32),
+        item=matrix.indices.astype(np.int32),
+        weight=(matrix.data / unit).astype(np.float32),
+    )
+
+
+def _bounded_incidence(dataset: Dataset, seed: int) -> sparse.csr_array:
+    """Gives which user had an event on which item, [U, I], of a user with too many items a random part."""
+    matrix = incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
+    counts = np.diff(matrix.indptr)
+    if counts.max(initial=0) <= _MAX_USER_ITEMS:
+        return matrix
+    user = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((np.random.default_rng(seed).random(len(user)), user))
+    place = np.arange(len(user)) - np.repeat(matrix.indptr[:-1], counts)
+    kept = order[place < _MAX_USER_ITEMS]
+    return incidence(user[kept], matrix.indices[kept], *matrix.shape)

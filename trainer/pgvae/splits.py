@@ -87,6 +87,13 @@ def strong(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split
         )
 
 
+def hold_out_items(dataset: Dataset, *, parts: int, seed: int) -> tuple[Dataset, Holdout]:
+    """Gives the events without one of so many parts of each user's items, dealt out by chance, and that part."""
+    pairs, part = _parts(dataset, parts, np.random.default_rng(seed))
+    rest, after = _hold_out(dataset, pairs[part == 0])
+    return rest, make_holdout(rest, after)
+
+
 SPLITS: dict[str, Callable[..., Iterator[Split]]] = {"temporal": temporal, "random": random, "strong": strong}
 
 

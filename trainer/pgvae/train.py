@@ -18,7 +18,7 @@ from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definitio
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric, evaluate
 from pgvae.publish import publish
-from pgvae.training import SHORTCUT_SCALE, Epoch, fit
+from pgvae.training import DEFAULT_SHORTCUT, Epoch, fit
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -76,7 +76,7 @@ def train(
             max_history=definition.max_history,
             phase="publish",
             epochs=evaluation.fit.best_epoch if evaluation.fit else min(config.epochs, _UNVALIDATED_EPOCHS),
-            shortcut_scale=evaluation.fit.shortcut_scale if evaluation.fit else SHORTCUT_SCALE,
+            shortcut=evaluation.fit.shortcut if evaluation.fit else DEFAULT_SHORTCUT,
             checkpoints=kept,
             on_epoch=listener.on_epoch,
         )

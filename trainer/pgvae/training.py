@@ -18,7 +18,7 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
-from pgvae.shortcut import shortcut
+from pgvae.shortcut import Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
@@ -27,10 +27,22 @@ VALIDATION_K = 20
 # After each epoch so many users of the validation part are ranked.
 _VALIDATION_USERS = 5000
 # What the shortcut's links are multiplied by; the validation part chooses.
-_SHORTCUT_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_SHORTCUT_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+# Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortcutChoice:
+    """One of the ways of pgvae.shortcut, and what its weights are multiplied by; without a way there is no shortcut."""
+
+    way: str | None
+    scale: float
+
+
+NO_SHORTCUT = ShortcutChoice(way=None, scale=0.0)
 # Where nothing can be validated.
-SHORTCUT_SCALE = 8.0
+DEFAULT_SHORTCUT = ShortcutChoice(way="cooccurrence", scale=4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +62,10 @@ class Epoch:
 class Fit:
     """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve."""
 
-    weights: dict[str, NDArray[np.float32]]
+    weights: dict[str, NDArray[Any]]
     best_epoch: int
     curve: list[Epoch]
-    shortcut_scale: float
+    shortcut: ShortcutChoice
 
 
 def fit(
@@ -63,14 +75,14 @@ def fit(
     max_history: int,
     phase: str,
     epochs: int | None = None,
-    shortcut_scale: float = SHORTCUT_SCALE,
+    shortcut: ShortcutChoice = DEFAULT_SHORTCUT,
     validation: Holdout | None = None,
     checkpoints: Checkpoints | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Fit:
     """Trains on all users of a dataset, from the last checkpoint of the same training where there is one.
 
-    With a validation holdout, keeps the epoch that ranks best there, and then the scale of the shortcut that does.
+    With a validation holdout, keeps the epoch that ranks best there, and then the shortcut that does.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
@@ -93,7 +105,7 @@ def fit(
         # A last step that is too wide leaves no loss to tell of it.
         if not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
             raise _diverged(number, loss, run, config)
-        ndcg = _ndcg(judges, weights | no_shortcut(dataset), max_history) if judges else None
+        ndcg = _ndcg(judges, weights | Links.none(len(dataset.item_keys)).tensors(), max_history) if judges else None
         run.curve.append(
             Epoch(
                 phase=phase,
@@ -110,8 +122,8 @@ def fit(
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
-    weights, scale = _with_shortcut(run.best_weights, shortcut_scale, dataset, config, judges, max_history)
-    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut_scale=scale)
+    weights, shortcut = _with_shortcut(run.best_weights, shortcut, dataset, config, judges, max_history)
+    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut=shortcut)
 
 
 class _Run:
@@ -217,36 +229,31 @@ def _losses(
     return reconstruction, kl_divergence(mean, log_variance).mean()
 
 
-def _ndcg(judges: Holdout, weights: dict[str, NDArray[np.float32]], max_history: int) -> float:
+def _ndcg(judges: Holdout, weights: dict[str, NDArray[Any]], max_history: int) -> float:
     return float(per_user_metrics(judges, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
 
 
-def no_shortcut(dataset: Dataset) -> dict[str, NDArray[Any]]:
-    """Gives the tensors of a shortcut without any link."""
-    items = len(dataset.item_keys)
-    return {"shortcut_item": np.zeros((items, 0), np.int32), "shortcut_weight": np.zeros((items, 0), np.float32)}
-
-
 def _with_shortcut(
-    weights: dict[str, NDArray[np.float32]],
-    scale: float,
+    weights: dict[str, NDArray[Any]],
+    choice: ShortcutChoice,
     dataset: Dataset,
     config: TrainingConfig,
     judges: Holdout | None,
     max_history: int,
-) -> tuple[dict[str, NDArray[Any]], float]:
-    """Gives the weights with the shortcut, and the scale of its links: the one that ranks best for the judges."""
-    none = weights | no_shortcut(dataset)
+) -> tuple[dict[str, NDArray[Any]], ShortcutChoice]:
+    """Gives the weights with the shortcut in the way and scale of the choice, or that rank best for the judges."""
+    none = weights | Links.none(len(dataset.item_keys)).tensors()
     if "shortcut" in config.without or not config.neighbours:
-        return none, 0.0
-    near, link = shortcut(dataset, config.neighbours, config.seed)
-
-    def scaled(scale: float) -> dict[str, NDArray[Any]]:
-        return none | {"shortcut_item": near, "shortcut_weight": link * np.float32(scale)} if scale else none
-
+        return none, NO_SHORTCUT
+    ways = shortcuts(dataset, config.neighbours, config.seed)
     if judges:
-        scale = max(_SHORTCUT_SCALES, key=lambda scale: _ndcg(judges, scaled(scale), max_history))
-    return scaled(scale), scale
+        choice, best = NO_SHORTCUT, _ndcg(judges, none, max_history)
+        for way, links in ways.items():
+            for scale in _SHORTCUT_SCALES:
+                ndcg = _ndcg(judges, weights | links.tensors(scale), max_history)
+                if ndcg > best:
+                    choice, best = ShortcutChoice(way=way, scale=scale), ndcg
+    return (weights | ways[choice.way].tensors(choice.scale) if choice.way else none), choice
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
@@ -262,10 +269,11 @@ def chooses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
         return config.precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_amx_tile_supported())
+    supported: bool = torch.cpu._is_amx_tile_supported()
+    return supported
 
 
-def scorer(weights: dict[str, NDArray[np.float32]], max_history: int) -> Scorer:
+def scorer(weights: dict[str, NDArray[Any]], max_history: int) -> Scorer:
     """Gives the runtime's own scores for these weights: what is evaluated is what the database will compute."""
 
     def score(history: History) -> NDArray[np.float32]:

@@ -1,0 +1,86 @@
+"""Sparse products of items with items: what shortcut and baselines are made of. No item × item matrix is held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+# Of the cosine: two users in common shall not make two rare items twins.
+_SHRINKAGE = 3.0
+# Entries of a block of an item × item product.
+_BLOCK = 16_000_000
+
+
+def incidence(user: NDArray[np.int64], item: NDArray[np.int64], users: int, items: int) -> sparse.csr_array:
+    """Gives which user had an event on which item, [U, I]; repeated events count once."""
+    matrix = sparse.csr_array((np.ones(len(user), dtype=np.float32), (user, item)), shape=(users, items))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def similar_items(plain: sparse.csr_array, neighbours: int) -> sparse.csr_array:
+    """Gives the shrunk cosine of each item with the items that are most similar to it, itself left out, [I, I]."""
+    users = np.asarray(plain.sum(axis=0)).ravel()
+
+    def cosine(rows: NDArray[np.int64], columns: NDArray[np.int64], together: NDArray[np.float32]) -> None:
+        together /= np.sqrt(users[rows] * users[columns]) + np.float32(_SHRINKAGE)
+        together[rows == columns] = 0.0
+
+    return heaviest_products(plain, neighbours, cosine)
+
+
+def heaviest_products(
+    matrix: sparse.csr_array,
+    neighbours: int,
+    change: Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None] | None = None,
+) -> sparse.csr_array:
+    """Gives the item-item product of a matrix [U, I], [I, I], of which each row keeps its largest entries.
+
+    `change` alters entries, given their rows and columns, in place before the choice. The product is made in blocks of
+    rows: it is never held whole.
+    """
+    items = matrix.shape[1]
+    transposed = sparse.csr_array(matrix.T)
+    rows = max(1, _BLOCK // items)
+    blocks = []
+    for begin in range(0, items, rows):
+        block = sparse.csr_array(transposed[begin : begin + rows] @ matrix)
+        if change is not None:
+            row = np.repeat(np.arange(begin, begin + block.shape[0]), np.diff(block.indptr))
+            change(row, block.indices, block.data)
+        for start, end in pairwise(block.indptr):
+            if end - start > neighbours:
+                values = block.data[start:end]
+                values[np.argpartition(values, -neighbours)[:-neighbours]] = 0.0
+        block.eliminate_zeros()
+        blocks.append(block)
+    return sparse.csr_array(sparse.vstack(blocks, format="csr"))
+
+
+def regressions(plain: sparse.csr_array, near: sparse.csr_array, l2s: Sequence[float]) -> list[sparse.csr_array]:
+    """Gives, for each penalty, the weights with which an item's neighbours foretell it, [I, I], where `near` has links.
+
+    Row j solves min |x_j - X_N w|^2 + l2 |w|^2 over the neighbours N of item j: EASE (Steck 2019) on a sparse graph.
+    """
+    by_item = sparse.csc_array(plain)
+    weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
+    for item, (begin, end) in enumerate(pairwise(near.indptr)):
+        if begin == end:
+            continue
+        columns = by_item[:, np.append(near.indices[begin:end], item)]
+        gram = (columns.T @ columns).toarray().astype(np.float64)
+        for number, l2 in enumerate(l2s):
+            system = gram[:-1, :-1] + l2 * np.eye(end - begin)
+            weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
+    return [sparse.csr_array((own, near.indices, near.indptr), shape=near.shape) for own in weights]
+
+
+def inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gives degree^-1/2, and 0 for 0."""
+    scale: NDArray[np.float32] = np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, 1.0)), 0.0).astype(np.float32)
+    return scale
