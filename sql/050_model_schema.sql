@@ -454,11 +454,13 @@ begin
                 when made.object like 'recommend(%' then
                     '. The score is the item''s share of the model''s probability over the catalogue: relative, not a calibrated'
                     ' probability of purchase. Items already bought are left out unless options is {"exclude_seen": false}.'
-                    ' A user without known events gets the popular items, marked is_cold_start.'
+                    ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
+                    ' the popular items.'
                 when made.object like 'score(%' then
                     ', as recommend gives it. Null for an item that the active version does not know.'
                 when made.object like 'embedding(%' then
-                    ': the mean of q(z | history). Null for a user without known events. Positions of different versions cannot be compared.'
+                    ': the mean of q(z | history), the features of the user included. Null for a user without known events.'
+                    ' Positions of different versions cannot be compared.'
                 when made.object like 'features(%' then
                     ', as one object. Times are seconds since 1970. No row for a user who is not in the table of users.'
                 when made.object = 'recommendations' then
@@ -488,14 +490,14 @@ begin
             ('recommendations_materialized', 'user_id', 'Key of the user.'),
             ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
             ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),
-            ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events, so that the popular items are given.'),
+            ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
             ('recommendations_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('recommendations_materialized', 'scored_at', 'When the row was scored.'),
             ('recommendations', 'user_id', 'Key of the user.'),
             ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
             ('recommendations', 'item_id', 'Key of the item.'),
             ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, not a calibrated probability of purchase.'),
-            ('recommendations', 'is_cold_start', 'True where the user had no known events, so that the popular items are given.'),
+            ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
             ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('recommendations', 'scored_at', 'When the row was scored.')
         ) as c (relation, column_name, comment)
