@@ -36,6 +36,9 @@ class ndarray:
     def __setitem__(self, key, value):
         self._host[_unwrap(key)] = _unwrap(value)
 
+    def __len__(self):
+        return len(self._host)
+
     @property
     def shape(self):
         return self._host.shape
@@ -109,6 +112,7 @@ def _on_device(function):
 float32 = np.float32
 zeros, empty, arange, broadcast_to = (_on_device(f) for f in (np.zeros, np.empty, np.arange, np.broadcast_to))
 sort, argpartition, take_along_axis = (_on_device(f) for f in (np.sort, np.argpartition, np.take_along_axis))
+cumsum, searchsorted = _on_device(np.cumsum), _on_device(np.searchsorted)
 exp, sqrt, tanh, maximum, matmul = (_on_device(f) for f in (np.exp, np.sqrt, np.tanh, np.maximum, np.matmul))
 
 

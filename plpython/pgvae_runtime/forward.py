@@ -8,10 +8,12 @@ docs/model.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from .device import to_host
 from .features import FeatureBag
 from .tokens import Tokens
 
@@ -153,42 +155,47 @@ def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Arr
     return logits
 
 
-# Sums, or links that are added up, of a block: 8 MB each of float64.
+# Sums, and links that are added up, of a block: 8 MB of float64, and 50 bytes a link.
 _SHORTCUT_BLOCK = 1_000_000
 
 
 def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logits: Array) -> None:
-    """Adds to the logits, [U, I], in place, what each token's item says for others.
+    """Adds the sum over a user's tokens of share_i · S[item_i, j] to the logits, [U, I], in place.
 
-    To item j that is the sum over the tokens i of share_i · S[item_i, j]. Item i's links are shortcut_start[i] to shortcut_start[i + 1].
+    Item i's links are shortcut_start[i] to shortcut_start[i + 1].
     """
     start, linked, weight = weights["shortcut_start"], weights["shortcut_item"], weights["shortcut_weight"]
-    if not len(linked):
+    if not len(linked) or not len(tokens.item):
         return
     items = logits.shape[1]
-    users = max(1, _SHORTCUT_BLOCK // items)
-    for begin in range(0, tokens.user_count, users):
-        count = min(users, tokens.user_count - begin)
-        first, last = int(tokens.start[begin]), int(tokens.start[begin + count])
-        item = xp.asarray(tokens.item[first:last])
-        row = xp.asarray(np.repeat(np.arange(count), np.diff(tokens.start[begin : begin + count + 1])))
-        links = start[item + 1] - start[item]
-        end = xp.cumsum(links)
-        total = int(end[-1]) if last > first else 0
-        # The token of each of its links; repeat() of CuPy takes no array of counts.
-        token = np.repeat(np.arange(last - first), links) if xp is np else _owners(xp, end, total)
-        link = xp.arange(total) + (start[item] - (end - links))[token]
+    item = xp.asarray(tokens.item)
+    counts = start[item + 1] - start[item]
+    on_host = to_host(xp, counts)
+    user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+    # Blocks of tokens, not of users: a best seller can have a link to every item, and a user it in every token.
+    work = np.cumsum(on_host + items * np.diff(user, prepend=user[0] - 1))
+    cuts = np.flatnonzero(np.diff(work // _SHORTCUT_BLOCK)) + 1
+    for first, last in pairwise((0, *cuts.tolist(), len(user))):
+        total = int(on_host[first:last].sum())
+        # CuPy's bincount refuses an empty array.
+        if not total:
+            continue
+        end = xp.cumsum(counts[first:last])
+        # The token of each link. CuPy's repeat takes no array of counts.
+        token = (
+            np.repeat(np.arange(last - first), on_host[first:last])
+            if xp is np
+            else xp.searchsorted(end, xp.arange(total), side="right")
+        )
+        link = xp.arange(total) + (start[item[first:last] + 1] - end)[token]
+        users = slice(int(user[first]), int(user[last - 1]) + 1)
+        row = xp.asarray(user[first:last] - user[first])
         sums = xp.bincount(
             row[token] * items + linked[link],
             weights=shares[first:last][token] * weight[link],
-            minlength=count * items,
+            minlength=(users.stop - users.start) * items,
         )
-        logits[begin : begin + count] += sums.reshape(count, items).astype(xp.float32)
-
-
-def _owners(xp: Any, end: Array, total: int) -> Array:
-    """Gives which of the runs that end before `end` each of `total` places belongs to."""
-    return xp.searchsorted(end, xp.arange(total), side="right")
+        logits[users] += sums.reshape(users.stop - users.start, items).astype(xp.float32)
 
 
 def softmax(xp: Any, logits: Array) -> Array:
