@@ -468,7 +468,7 @@ def test_a_batch_stays_within_its_memory(
     monkeypatch.setattr(batch, "_MAX_BATCH", 256)
     monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", 100_000)
     # Item 0 says something for a third of all, as a best seller does.
-    weights = random_weights(0, links=min(items * 16, 300_000), I=items, Z=width)
+    weights = random_weights(0, links=min(items * 16, 30_000), I=items, Z=width)
     shop = version(weights, max_history=max_history)
     users = batch.batch_size(shop)
     generator = np.random.default_rng(0)
@@ -480,7 +480,7 @@ def test_a_batch_stays_within_its_memory(
         event_type=generator.integers(0, TYPES, total),
         occurred_at=generator.random(total) * 1e8,
     )
-    scores = np.empty((users, items), dtype=np.float32)
+    scores = np.zeros((users, items), dtype=np.float32)
     tokens = history.tokens(max_history)
     shares = np.full(total, 0.1, dtype=np.float32)
     tracemalloc.start()

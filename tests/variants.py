@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import psycopg
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pgvae import resources
 from pgvae.config import TrainingConfig
@@ -13,7 +18,10 @@ from pgvae.dataset import Dataset, read_dataset, read_definition
 from pgvae.install import install
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
-from pgvae.training import Fit
+from pgvae.shortcut import Links
+from pgvae.training import NO_SHORTCUT, Fit
+from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeatureColumn, FeaturePipeline
+from pgvae_runtime.tokens import History
 
 
 def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
@@ -29,34 +37,122 @@ def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
 
 def random_network(dataset: Dataset, config: TrainingConfig, seed: int) -> AttentionVae:
     """Gives a network in which no gate, embedding or bias is zero, as a fresh or a briefly trained one has them."""
-    network = AttentionVae(item_popularity=dataset.popularity(), event_types=len(dataset.event_types), config=config)
+    network = AttentionVae(dataset, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(parameter.shape[-1], 1) ** -0.5)
     return network.eval()
 
 
-def publish_network(dsn: str, model: str, config: TrainingConfig, seed: int) -> tuple[int, AttentionVae, Dataset]:
-    """Publishes a random network as a version of a model; gives its number, the network and the model's data."""
+def random_links(dataset: Dataset, seed: int) -> Links:
+    """Gives a shortcut of seven random links an item; item 0 has as many more, some to one item more than once."""
+    generator = np.random.default_rng(seed)
+    items = len(dataset.item_keys)
+    owner = np.sort(np.append(generator.integers(0, items, 7 * items), np.zeros(2 * items, dtype=int)))
+    return Links(
+        start=np.searchsorted(owner, np.arange(items + 1)).astype(np.int32),
+        item=generator.integers(0, items, len(owner)).astype(np.int32),
+        weight=generator.normal(0, 0.5, len(owner)).astype(np.float32),
+    )
+
+
+def with_features(dataset: Dataset, seed: int, *, cold_items: int = 0) -> Dataset:
+    """Gives a dataset whose users and items have 0 to 3 of some feature tokens each, and that many items more, without
+    events.
+    """
+    generator = np.random.default_rng(seed)
+
+    def bag(count: int, size: int) -> FeatureBag:
+        return FeatureBag.of([sorted({*generator.integers(0, size, n % 4).tolist()}) for n in range(count)])
+
+    items = len(dataset.item_keys) + cold_items
+    return replace(
+        dataset,
+        item_keys=[*dataset.item_keys, *(f"cold {item}" for item in range(cold_items))],
+        user_pipeline=_pipeline(7),
+        item_pipeline=_pipeline(9),
+        user_features=bag(dataset.user_count, 7),
+        item_features=bag(items, 9),
+    )
+
+
+def _pipeline(size: int) -> FeaturePipeline:
+    edges = tuple(float(edge) for edge in range(1, size))
+    return FeaturePipeline(columns=(FeatureColumn(name="x", kind="number", first=0, edges=edges),))
+
+
+def publish_network(
+    dsn: str, model: str, config: TrainingConfig, seed: int
+) -> tuple[int, AttentionVae, Dataset, Links]:
+    """Publishes a random network and shortcut as a version of a model; gives its number, these, and the data."""
     with connect(dsn) as connection:
         definition, dataset = read_definition(connection, model), read_dataset(connection, model)
         network = random_network(dataset, config, seed)
+        links = random_links(dataset, seed)
         version = publish(
             connection,
             definition=definition,
             dataset=dataset,
             config=config,
-            fit=Fit(weights=network.weights(), best_epoch=1, curve=[]),
+            fit=Fit(weights=network.weights() | links.tensors(), best_epoch=1, curve=[], shortcut=NO_SHORTCUT),
             curve=[],
             metrics=[],
             durations={},
         )
-    return version, network, dataset
+    return version, network, dataset, links
 
 
-def torch_scores(network: AttentionVae, dataset: Dataset, users: list[int], max_history: int) -> np.ndarray:
-    """Gives PyTorch's scores, [U, I], of users of a dataset by number: the probabilities at z = mean."""
-    tokens = dataset.history(np.array(users)).tokens(max_history)
+def torch_scores(network: AttentionVae, links: Links, history: History, max_history: int) -> NDArray[np.float32]:
+    """Gives PyTorch's scores, [U, I]: the softmax of the decoder at z = mean and of the shortcut, as a dense matrix."""
+    tokens = history.tokens(max_history)
+    cold = ~network.trained_items
+    items = np.arange(len(cold))
     with torch.no_grad():
-        return torch.softmax(network.decode(network.encode(tokens)[0]), dim=1).numpy()
+        # An item without events in training is known by its features alone.
+        pooled, shares = network.pool(tokens, alone=cold[tokens.item])
+        direction = network.decode_direction(network.posterior(pooled)[0])
+        logits = direction @ network.item_directions(items, alone=cold).T / network.temperature
+        bias = network.output_bias.masked_fill(torch.from_numpy(cold), 0.0)
+        if cold.any():
+            bias[cold] = float(np.median(network.output_bias[~cold].numpy()))
+        dense = torch.zeros(len(cold), len(cold), dtype=torch.float64)
+        owner = torch.from_numpy(np.repeat(items, np.diff(links.start)))
+        linked, weight = torch.from_numpy(links.item.astype(np.int64)), torch.from_numpy(links.weight).double()
+        dense.index_put_((owner, linked), weight, accumulate=True)
+        held = torch.zeros(tokens.user_count, len(cold), dtype=torch.float64)
+        user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+        held.index_put_((torch.from_numpy(user), torch.from_numpy(tokens.item)), shares.double(), accumulate=True)
+        return torch.softmax(logits + bias + held @ dense, dim=1).float().numpy()
+
+
+def network_of_active_version(
+    connection: psycopg.Connection[Any], model: str = "shop"
+) -> tuple[AttentionVae, Links, Dataset]:
+    """Gives the active version of a model as a PyTorch network and a shortcut, from the raw bytes of its tensors.
+
+    The features of items are in the items' own rows already, and the temperature in their directions' length.
+    """
+    parts: dict[str, tuple[str, list[int], bytes]] = {}
+    for name, dtype, shape, data in connection.execute(
+        "select t.name, t.dtype, t.shape, t.data from vae_private.scoring_tensors t"
+        " join vae.versions v using (version_id) join vae.models m using (model_id)"
+        " where v.state = 'active' and m.name = %s order by t.name, t.chunk",
+        [model],
+    ).fetchall():
+        parts[name] = (dtype, shape, parts.get(name, ("", [], b""))[2] + data)
+    weights = {name: np.frombuffer(data, dtype).reshape(shape).copy() for name, (dtype, shape, data) in parts.items()}
+    dataset = replace(read_dataset(connection, model), item_pipeline=NO_FEATURES)
+    latent, hidden = weights["mean_weight"].shape
+    links = Links(**{name: weights.pop(f"shortcut_{name}") for name in ("start", "item", "weight")})
+    length = np.linalg.norm(weights["output_weight"], axis=1)
+    config = TrainingConfig(hidden=hidden, latent=latent, temperature=1 / float(length.mean()))
+    np.testing.assert_allclose(length, length.mean(), rtol=1e-5)
+    network = AttentionVae(dataset, config)
+    network.load_state_dict(
+        {name: torch.tensor(array) for name, array in weights.items() if name != "item_popularity"}
+        | {name: torch.zeros(0, latent) for name in ("item_feature_embedding", "item_feature_output")}
+    )
+    # The rows of the cold items are filled, too.
+    network.trained_items = np.ones(len(dataset.item_keys), dtype=bool)
+    return network.eval(), links, dataset
