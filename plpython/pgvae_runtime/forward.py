@@ -108,20 +108,19 @@ def mean_of_features(xp: Any, embedding: Array, features: FeatureBag) -> Array:
     return sums / xp.asarray(np.maximum(features.counts(), 1).astype(np.float32))[:, None]
 
 
-def pool(xp: Any, weights: Weights, tokens: Tokens) -> tuple[Array, Array]:
-    """Gives the pooled history of each user, [U, Z], and each token's share in it, a_i / sqrt(sum a_i^2), [N].
+def pool(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+    """Gives the pooled history of each user, [U, Z]: sqrt(Z) (sum a_i h_i / sqrt(sum a_i^2) + mean of features).
 
     The factor sqrt(Z) gives a sum of random directions the length of a draw from the prior N(0, I).
     """
     embedded = embed(xp, weights, tokens)
     gates = encoder_gates(xp, weights, tokens, embedded)
     norms = xp.maximum(xp.sqrt(sum_rows(xp, tokens.start, gates * gates)), _TINY)
-    shares = gates / norms[xp.asarray(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)))]
-    pooled = sum_rows(xp, tokens.start, shares[:, None] * embedded)
+    pooled = sum_rows(xp, tokens.start, gates[:, None] * embedded) / norms[:, None]
     if tokens.features is not None:
         pooled += mean_of_features(xp, weights["user_feature_embedding"], tokens.features)
     pooled *= xp.float32(np.sqrt(pooled.shape[1]))
-    return pooled, shares
+    return pooled
 
 
 def mean_of_latent(xp: Any, weights: Weights, pooled: Array) -> Array:
@@ -132,7 +131,7 @@ def mean_of_latent(xp: Any, weights: Weights, pooled: Array) -> Array:
 
 def encode(xp: Any, weights: Weights, tokens: Tokens) -> Array:
     """Gives the mean of q(z | x) of each user, shape [U, Z]; a user without tokens gets that of an empty history."""
-    return mean_of_latent(xp, weights, pool(xp, weights, tokens)[0])
+    return mean_of_latent(xp, weights, pool(xp, weights, tokens))
 
 
 def decode_direction(xp: Any, weights: Weights, z: Array) -> Array:
@@ -159,20 +158,22 @@ def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Arr
 _SHORTCUT_BLOCK = 1_000_000
 
 
-def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logits: Array) -> None:
-    """Adds the sum over a user's tokens of share_i · S[item_i, j] to the logits, [U, I], in place.
+def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, logits: Array) -> None:
+    """Adds to the logits, [U, I], in place, the sum of S[i, j] over the n different items i of a history, over sqrt(n).
 
-    Item i's links are shortcut_start[i] to shortcut_start[i + 1].
+    An item counts once: three purchases of it do not foretell three times as much. Item i's links are shortcut_start[i]
+    to shortcut_start[i + 1].
     """
     start, linked, weight = weights["shortcut_start"], weights["shortcut_item"], weights["shortcut_weight"]
     if not len(linked) or not len(tokens.item):
         return
     items = logits.shape[1]
-    item = xp.asarray(tokens.item)
+    pairs = np.unique(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)) * items + tokens.item)
+    user, item = pairs // items, xp.asarray(pairs % items)
+    share = xp.asarray((np.bincount(user)[user] ** -0.5).astype(np.float32))
     counts = start[item + 1] - start[item]
     on_host = to_host(xp, counts)
-    user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
-    # Blocks of tokens, not of users: a best seller can have a link to every item, and a user it in every token.
+    # Blocks of items, not of users: a best seller can have a link to every item.
     work = np.cumsum(on_host + items * np.diff(user, prepend=user[0] - 1))
     cuts = np.flatnonzero(np.diff(work // _SHORTCUT_BLOCK)) + 1
     for first, last in pairwise((0, *cuts.tolist(), len(user))):
@@ -181,18 +182,18 @@ def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, shares: Array, logit
         if not total:
             continue
         end = xp.cumsum(counts[first:last])
-        # The token of each link. CuPy's repeat takes no array of counts.
-        token = (
+        # The place of each link's item. CuPy's repeat takes no array of counts.
+        place = (
             np.repeat(np.arange(last - first), on_host[first:last])
             if xp is np
             else xp.searchsorted(end, xp.arange(total), side="right")
         )
-        link = xp.arange(total) + (start[item[first:last] + 1] - end)[token]
+        link = xp.arange(total) + (start[item[first:last] + 1] - end)[place]
         users = slice(int(user[first]), int(user[last - 1]) + 1)
         row = xp.asarray(user[first:last] - user[first])
         sums = xp.bincount(
-            row[token] * items + linked[link],
-            weights=shares[first:last][token] * weight[link],
+            row[place] * items + linked[link],
+            weights=share[first:last][place] * weight[link],
             minlength=(users.stop - users.start) * items,
         )
         logits[users] += sums.reshape(users.stop - users.start, items).astype(xp.float32)

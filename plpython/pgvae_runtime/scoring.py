@@ -20,9 +20,8 @@ def score_users(
     else by each item's share of the catalogue's popularity.
     """
     tokens = history.tokens(max_history)
-    pooled, shares = forward.pool(xp, weights, tokens)
-    logits = forward.decode(xp, weights, forward.mean_of_latent(xp, weights, pooled), out=out)
-    forward.add_shortcut(xp, weights, tokens, shares, logits)
+    logits = forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out)
+    forward.add_shortcut(xp, weights, tokens, logits)
     scores = forward.softmax(xp, logits)
     cold = history.counts == 0
     unknown = cold if history.features is None else cold & (history.features.counts() == 0)

@@ -89,8 +89,8 @@ class AttentionVae(nn.Module):
             + embedding(self._tensor(tokens.order), self.order_embedding)
         )
 
-    def pool(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
-        """Gives the pooled history of each user, [U, Z], and each token's share in it, [N]."""
+    def pool(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> Tensor:
+        """Gives the pooled history of each user, [U, Z]."""
         embedded = self.embed(tokens, alone=alone)
         gates = torch.sigmoid(
             embedded @ self.encoder_gate_weight
@@ -101,16 +101,15 @@ class AttentionVae(nn.Module):
         )
         user = self._tensor(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)))
         squares = gates.new_zeros(tokens.user_count).index_add(0, user, gates * gates)
-        shares = gates / torch.sqrt(squares.clamp_min(1e-24))[user]
-        pooled = embedded.new_zeros((tokens.user_count, embedded.shape[1]))
-        pooled = pooled.index_add(0, user, shares[:, None] * embedded)
+        sums = embedded.new_zeros((tokens.user_count, embedded.shape[1]))
+        pooled = sums.index_add(0, user, gates[:, None] * embedded) / squares.clamp_min(1e-24).sqrt()[:, None]
         if tokens.features is not None:
             pooled = pooled + self._features(self.user_feature_embedding, tokens.features)
-        return pooled * pooled.shape[1] ** 0.5, shares
+        return float(pooled.shape[1]) ** 0.5 * pooled
 
     def encode(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
         """Gives the mean and the log variance of q(z | x) of each user, both [U, Z]."""
-        return self.posterior(self.pool(tokens, alone=alone)[0])
+        return self.posterior(self.pool(tokens, alone=alone))
 
     def posterior(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Gives the mean and the log variance of q(z | x) from the pooled histories, both [U, Z]."""

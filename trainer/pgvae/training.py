@@ -27,7 +27,7 @@ VALIDATION_K = 20
 # After each epoch so many users of the validation part are ranked.
 _VALIDATION_USERS = 5000
 # What the shortcut's links are multiplied by; the validation part chooses.
-_SHORTCUT_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
 
@@ -268,7 +268,7 @@ def chooses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     if config.precision != "auto":
         return config.precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     supported: bool = torch.cpu._is_amx_tile_supported()
     return supported
 
