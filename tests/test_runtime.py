@@ -187,9 +187,10 @@ def reference_scores(weights: dict[str, Any], tokens: Tokens, user: int) -> np.n
     g = z / (1 + np.exp(-(w["decoder_gate_weight"] @ z + w["decoder_gate_bias"])))
     r = g + w["decoder_output_weight"] @ np.tanh(w["decoder_weight"] @ g + w["decoder_bias"])
     logits = w["output_weight"] @ (r / math.sqrt(r @ r)) + w["output_bias"]
-    for a, i in zip(gates, numbers, strict=True):
-        for link in range(*weights["shortcut_start"][tokens.item[i] : tokens.item[i] + 2]):
-            logits[weights["shortcut_item"][link]] += a / length * w["shortcut_weight"][link]
+    different = {int(tokens.item[i]) for i in numbers}
+    for item in different:
+        for link in range(*weights["shortcut_start"][item : item + 2]):
+            logits[weights["shortcut_item"][link]] += w["shortcut_weight"][link] / math.sqrt(len(different))
     odds = np.exp(logits - logits.max())
     return np.asarray(odds / odds.sum())
 
@@ -226,14 +227,16 @@ def test_the_shortcut_adds_up_the_same_in_blocks_of_any_size(monkeypatch: pytest
     tokens = history.tokens(7)
     # Without the network's own part what is left is the shortcut alone.
     logits = np.zeros((50, ITEMS), dtype=np.float32)
-    shares = np.random.default_rng(4).random(len(tokens.item), dtype=np.float32)
     expected = np.zeros((50, ITEMS))
     for user in range(50):
-        for i in range(tokens.start[user], tokens.start[user + 1]):
-            for link in range(*weights["shortcut_start"][tokens.item[i] : tokens.item[i] + 2]):
-                expected[user, weights["shortcut_item"][link]] += shares[i] * float(weights["shortcut_weight"][link])
+        different = set(tokens.item[tokens.start[user] : tokens.start[user + 1]].tolist())
+        for item in different:
+            for link in range(*weights["shortcut_start"][item : item + 2]):
+                expected[user, weights["shortcut_item"][link]] += (
+                    float(weights["shortcut_weight"][link]) / len(different) ** 0.5
+                )
     monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", block)
-    forward.add_shortcut(np, weights, tokens, shares, logits)
+    forward.add_shortcut(np, weights, tokens, logits)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -482,9 +485,8 @@ def test_a_batch_stays_within_its_memory(
     )
     scores = np.zeros((users, items), dtype=np.float32)
     tokens = history.tokens(max_history)
-    shares = np.full(total, 0.1, dtype=np.float32)
     tracemalloc.start()
-    forward.add_shortcut(np, weights, tokens, shares, scores)
+    forward.add_shortcut(np, weights, tokens, scores)
     _, of_shortcut = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     score_users(np, weights, history, max_history=max_history, out=scores)

@@ -110,7 +110,7 @@ def torch_scores(network: AttentionVae, links: Links, history: History, max_hist
     items = np.arange(len(cold))
     with torch.no_grad():
         # An item without events in training is known by its features alone.
-        pooled, shares = network.pool(tokens, alone=cold[tokens.item])
+        pooled = network.pool(tokens, alone=cold[tokens.item])
         direction = network.decode_direction(network.posterior(pooled)[0])
         logits = direction @ network.item_directions(items, alone=cold).T / network.temperature
         bias = network.output_bias.masked_fill(torch.from_numpy(cold), 0.0)
@@ -122,7 +122,9 @@ def torch_scores(network: AttentionVae, links: Links, history: History, max_hist
         dense.index_put_((owner, linked), weight, accumulate=True)
         held = torch.zeros(tokens.user_count, len(cold), dtype=torch.float64)
         user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
-        held.index_put_((torch.from_numpy(user), torch.from_numpy(tokens.item)), shares.double(), accumulate=True)
+        held[torch.from_numpy(user), torch.from_numpy(tokens.item)] = 1.0
+        # An item counts once, and a user with more items no more than one with fewer.
+        held /= held.sum(dim=1, keepdim=True).clamp_min(1.0).sqrt()
         return torch.softmax(logits + bias + held @ dense, dim=1).float().numpy()
 
 

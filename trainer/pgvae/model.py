@@ -105,7 +105,7 @@ class AttentionVae(nn.Module):
         pooled = sums.index_add(0, user, gates[:, None] * embedded) / squares.clamp_min(1e-24).sqrt()[:, None]
         if tokens.features is not None:
             pooled = pooled + self._features(self.user_feature_embedding, tokens.features)
-        return float(pooled.shape[1]) ** 0.5 * pooled
+        return pooled * float(np.sqrt(pooled.shape[1]))
 
     def encode(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
         """Gives the mean and the log variance of q(z | x) of each user, both [U, Z]."""
