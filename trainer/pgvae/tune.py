@@ -75,7 +75,6 @@ SPACE = (
     Parameter(name="token_dropout", low=0.0, high=0.9),
     Parameter(name="temperature", low=0.02, high=0.5, log=True),
     Parameter(name="future_share", low=0.0, high=1.0),
-    Parameter(name="neighbours", low=0, high=300, step=20),
 )
 
 
@@ -456,7 +455,8 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
     try:
         fit(
             task.train,
-            replace(task.config, **values),
+            # Epochs are ranked without the shortcut, so none need be made.
+            replace(task.config, **values, neighbours=0),
             max_history=task.max_history,
             phase="tune",
             validation=task.validation,
