@@ -52,7 +52,8 @@ def train(
         float, typer.Option(help="Share of a history that is hidden from the encoder.")
     ] = _DEFAULTS.token_dropout,
     future_share: Annotated[
-        float, typer.Option(help="Share of the users of whom what came after a moment is guessed from what came before.")
+        float,
+        typer.Option(help="Share of the users of whom what came after a moment is guessed from what came before."),
     ] = _DEFAULTS.future_share,
     temperature: Annotated[
         float, typer.Option(help="What the cosines are divided by; 0: by the size of the catalogue.")

@@ -224,7 +224,8 @@ def card(version: PublishedVersion, insight: Insight) -> list[Chapter]:
             heading="Explainability",
             points=(
                 "Each event of a person has an attention gate between 0 and 1 that says how much it counts; the"
-                " average gates of each kind of event and of each age are in the report.",
+                " average gates of each kind of event and of each age are in the report. Beside that, each item of a"
+                " history speaks for some others by fixed links, which no gate weighs.",
                 "A live score is computed from the events that the person has at that moment, and from nothing else"
                 " that is stored about the person"
                 + (", besides the person's features." if version.pipeline("users").size else "."),
@@ -260,7 +261,12 @@ def _limits(version: PublishedVersion, insight: Insight) -> tuple[str, ...]:
         "It learns what was shown and bought before: what was never offered cannot be liked, and popular items have"
         " an advantage.",
         "It knows the items of its training. An item added since is in no list until the next training.",
-        "A person without events gets the popular items, marked is_cold_start.",
+        "A person without events, marked is_cold_start, "
+        + (
+            "is scored by the own features, or gets the popular items where none are known."
+            if version.pipeline("users").size
+            else "gets the popular items."
+        ),
     ]
     failed = [check["check_name"] for check in version.quality if check.get("status") == "fail"]
     if failed:
