@@ -32,7 +32,7 @@ Connection = psycopg.Connection[Any]
 
 USER = Shop().users[0]
 # Some 25 MB of weights that do not compress.
-LARGE = TrainingConfig(epochs=1, hidden=1200, latent=1200)
+LARGE = TrainingConfig(epochs=1, hidden=1000, latent=1000)
 
 
 def rows(connection: Connection, query: str, *parameters: Any) -> list[Any]:
@@ -511,7 +511,7 @@ def test_a_second_activation_waits_for_the_first_and_follows_it(trained_database
 
 def test_an_activation_that_is_rolled_back_never_was(trained: Connection, trained_database: str) -> None:
     before = what_is_visible(trained)
-    version, _, _ = publish_network(trained_database, "shop", QUICK, seed=1)
+    version = publish_network(trained_database, "shop", QUICK, seed=1)[0]
     with psycopg.connect(trained_database) as session:
         session.execute("select * from vae.activate('shop', %s, force => true)", [version])
         assert rows(session, "select distinct model_version from shop.recommend(%s)", USER) == [(version,)]

@@ -22,11 +22,12 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.install import install
-from pgvae.ranking import make_holdout, per_user_metrics
+from pgvae.ranking import Holdout, make_holdout, per_user_metrics
 from pgvae.server import Server
+from pgvae.shortcut import Links, shortcuts
 from pgvae.train import Listener
 from pgvae.train import train as run_training
-from pgvae.training import VALIDATION_K, Fit, fit, scorer
+from pgvae.training import _SHORTCUT_SCALES, NO_SHORTCUT, VALIDATION_K, Fit, ShortcutChoice, fit, scorer
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
 from variants import install_variant, publish_network
 
@@ -211,7 +212,7 @@ def test_an_upgrade_within_a_transaction_of_one_snapshot_changes_no_answer(train
 
 
 def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_database: str) -> None:
-    version, _, _ = publish_network(trained_database, "shop", QUICK, seed=1)
+    version = publish_network(trained_database, "shop", QUICK, seed=1)[0]
     old = resources.runtime_digest()
     new = install_variant(trained_database, "api", NEW_WORDS)
     with psycopg.connect(trained_database, autocommit=True) as connection:
@@ -304,13 +305,11 @@ def learnable() -> Dataset:
     return dataset_of(events, 200, 40)
 
 
-FAST_LEARNER = TrainingConfig(
-    epochs=40, patience=3, embedding=16, hidden=24, latent=8, batch_size=32, learning_rate=0.01
-)
+FAST_LEARNER = TrainingConfig(epochs=40, patience=3, hidden=24, latent=16, batch_size=32, learning_rate=0.01)
 
 
 def trained_on(dataset: Dataset, **changes: Any) -> Fit:
-    settings = {"epochs": 3, "embedding": 8, "hidden": 12, "latent": 4, "batch_size": 64, **changes}
+    settings = {"epochs": 3, "hidden": 12, "latent": 8, "batch_size": 64, **changes}
     return fit(dataset, TrainingConfig(**settings), max_history=20, phase="publish")
 
 
@@ -327,12 +326,15 @@ def test_a_seed_decides_every_bit_whatever_went_before(learnable: Dataset) -> No
     assert [epoch.loss for epoch in first.curve] == [epoch.loss for epoch in again.curve]
     other = trained_on(learnable, seed=8)
     changed = {name for name in first.weights if first.weights[name].tobytes() != other.weights[name].tobytes()}
-    assert changed == set(first.weights) - {"item_popularity"}
+    # No user has more items than the shortcut counts, so that nothing of it is drawn by chance.
+    drawn = set(first.weights) - {"item_popularity", "shortcut_start", "shortcut_item", "shortcut_weight"}
+    assert changed == {name for name in drawn if first.weights[name].size}
+    assert drawn - changed == {"user_feature_embedding"}
 
 
 def test_two_trainings_of_one_seed_publish_the_same_bytes(trained_database: str, run_cli: RunCli) -> None:
     train(trained_database)
-    widths = {"epochs": QUICK.epochs, "embedding": QUICK.embedding, "hidden": QUICK.hidden, "latent": QUICK.latent}
+    widths = {"epochs": QUICK.epochs, "hidden": QUICK.hidden, "latent": QUICK.latent}
     options = [f"--{name}={value}" for name, value in widths.items()]
     done = run_cli("train", "shop", *options, dsn=trained_database)
     assert done.returncode == 0, done.stderr
@@ -357,12 +359,51 @@ def test_early_stopping_gives_the_best_epoch(learnable: Dataset) -> None:
     assert None not in ndcg
     assert stopped.best_epoch == 1 + int(np.argmax(np.array(ndcg, dtype=float)))
     assert stopped.best_epoch < len(stopped.curve) == stopped.best_epoch + FAST_LEARNER.patience
-    # The weights are those of that epoch: they rank as it did, and a training of that many epochs gives them.
-    measured = per_user_metrics(validation, scorer(stopped.weights, 20), VALIDATION_K)["ndcg"].mean()
-    assert measured == ndcg[stopped.best_epoch - 1]
-    straight = fit(before, FAST_LEARNER, max_history=20, phase="publish", epochs=stopped.best_epoch)
+    # The weights are those of that epoch: without the shortcut they rank as it did, and a training of that many epochs
+    # gives them.
+    none = Links.none(len(before.item_keys)).tensors()
+    assert validation_ndcg(validation, stopped.weights | none) == ndcg[stopped.best_epoch - 1]
+    straight = fit(
+        before, FAST_LEARNER, max_history=20, phase="publish", epochs=stopped.best_epoch, shortcut=stopped.shortcut
+    )
     assert same(stopped, straight)
     assert ndcg[stopped.best_epoch - 1] > ndcg[0]
+
+
+def validation_ndcg(validation: Holdout, weights: dict[str, Any]) -> float:
+    return float(per_user_metrics(validation, scorer(weights, 20), VALIDATION_K)["ndcg"].mean())
+
+
+@pytest.mark.parametrize("neighbours", [2, 64])
+def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnable: Dataset, neighbours: int) -> None:
+    cut = float(np.quantile(learnable.occurred_at, 0.8))
+    before = learnable.between(-np.inf, cut)
+    validation = make_holdout(before, learnable.between(cut, np.inf))
+    # A network that has hardly learned needs help.
+    config = replace(FAST_LEARNER, epochs=1, learning_rate=1e-4, neighbours=neighbours)
+    fitted = fit(before, config, max_history=20, phase="evaluate", validation=validation)
+    own = {name: tensor for name, tensor in fitted.weights.items() if not name.startswith("shortcut_")}
+    ndcg = {NO_SHORTCUT: validation_ndcg(validation, own | Links.none(len(before.item_keys)).tensors())}
+    for way, links in shortcuts(before, neighbours, config.seed).items():
+        for scale in _SHORTCUT_SCALES:
+            choice = ShortcutChoice(way=way, scale=scale)
+            ndcg[choice] = validation_ndcg(validation, own | links.tensors(scale))
+    chosen = validation_ndcg(validation, fitted.weights)
+    assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
+    # Scales are tried up to a peak: no scale next to the chosen one is better, nor the first of another way.
+    assert chosen == max(peak(ndcg, way) for way in shortcuts(before, neighbours, config.seed))
+    without = fit(
+        before, replace(config, without=("shortcut",)), max_history=20, phase="evaluate", validation=validation
+    )
+    assert without.shortcut == NO_SHORTCUT
+    assert without.weights["shortcut_item"].size == 0
+
+
+def peak(ndcg: dict[ShortcutChoice, float], way: str) -> float:
+    """Gives the best NDCG of the scales of a way, up to the first after which it falls."""
+    values = [ndcg[ShortcutChoice(way=way, scale=scale)] for scale in _SHORTCUT_SCALES]
+    falls = [number for number in range(1, len(values)) if values[number] < values[number - 1]]
+    return max(values[: falls[0]] if falls else values)
 
 
 def test_training_lowers_the_loss_and_learns_who_likes_what(learnable: Dataset) -> None:
@@ -382,12 +423,25 @@ def test_an_absurd_learning_rate_ends_in_weights_or_in_an_error_with_a_remedy(le
         assert all(np.isfinite(tensor).all() for tensor in diverged.weights.values())
 
 
-def test_a_loss_that_is_not_finite_ends_the_training() -> None:
-    broken = dataset_of([(user, user % 40, 1, 86_400.0 * user) for user in range(200)], 200, 40)
-    broken.weight[17] = np.inf
-    with np.errstate(invalid="ignore"), pytest.raises(PgvaeError, match="the loss is nan in epoch 1") as refused:
-        trained_on(broken)
-    assert refused.value.hint == "train again with a lower --learning-rate than 0.002"
+def test_a_loss_that_explodes_ends_the_training_with_a_remedy(
+    learnable: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    # Finite, as the losses of a learning rate far too high can be.
+    monkeypatch.setattr(
+        "pgvae.training.kl_divergence", lambda mean, _: mean.sum(dim=1) * 0 + (1e9 if len(told) == 2 else 1.0)
+    )
+    config = TrainingConfig(epochs=9, hidden=12, latent=8)
+    with pytest.raises(PgvaeError, match=r"the training diverged in epoch 3: its loss is \d") as refused:
+        fit(learnable, config, max_history=20, phase="publish", on_epoch=lambda epoch: told.append(epoch.epoch))
+    assert refused.value.hint == "train again with a lower --learning-rate than 0.004; or stop before: --epochs 2"
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(learnable: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
+    with pytest.raises(PgvaeError, match="the training diverged in epoch 1: its loss is nan") as refused:
+        trained_on(learnable)
+    assert refused.value.hint == "train again with a lower --learning-rate than 0.004"
 
 
 def test_a_last_step_that_breaks_the_weights_ends_the_training(
@@ -400,19 +454,20 @@ def test_a_last_step_that_breaks_the_weights_ends_the_training(
         nonlocal steps
         step(self, *args)
         steps += 1
-        if steps == 3 * 4:
+        if steps == 3 * 32:
             with torch.no_grad():
                 self.param_groups[0]["params"][0][0, 0] = float("nan")
 
     monkeypatch.setattr(torch.optim.Adam, "step", break_at_the_end)
-    with pytest.raises(PgvaeError, match="weights are not finite after epoch 3") as refused:
+    with pytest.raises(PgvaeError, match="the training diverged in epoch 3") as refused:
         trained_on(learnable)
-    assert "--learning-rate" in str(refused.value.hint)
+    assert steps == 3 * 32
+    assert "--learning-rate than 0.004; or stop before: --epochs 2" in str(refused.value.hint)
 
 
 def test_a_training_that_diverges_publishes_nothing(trained_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
-    with pytest.raises(PgvaeError, match="the loss is nan"):
+    with pytest.raises(PgvaeError, match="the training diverged in epoch 1: its loss is nan"):
         train(trained_database)
     with psycopg.connect(trained_database) as connection:
         assert rows(connection, "select version, state from vae.versions") == [(1, "active")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgvae import __version__
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 
 # Writing takes about a second for 40 000 items: a short training is sooner repeated.
 _SECONDS_BETWEEN = 60.0
+# What is left of a training that nobody went on with.
+_KEPT_SECONDS = 7 * 86_400.0
 
 State = dict[str, Any]
 
@@ -35,12 +39,13 @@ class Checkpoints:
 
     def of(self, dataset: Dataset, config: TrainingConfig, **others: object) -> Checkpoint:
         """Gives the checkpoint of the training of these data with this configuration."""
-        digest = hashlib.sha256(repr((sorted(asdict(config).items()), others, torch.__version__)).encode())
+        digest = hashlib.sha256(repr((sorted(asdict(config).items()), others, __version__, torch.__version__)).encode())
         for array in (dataset.user, dataset.item, dataset.event_type, dataset.occurred_at, dataset.weight):
             digest.update(np.ascontiguousarray(array).data)
         for bag in (dataset.user_features, dataset.item_features):
+            digest.update(np.ascontiguousarray(bag.start).data)
             digest.update(np.ascontiguousarray(bag.token).data)
-        digest.update("\0".join(dataset.item_keys).encode())
+        digest.update("\0".join((*dataset.event_types, "", *dataset.item_keys)).encode())
         path = self._folder / f"{digest.hexdigest()[:32]}.pt"
         self._used.add(path)
         return Checkpoint(path)
@@ -74,12 +79,20 @@ class Checkpoint:
         return time.monotonic() - self._saved >= _SECONDS_BETWEEN
 
     def save(self, state: State) -> None:
-        """Saves a state in place of the last one; whoever kills the process leaves one of the two."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            torch.save(state, unfinished)
-            unfinished.replace(self._path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Saves a state in place of the last one; whoever kills the process leaves one of the two.
+
+        Where the disk does not take it, the training goes on without.
+        """
         self._saved = time.monotonic()
+        unfinished = self._path.with_suffix(f".{os.getpid()}")
+        # RuntimeError is what PyTorch makes of a full disk.
+        with suppress(OSError, RuntimeError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.save(state, unfinished)
+                unfinished.replace(self._path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            for path in self._path.parent.iterdir():
+                if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                    path.unlink(missing_ok=True)

@@ -30,6 +30,8 @@ _VALIDATION_USERS = 5000
 _SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
+# A loss that is so many times one nat more than that of the first epoch will not come down again.
+_EXPLODED = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +89,29 @@ def fit(
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
     """
-    torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True)
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
     run = _Run(dataset, config, max_history)
-    checkpoint = checkpoints.of(dataset, config, phase=phase, max_history=max_history) if checkpoints else None
+    # Found by all that decides the result: a training of fewer epochs has not the best one of more.
+    names = {"phase": phase, "max_history": max_history, "epochs": epochs}
+    checkpoint = checkpoints.of(dataset, config, **names) if checkpoints else None
     if checkpoint and (saved := checkpoint.load()):
-        run.restore(saved)
-        for epoch in run.curve:
-            on_epoch(epoch)
+        try:
+            run.restore(saved)
+        # A file that is no state of this training: it begins at its beginning.
+        except Exception:
+            run = _Run(dataset, config, max_history)
+    for epoch in run.curve:
+        on_epoch(epoch)
     while len(run.curve) < epochs and not (judges and len(run.curve) - run.best_epoch >= config.patience):
         begun = time.perf_counter()
         number = len(run.curve) + 1
         loss, reconstruction, kl = run.pass_over_users()
         weights = run.network.weights()
         # A last step that is too wide leaves no loss to tell of it.
-        if not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
+        exploded = run.curve and loss > _EXPLODED * (1.0 + run.curve[0].loss)
+        if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
             raise _diverged(number, loss, run, config)
         ndcg = _ndcg(judges, weights | Links.none(len(dataset.item_keys)).tensors(), max_history) if judges else None
         run.curve.append(
@@ -132,6 +140,7 @@ class _Run:
     def __init__(self, dataset: Dataset, config: TrainingConfig, max_history: int) -> None:
         self.config = config
         self.device = choose_device(config)
+        torch.manual_seed(config.seed)
         self.network = AttentionVae(dataset, config).to(self.device)
         self.batches = Batches(dataset, config, max_history=max_history)
         self.optimizer = torch.optim.Adam(_parameter_groups(self.network, config), fused=True)
