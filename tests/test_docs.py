@@ -46,7 +46,7 @@ PAGES = sorted(
 )
 # The tutorials show trainings as people run them. Here they are cut short: what they reach is measured elsewhere.
 SHORT = ("--epochs=5",)
-SHORT_ON_MANY_EVENTS = ("--epochs=3", "--embedding=32", "--hidden=64", "--latent=32")
+SHORT_ON_MANY_EVENTS = ("--epochs=3", "--hidden=32", "--latent=32")
 ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")
 
 
