@@ -269,6 +269,17 @@ def test_a_query_keeps_the_version_that_its_snapshot_sees(
             "'mean_bias'",
         ),
         ("delete from vae_private.tensors", "is missing"),
+        (
+            "update vae_private.tensors set data = '\\xffffff7f' || substr(data, 5),"
+            " sha256 = sha256('\\xffffff7f' || substr(data, 5)) where name = 'shortcut_item'",
+            "the shortcut's links do not fit 12 items",
+        ),
+        (
+            "update vae_private.tensors set data = '\\x01000000' || substr(data, 5),"
+            " sha256 = sha256('\\x01000000' || substr(data, 5)) where name = 'shortcut_start'",
+            "the shortcut's links do not fit 12 items",
+        ),
+        ("update vae_private.tensors set dtype = '<f4' where name = 'shortcut_item'", "'shortcut_item'"),
     ],
 )
 def test_corrupt_weights_are_refused(trained: psycopg.Connection, change: str, message: str) -> None:

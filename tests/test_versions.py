@@ -29,7 +29,7 @@ from pgvae.train import Listener
 from pgvae.train import train as run_training
 from pgvae.training import _SHORTCUT_SCALES, NO_SHORTCUT, VALIDATION_K, Fit, ShortcutChoice, fit, scorer
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
-from variants import install_variant, publish_network
+from variants import dataset_of, install_variant, publish_network
 
 Connection = psycopg.Connection[Any]
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -276,21 +276,6 @@ def test_a_database_of_a_newer_release_is_left_alone(trained_database: str, run_
 
 
 # Training
-
-
-def dataset_of(events: list[tuple[int, int, int, float]], users: int, items: int) -> Dataset:
-    """Gives events of user, item, event type and time as a dataset."""
-    columns = np.array(sorted(events, key=lambda event: (event[0], event[3], event[1], event[2]))).T
-    return Dataset(
-        user=columns[0].astype(np.int64),
-        item=columns[1].astype(np.int64),
-        event_type=columns[2].astype(np.int64),
-        occurred_at=columns[3],
-        weight=np.array([1.0, 4.0], dtype=np.float32)[columns[2].astype(np.int64)],
-        item_keys=[str(item) for item in range(items)],
-        event_types=["view", "purchase"],
-        user_count=users,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,21 @@ def random_links(dataset: Dataset, seed: int) -> Links:
     )
 
 
+def dataset_of(events: list[tuple[int, int, int, float]], users: int, items: int) -> Dataset:
+    """Gives events of user, item, event type and time as a dataset."""
+    columns = np.array(sorted(events, key=lambda event: (event[0], event[3], event[1], event[2]))).T
+    return Dataset(
+        user=columns[0].astype(np.int64),
+        item=columns[1].astype(np.int64),
+        event_type=columns[2].astype(np.int64),
+        occurred_at=columns[3],
+        weight=np.array([1.0, 4.0], dtype=np.float32)[columns[2].astype(np.int64)],
+        item_keys=[str(item) for item in range(items)],
+        event_types=["view", "purchase"],
+        user_count=users,
+    )
+
+
 def with_features(dataset: Dataset, seed: int, *, cold_items: int = 0) -> Dataset:
     """Gives a dataset whose users and items have 0 to 3 of some feature tokens each, and that many items more, without
     events.
