@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from pgvae.dataset import Dataset
 _SECONDS_BETWEEN = 60.0
 # What is left of a training that nobody went on with.
 _KEPT_SECONDS = 7 * 86_400.0
+_NAME = re.compile(r"[0-9a-f]{32}\.(pt|[0-9]+)")
 
 State = dict[str, Any]
 
@@ -94,5 +96,6 @@ class Checkpoint:
             finally:
                 unfinished.unlink(missing_ok=True)
             for path in self._path.parent.iterdir():
-                if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                # The folder may be one that the user keeps other files in.
+                if _NAME.fullmatch(path.name) and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
                     path.unlink(missing_ok=True)
