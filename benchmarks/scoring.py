@@ -25,7 +25,8 @@ from pgvae.install import install
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
 from pgvae.server import Server
-from pgvae.training import Fit
+from pgvae.shortcut import Links
+from pgvae.training import NO_SHORTCUT, Fit
 
 _EVENTS = """
 create table events as
@@ -34,12 +35,12 @@ select u as user_id, (n_items * power(random(), 3))::bigint as item_id, 'view' a
 from (select {items}::float8 - 1 as n_items) c, generate_series(1, {users}) u, generate_series(1, {events}) e
 """
 _FLOOR = """
-create function pg_temp.floor_seconds(users integer, items integer, hidden integer, batch integer) returns float8
+create function pg_temp.floor_seconds(users integer, items integer, width integer, batch integer) returns float8
 language plpython3u as $$
 import time
 import numpy as np
-left = np.ones((batch, hidden), dtype=np.float32)
-right = np.ones((items, hidden), dtype=np.float32)
+left = np.ones((batch, width), dtype=np.float32)
+right = np.ones((items, width), dtype=np.float32)
 out = np.empty((batch, items), dtype=np.float32)
 begun = time.perf_counter()
 for _ in range(-(-users // batch)):
@@ -53,7 +54,8 @@ def main(
     users: Annotated[int, typer.Option(help="Users to score.")] = 20_000,
     items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 5_000,
     events: Annotated[int, typer.Option(help="Events of each user.")] = 20,
-    hidden: Annotated[int, typer.Option(help="Width of the decoder's hidden layer.")] = 200,
+    width: Annotated[int, typer.Option(help="Width of the items' directions and of the hidden layers.")] = 256,
+    neighbours: Annotated[int, typer.Option(help="Links of an item in the shortcut; 0 leaves it out.")] = 64,
     k: Annotated[int, typer.Option(help="Recommendations per user.")] = 20,
     calls: Annotated[int, typer.Option(help="Live calls to time.")] = 200,
 ) -> None:
@@ -66,15 +68,22 @@ def main(
         dsn = server.dsn("postgres")
         install(dsn)
         err.print(f"making {users * events} events", highlight=False)
-        _make_model(dsn, users, items, events, hidden, k)
-        figures = _refresh(dsn, users, items, hidden) + _live(dsn, users, calls)
+        _make_model(dsn, users, items, events, width, neighbours, k)
+        figures = _refresh(dsn, users, items, width) + _live(dsn, users, calls)
     finally:
         server.remove()
-    facts = {"users": users, "items": items, "events_per_user": events, "hidden": hidden, "k": k}
-    report(f"scoring-{users}x{items}-h{hidden}-k{k}", figures, facts)
+    facts = {
+        "users": users,
+        "items": items,
+        "events_per_user": events,
+        "width": width,
+        "neighbours": neighbours,
+        "k": k,
+    }
+    report(f"scoring-{users}x{items}-w{width}-n{neighbours}-k{k}", figures, facts)
 
 
-def _make_model(dsn: str, users: int, items: int, events: int, hidden: int, k: int) -> None:
+def _make_model(dsn: str, users: int, items: int, events: int, width: int, neighbours: int, k: int) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(_EVENTS.format(users=users, items=items, events=events))  # type: ignore[arg-type]
         connection.execute("create index on events (user_id, occurred_at)")
@@ -83,13 +92,14 @@ def _make_model(dsn: str, users: int, items: int, events: int, hidden: int, k: i
             "select * from vae.create_model('shop', events => 'events', options => %s)",
             [f'{{"recommendations": {k}}}'],
         )
-    config = TrainingConfig(hidden=hidden)
+    config = TrainingConfig(hidden=width, latent=width)
     with psycopg.connect(dsn) as connection:
         definition, dataset = read_definition(connection, "shop"), read_dataset(connection, "shop")
-        network = AttentionVae(item_popularity=dataset.popularity(), event_types=1, config=config)
+        network = AttentionVae(dataset, config)
         for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        fitted = Fit(weights=network.weights(), best_epoch=1, curve=[])
+            torch.nn.init.normal_(parameter, std=max(parameter.shape[-1], 1) ** -0.5)
+        weights = network.weights() | _links(len(dataset.item_keys), neighbours).tensors()
+        fitted = Fit(weights=weights, best_epoch=1, curve=[], shortcut=NO_SHORTCUT)
         publish(
             connection,
             definition=definition,
@@ -103,14 +113,25 @@ def _make_model(dsn: str, users: int, items: int, events: int, hidden: int, k: i
         connection.execute("select * from vae.activate('shop', 1)")
 
 
-def _refresh(dsn: str, users: int, items: int, hidden: int) -> list[Figure]:
+def _links(items: int, neighbours: int) -> Links:
+    generator = np.random.default_rng(1)
+    # Popular items, whose numbers are small, have the most links.
+    owner = np.sort((items * generator.random(items * neighbours) ** 2).astype(np.int64))
+    return Links(
+        start=np.searchsorted(owner, np.arange(items + 1)).astype(np.int32),
+        item=generator.integers(0, items, len(owner)).astype(np.int32),
+        weight=generator.normal(0, 0.5, len(owner)).astype(np.float32),
+    )
+
+
+def _refresh(dsn: str, users: int, items: int, width: int) -> list[Figure]:
     seconds: dict[str, list[float]] = {"floor": [], "plain": [], "concurrent": [], "reading": []}
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(_FLOOR)
         for round_number in range(3):
             err.print(f"refresh, round {round_number + 1} of 3", highlight=False)
             row = connection.execute(
-                "select pg_temp.floor_seconds(%s, %s, %s, %s)", [users, items, hidden, 1024]
+                "select pg_temp.floor_seconds(%s, %s, %s, %s)", [users, items, width, 1024]
             ).fetchone()
             seconds["floor"].append(float(row[0]) if row else 0.0)
             seconds["plain"].append(_timed(connection, "refresh materialized view shop.recommendations_materialized"))
