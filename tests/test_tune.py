@@ -271,7 +271,7 @@ def test_the_default_is_tried_whatever_the_time(shop: str) -> None:
 
 def test_two_workers_share_a_study(shop: str) -> None:
     # So long that the second worker has time to start.
-    slow = replace(QUICK, epochs=30, patience=30)
+    slow = replace(QUICK, epochs=15, patience=15)
     outcome = tune(shop, "shop", Search(trials=6, workers=2), slow)
     assert 6 <= outcome.count("complete", "pruned") <= 7
     assert len({trial.config.learning_rate for trial in outcome.trials}) == len(outcome.trials)
