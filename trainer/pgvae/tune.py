@@ -70,10 +70,10 @@ SPACE = (
     Parameter(name="hidden", low=32, high=512, step=32),
     Parameter(name="latent", low=32, high=512, step=32),
     Parameter(name="batch_size", low=64, high=1024, step=64),
-    Parameter(name="learning_rate", low=1e-4, high=2e-2, log=True),
-    Parameter(name="kl_weight", low=0.0, high=0.9),
+    Parameter(name="learning_rate", low=1e-3, high=2e-2, log=True),
+    Parameter(name="kl_weight", low=1e-3, high=0.5, log=True),
     Parameter(name="token_dropout", low=0.0, high=0.9),
-    Parameter(name="temperature", low=0.02, high=0.5, log=True),
+    Parameter(name="temperature", low=0.05, high=0.5, log=True),
     Parameter(name="future_share", low=0.0, high=1.0),
 )
 
