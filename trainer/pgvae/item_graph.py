@@ -53,13 +53,19 @@ def heaviest_products(
         if change is not None:
             row = np.repeat(np.arange(begin, begin + block.shape[0]), np.diff(block.indptr))
             change(row, block.indices, block.data)
-        for start, end in pairwise(block.indptr):
-            if end - start > neighbours:
-                values = block.data[start:end]
-                values[np.argpartition(values, -neighbours)[:-neighbours]] = 0.0
-        block.eliminate_zeros()
-        blocks.append(block)
+        blocks.append(heaviest(block, neighbours))
     return sparse.csr_array(sparse.vstack(blocks, format="csr"))
+
+
+def heaviest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
+    """Gives the matrix with the `count` entries of each row whose absolute values are the largest."""
+    matrix = matrix.copy()
+    for start, end in pairwise(matrix.indptr):
+        if end - start > count:
+            values = matrix.data[start:end]
+            values[np.argpartition(np.abs(values), -count)[:-count]] = 0.0
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def regressions(plain: sparse.csr_array, near: sparse.csr_array, l2s: Sequence[float]) -> list[sparse.csr_array]:

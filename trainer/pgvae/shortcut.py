@@ -1,7 +1,8 @@
 """The linear item-item shortcut: what each item of a history says for other items, beside the autoencoder.
 
 Two ways to weigh the links are made, and the validation part chooses. Either way an item that can be recommended is
-linked from `neighbours` others: chosen per recommended item, rare ones keep theirs.
+linked from `neighbours` others: chosen per recommended item, rare ones keep theirs. An item speaks for four times as
+many at most.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pgvae.dataset import Dataset
-from pgvae.item_graph import heaviest_products, incidence, inverse_root, regressions, similar_items
+from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_root, regressions, similar_items
 
 # Of a user with more items a random part: 5000 items are 25 million pairs.
 _MAX_USER_ITEMS = 1000
 _L2 = (100.0, 500.0)
+# Links from an item, at most, in multiples of the links to one.
+_MOST_LINKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +64,16 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int) -> dict[str, Links]:
     found = {"cooccurrence": heaviest_products(graph, neighbours)}
     for l2, weights in zip(_L2, regressions(matrix, near, _L2), strict=True):
         found[f"regression_{l2:g}"] = weights
-    # Row j of each holds what other items say for item j.
-    return {name: _links(sparse.csr_array(weights.T)) for name, weights in found.items()}
+    # Row j of each holds what other items say for item j. A best seller speaks for thousands: without a bound on that
+    # too, its links would cost more than the whole catalogue's product.
+    most = _MOST_LINKS * neighbours
+    return {name: _links(heaviest(sparse.csr_array(weights.T), most)) for name, weights in found.items()}
 
 
 def _links(matrix: sparse.csr_array) -> Links:
     matrix.sum_duplicates()
-    heaviest = np.asarray(abs(matrix).max(axis=1).todense()).ravel() if matrix.nnz else np.zeros(0)
-    unit = float(heaviest[heaviest > 0].mean()) if (heaviest > 0).any() else 1.0
+    largest = np.asarray(abs(matrix).max(axis=1).todense()).ravel() if matrix.nnz else np.zeros(0)
+    unit = float(largest[largest > 0].mean()) if (largest > 0).any() else 1.0
     return Links(
         start=matrix.indptr.astype(np.int32),
         item=matrix.indices.astype(np.int32),
