@@ -205,13 +205,15 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on_without() -> No
 
 
 def test_what_nobody_went_on_with_is_removed_after_a_week(tmp_path: Path) -> None:
-    old, young = tmp_path / "old.pt", tmp_path / "young.pt"
-    for path, days in ((old, 8), (young, 6)):
+    old, young, foreign = tmp_path / f"{1:032x}.pt", tmp_path / f"{2:032x}.pt", tmp_path / "thesis.pt"
+    for path, days in ((old, 8), (young, 6), (foreign, 800)):
         path.touch()
         os.utime(path, (time.time() - DAY * days,) * 2)
     trained_on(some_events(), folder=tmp_path)
     assert young.exists()
     assert not old.exists()
+    # The folder may be one that the user keeps other files in.
+    assert foreign.exists()
 
 
 def test_a_training_stopped_before_it_published_goes_on_and_leaves_no_checkpoint(
