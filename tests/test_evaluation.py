@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from conftest import as_role, create_database, drop_database
-from pgvae import baselines, bootstrap
+from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
@@ -513,7 +513,7 @@ def test_the_graph_filter_is_neighbours_plus_low_frequencies(small: Dataset, mon
 
 def test_products_of_items_are_made_in_blocks(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [scores_of(make(small), small) for make in (baselines.item_knn, baselines.graph_filter)]
-    monkeypatch.setattr(baselines, "_BLOCK", 30)
+    monkeypatch.setattr(item_graph, "_BLOCK", 30)
     parts = [scores_of(make(small), small) for make in (baselines.item_knn, baselines.graph_filter)]
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
     monkeypatch.setattr(baselines, "EDGES", 12 * 3)
