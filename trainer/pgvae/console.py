@@ -21,3 +21,16 @@ def progress(*extra: TextColumn) -> Progress:
         console=err,
         disable=not err.is_terminal,
     )
+
+
+def progress_with_detail() -> Progress:
+    """Gives a progress display for steps that are not counted, but say more: in the field `detail`."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        console=err,
+        disable=not err.is_terminal,
+    )

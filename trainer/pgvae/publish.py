@@ -12,7 +12,7 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric
-from pgvae.training import Epoch, Fit
+from pgvae.training import Epoch, Fit, ShortcutChoice
 from pgvae_runtime import forward
 from pgvae_runtime.tensors import to_chunks
 
@@ -34,7 +34,7 @@ def publish(
     them, and a lost connection or a full disk leaves none.
     """
     try:
-        version_id, version = _insert_version(connection, definition, dataset, config, durations)
+        version_id, version = _insert_version(connection, definition, dataset, config, fit.shortcut, durations)
     except psycopg.errors.ForeignKeyViolation as error:
         raise PgvaeError(
             f"model {definition.name} was dropped while it was trained", hint="create it again with vae.create_model"
@@ -86,6 +86,7 @@ def _insert_version(
     definition: ModelDefinition,
     dataset: Dataset,
     config: TrainingConfig,
+    shortcut: ShortcutChoice,
     durations: dict[str, float],
 ) -> tuple[int, int]:
     event_types = [
@@ -109,7 +110,7 @@ def _insert_version(
             "format": forward.FORMAT,
             "code_digest": resources.runtime_digest(),
             "trainer_version": __version__,
-            "config": Jsonb({**asdict(config), "event_types": event_types}),
+            "config": Jsonb({**asdict(config), "event_types": event_types, "shortcut": asdict(shortcut)}),
             "durations": Jsonb(durations),
             "quality": Jsonb(definition.quality),
             "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),

@@ -7,6 +7,7 @@ many at most.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,10 @@ from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_roo
 
 # Of a user with more items a random part: 5000 items are 25 million pairs.
 _MAX_USER_ITEMS = 1000
-_L2 = (100.0, 500.0)
+_COOCCURRENCE = "cooccurrence"
+# The ways by regression, and their penalties.
+_REGRESSIONS = {"regression_100": 100.0, "regression_500": 500.0}
+WAYS = (_COOCCURRENCE, *_REGRESSIONS)
 # Links from an item, at most, in multiples of the links to one.
 _MOST_LINKS = 4
 
@@ -48,22 +52,24 @@ class Links:
         return Links(start=np.zeros(items + 1, np.int32), item=np.zeros(0, np.int32), weight=np.zeros(0, np.float32))
 
 
-def shortcuts(dataset: Dataset, neighbours: int, seed: int) -> dict[str, Links]:
-    """Gives the links of each way, by its name.
+def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] = WAYS) -> dict[str, Links]:
+    """Gives the links of these ways, by their names.
 
     cooccurrence: D_I^-1/2 R^T D_U^-1 R D_I^-1/2, the normalised item-item graph (Shen et al. 2021, GF-CF, eq. 7).
     regression: each item regressed on its most similar ones, with an L2 penalty (as EASE, Steck 2019, restricted to a
     sparse graph), for each of two penalties.
     """
     matrix = _bounded_incidence(dataset, seed)
-    user_degree, item_degree = (np.asarray(matrix.sum(axis=axis)).ravel() for axis in (1, 0))
-    graph = sparse.csr_array(
-        sparse.diags_array(inverse_root(user_degree)) @ matrix @ sparse.diags_array(inverse_root(item_degree))
-    )
-    near = similar_items(matrix, neighbours)
-    found = {"cooccurrence": heaviest_products(graph, neighbours)}
-    for l2, weights in zip(_L2, regressions(matrix, near, _L2), strict=True):
-        found[f"regression_{l2:g}"] = weights
+    found = {}
+    if _COOCCURRENCE in ways:
+        user_scale, item_scale = (
+            sparse.diags_array(inverse_root(np.asarray(matrix.sum(axis=axis)).ravel())) for axis in (1, 0)
+        )
+        found[_COOCCURRENCE] = heaviest_products(sparse.csr_array(user_scale @ matrix @ item_scale), neighbours)
+    l2s = [l2 for way, l2 in _REGRESSIONS.items() if way in ways]
+    if l2s:
+        solved = regressions(matrix, similar_items(matrix, neighbours), l2s)
+        found |= dict(zip([way for way in _REGRESSIONS if way in ways], solved, strict=True))
     # Row j of each holds what other items say for item j. A best seller speaks for thousands: without a bound on that
     # too, its links would cost more than the whole catalogue's product.
     most = _MOST_LINKS * neighbours

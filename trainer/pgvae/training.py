@@ -18,7 +18,7 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
-from pgvae.shortcut import Links, shortcuts
+from pgvae.shortcut import WAYS, Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
@@ -252,9 +252,9 @@ def _with_shortcut(
 ) -> tuple[dict[str, NDArray[Any]], ShortcutChoice]:
     """Gives the weights with the shortcut in the way and scale of the choice, or that rank best for the judges."""
     none = weights | Links.none(len(dataset.item_keys)).tensors()
-    if "shortcut" in config.without or not config.neighbours:
+    if "shortcut" in config.without or not config.neighbours or not (judges or choice.way):
         return none, NO_SHORTCUT
-    ways = shortcuts(dataset, config.neighbours, config.seed)
+    ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if judges else [str(choice.way)])
     if judges:
         choice, best = NO_SHORTCUT, _ndcg(judges, none, max_history)
         for way, links in ways.items():

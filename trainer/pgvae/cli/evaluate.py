@@ -7,11 +7,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from pgvae.cli import Dsn, app
 from pgvae.cli.metrics import PARTS, lists_table, slices_table, verdicts
-from pgvae.console import err, out
+from pgvae.console import err, out, progress_with_detail
 
 if TYPE_CHECKING:
     from pgvae.evaluate import Evaluated
@@ -114,15 +114,7 @@ class _Display:
     """Shows a bar on a terminal; a line per step in a log."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            console=err,
-            disable=not err.is_terminal,
-        )
+        self._progress = progress_with_detail()
         self._task: TaskID | None = None
 
     def __enter__(self) -> _Display:

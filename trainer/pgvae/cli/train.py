@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import psycopg
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from pgvae.cli import Dsn, app
 from pgvae.cli.metrics import PARTS, lists_table, verdicts
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
-from pgvae.console import err, out
+from pgvae.console import err, out, progress_with_detail
 
 if TYPE_CHECKING:
     from pgvae.dataset import Dataset, ModelDefinition
@@ -149,15 +149,7 @@ class _Display:
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            console=err,
-            disable=not err.is_terminal,
-        )
+        self._progress = progress_with_detail()
         self._task: TaskID | None = None
 
     def __enter__(self) -> _Display:
