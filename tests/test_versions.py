@@ -24,7 +24,7 @@ from pgvae.errors import PgvaeError
 from pgvae.install import install
 from pgvae.ranking import Holdout, make_holdout, per_user_metrics
 from pgvae.server import Server
-from pgvae.shortcut import Links, shortcuts
+from pgvae.shortcut import WAYS, Links, shortcuts
 from pgvae.train import Listener
 from pgvae.train import train as run_training
 from pgvae.training import _SHORTCUT_SCALES, NO_SHORTCUT, VALIDATION_K, Fit, ShortcutChoice, fit, scorer
@@ -538,3 +538,10 @@ def test_a_trainer_of_other_code_than_the_database_is_told_before_it_trains(
     assert "pgvae install" in str(caught.value.hint)
     with psycopg.connect(trained_database) as connection:
         assert rows(connection, "select count(*) from vae.versions") == [(1,)]
+
+
+def test_a_version_says_which_shortcut_it_has(trained: psycopg.Connection) -> None:
+    (recorded,) = rows(trained, "select config -> 'shortcut' from vae.versions")[0]
+    (links,) = rows(trained, "select shape[1] from vae_private.tensors where name = 'shortcut_item'")[0]
+    assert recorded["way"] in (None, *WAYS)
+    assert (recorded["way"] is None) == (recorded["scale"] == 0) == (links == 0)
