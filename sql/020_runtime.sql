@@ -80,8 +80,8 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].score(plpy, model_id, user_key, item_key)
 $pgvae$;
 
-create or replace function vae_private.last_scored(model_id integer)
-returns table (users_scored bigint, version_scored integer)
+create or replace function vae_private.last_run(model_id integer, view_name text)
+returns table (row_count bigint, version integer)
 language plpython3u
 volatile
 called on null input
@@ -90,7 +90,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
-return GD["@RUNTIME@"].last_scored(plpy, model_id)
+return GD["@RUNTIME@"].last_run(plpy, model_id, view_name)
 $pgvae$;
 
 create or replace function vae_private.embedding(model_id integer, user_key text)
@@ -127,7 +127,7 @@ comment on function vae_private.score(integer, text, text) is
     'Scores one user and item of a model by key, for <model>.score.';
 comment on function vae_private.embedding(integer, text) is
     'Gives the latent position of one user of a model by key, for <model>.embedding.';
-comment on function vae_private.last_scored(integer) is
-    'Gives how many users the last complete vae_private.recommend_all of this session scored, with which version.';
+comment on function vae_private.last_run(integer, text) is
+    'Gives how many rows the last complete run of this session gave for a prediction view, and with which version; once.';
 comment on function vae_private.recommend_all(integer, integer) is
     'Scores all users of a model, a row per user with array literals, for <model>.recommendations_materialized.';

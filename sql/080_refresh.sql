@@ -2,67 +2,186 @@
 
 -- No SET search_path: a procedure with one cannot commit, and the log must be visible while the refresh runs. Every
 -- name in it is qualified instead.
-create or replace procedure vae.refresh(model text)
+create or replace procedure vae.refresh(model text, views text[] default null, "full" boolean default false)
 language plpgsql
 security invoker
 as $$
 declare
     id integer;
+    wanted text[];
+    place integer;
     run bigint;
     result record;
     failure text;
     failure_state text;
     failure_detail text;
     failure_hint text;
+    failures text[] := '{}';
+    failed text[] := '{}';
+    first_failure text;
+    first_state text;
+    first_hint text;
 begin
     -- Fails at once inside a transaction block, before anything is locked or logged.
     commit;
     id := vae_private.model_id(model);
-    -- A lock for the transaction that logs the start, and again for the one that refreshes: no cancel, at whatever
+    wanted := vae_private.prediction_views(id, views);
+    -- A lock for the transaction that logs the start, and again for each one that refreshes: no cancel, at whatever
     -- moment, leaves a lock behind that the session would keep.
+    if pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id)
+        and vae_private.may_be_between_views(id)
+    then
+        -- The lock is free, yet another session is at it: it died, or it is on its way from one view to the next.
+        commit;
+        perform pg_catalog.pg_sleep(0.2);
+    end if;
     if not pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id) then
         raise exception 'model % is being refreshed by another session', model
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
     end if;
-    run := vae_private.start_refresh(id, 'recommendations');
+    perform vae_private.check_refresh(id);
+    run := vae_private.start_refresh(id, wanted[1]);
     commit;
-    perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
-    if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
-        raise exception 'another session began to refresh model % at the same moment', model
-            using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
-    end if;
-    begin
-        perform vae_private.refresh_view(id, 'recommendations');
-        select * into result from vae_private.last_scored(id);
-    exception when others or query_canceled then
-        get stacked diagnostics
-            failure = message_text, failure_state = returned_sqlstate,
-            failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
-        -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
-        failure := pg_catalog.regexp_replace(
-            case when failure_detail like 'pgvae: %' then failure_detail
-                when failure_detail <> '' then failure || ': ' || failure_detail
-                else failure
-            end, '^pgvae: ', '');
-    end;
-    if failure is null then
-        perform vae_private.finish_refresh(run, result.users_scored, result.version_scored, null);
-    else
-        perform vae_private.finish_refresh(run, null, null, failure);
-    end if;
+    for place in 1 .. pg_catalog.cardinality(wanted) loop
+        perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
+        if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
+            raise exception 'another session began to refresh model % at the same moment', model
+                using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
+        end if;
+        failure := null;
+        begin
+            perform vae_private.refresh_view(id, wanted[place]);
+            select * into result from vae_private.last_run(id, wanted[place]);
+        exception when others or query_canceled then
+            get stacked diagnostics
+                failure = message_text, failure_state = returned_sqlstate,
+                failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
+            -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
+            failure := pg_catalog.regexp_replace(
+                case when failure_detail like 'pgvae: %' then failure_detail
+                    when failure_detail <> '' then failure || ': ' || failure_detail
+                    else failure
+                end, '^pgvae: ', '');
+        end;
+        if failure is null then
+            -- A function that could not fill its view said so in a notice, and remembers no run.
+            perform vae_private.finish_refresh(run, coalesce(result.row_count, 0), result.version, null);
+        else
+            perform vae_private.finish_refresh(run, null, null, failure);
+            failed := failed || wanted[place];
+            failures := failures || pg_catalog.format('%s: %s', wanted[place], failure);
+            first_failure := coalesce(first_failure, failure);
+            first_state := coalesce(first_state, failure_state);
+            first_hint := coalesce(first_hint, failure_hint);
+            -- Who cancels means all of it.
+            exit when failure_state = '57014';
+        end if;
+        if place < pg_catalog.cardinality(wanted) then
+            run := vae_private.start_refresh(id, wanted[place + 1]);
+        end if;
+        commit;
+    end loop;
     commit;
-    if failure is not null then
-        raise exception 'refresh of %.recommendations failed: %', model, failure
-            using errcode = failure_state,
-                hint = coalesce(nullif(failure_hint, '') || '; ', '') || 'the view keeps its last good content';
+    if pg_catalog.cardinality(failed) = 1 then
+        raise exception 'refresh of %.% failed: %', model, failed[1], first_failure
+            using errcode = first_state,
+                hint = coalesce(nullif(first_hint, '') || '; ', '') || 'the view keeps its last good content';
+    elsif pg_catalog.cardinality(failed) > 1 then
+        raise exception 'refresh of % of the % views of model % failed: %',
+            pg_catalog.cardinality(failed), pg_catalog.cardinality(wanted), model, pg_catalog.array_to_string(failures, '; ')
+            using errcode = first_state,
+                hint = coalesce(nullif(first_hint, '') || '; ', '') || 'these views keep their last good content';
     end if;
 end;
 $$;
 
-comment on procedure vae.refresh(text) is
-    'Scores all users with the active version and refreshes the prediction views, without locking readers out. '
-    'Logged in vae.refreshes while it runs; after a failure the views hold their last good content. '
-    'Call it outside a transaction block.';
+comment on procedure vae.refresh(text, text[], boolean) is
+    'Scores with the active version and refreshes the prediction views of a model, or those named, one after the other, without '
+    'locking readers out. Logged in vae.refreshes while it runs; a view whose refresh fails keeps its last good content, the others '
+    'are refreshed, and the call ends with an error that names it. Call it outside a transaction block.';
+
+
+create or replace function vae_private.prediction_views(id integer, chosen text[])
+returns text[]
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    known constant text[] := array(
+        select regexp_replace(o.object, '_materialized$', '')
+        from vae_private.model_objects(id) o
+        where o.kind = 'materialized view'
+        order by o.step);
+    unknown text;
+begin
+    if chosen is null then
+        return known;
+    end if;
+    select coalesce(c.name, 'null') into unknown
+    from unnest(chosen) with ordinality as c (name, place)
+    where c.name is null or c.name <> all (known)
+    order by c.place
+    limit 1;
+    if unknown is not null or cardinality(chosen) = 0 then
+        raise exception 'views is %', case when unknown is null then 'empty' else unknown end
+            using errcode = 'invalid_parameter_value',
+                hint = format('prediction views of this model: %s', array_to_string(known, ', '));
+    end if;
+    return array(select k.name from unnest(known) with ordinality as k (name, place) where k.name = any (chosen) order by k.place);
+end;
+$$;
+
+comment on function vae_private.prediction_views(integer, text[]) is
+    'Gives the prediction views of a model that were chosen (null: all) in the order of their refresh; refuses unknown ones.';
+
+
+create or replace function vae_private.may_be_between_views(id integer)
+returns boolean
+language sql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select exists (
+    select
+    from vae.refreshes r
+    join pg_stat_activity a on a.pid = r.backend_pid
+    where r.model_id = id and r.state = 'running' and r.backend_pid <> pg_backend_pid())
+$$;
+
+comment on function vae_private.may_be_between_views(integer) is
+    'Says whether another living session has logged a refresh of a model as running; part of vae.refresh.';
+
+
+create or replace function vae_private.check_refresh(id integer)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+begin
+    select * into m from vae.models where models.model_id = id;
+    perform vae_private.check_views(m);
+    if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
+        raise exception 'model % has no active version', m.name
+            using errcode = 'VA002', hint = 'train one with pgvae train, then: select * from vae.activate(…)';
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_refresh(integer) is
+    'Refuses a refresh of a model without an active version, or whose views are gone; part of vae.refresh.';
 
 
 create or replace function vae_private.start_refresh(id integer, view_name text)
@@ -75,21 +194,14 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    m vae.models;
     run bigint;
 begin
-    select * into m from vae.models where models.model_id = id;
-    perform vae_private.check_views(m);
-    if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
-        raise exception 'model % has no active version', m.name
-            using errcode = 'VA002', hint = 'train one with pgvae train, then: select * from vae.activate(…)';
-    end if;
     -- The caller holds the model's refresh lock, so whoever left a row running is gone, or waits for the lock and will
     -- see that it came too late.
     update vae.refreshes r
-    set state = 'failed', finished_at = now(), error = 'the session ended before the refresh did'
+    set state = 'failed', phase = null, finished_at = clock_timestamp(), error = 'the session ended before the refresh did'
     where r.model_id = id and r.state = 'running';
-    insert into vae.refreshes (model_id, view) values (id, view_name) returning refresh_id into run;
+    insert into vae.refreshes (model_id, view, phase) values (id, view_name, 'scoring') returning refresh_id into run;
     return run;
 end;
 $$;
@@ -127,7 +239,10 @@ begin
         raise exception 'no refresh of %.% was started in this session', model_name, view_name
             using errcode = 'insufficient_privilege', hint = format('refresh with: call vae.refresh(%L)', model_name);
     end if;
-    select c.relispopulated into populated
+    select c.relispopulated and exists (
+        select from pg_index i
+        where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null)
+    into populated
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     where n.nspname = model_name and c.relname = source;
@@ -142,7 +257,7 @@ comment on function vae_private.refresh_view(integer, text) is
     'may; the scoring itself runs with the rights of the model''s owner.';
 
 
-create or replace function vae_private.finish_refresh(run bigint, users_scored bigint, version_scored integer, failure text)
+create or replace function vae_private.finish_refresh(run bigint, rows_stored bigint, version_scored integer, failure text)
 returns void
 language sql
 volatile
@@ -155,7 +270,8 @@ update vae.refreshes r
 set state = case when failure is null then 'succeeded' else 'failed' end,
     finished_at = clock_timestamp(),
     seconds = extract(epoch from clock_timestamp() - r.started_at),
-    row_count = users_scored,
+    phase = null,
+    row_count = rows_stored,
     version = version_scored,
     error = failure
 where r.refresh_id = run

@@ -21,7 +21,7 @@ grant execute on function
     vae_private.score(integer, text, text),
     vae_private.embedding(integer, text),
     vae_private.recommend_all(integer, integer),
-    vae_private.last_scored(integer)
+    vae_private.last_run(integer, text)
 to vae_scorer;
 
 -- Operators refresh, activate and roll back.
@@ -29,8 +29,8 @@ grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
 grant insert (model_id, version, previous_version, action, forced, reason) on vae.activations to vae_operator;
-grant insert (model_id, view) on vae.refreshes to vae_operator;
-grant update (state, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
+grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
+grant update (state, phase, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
     vae.feature_columns(text),
@@ -48,11 +48,14 @@ grant execute on function
     vae_private.looks_personal(text),
     vae_private.table_features(regclass, text, text),
     vae_private.switch_version(integer, integer, text, boolean, text),
+    vae_private.prediction_views(integer, text[]),
+    vae_private.may_be_between_views(integer),
+    vae_private.check_refresh(integer),
     vae_private.start_refresh(integer, text),
     vae_private.refresh_view(integer, text),
     vae_private.finish_refresh(bigint, bigint, integer, text)
 to vae_operator;
-grant execute on procedure vae.refresh(text) to vae_operator;
+grant execute on procedure vae.refresh(text, text[], boolean) to vae_operator;
 
 -- Trainers define models and publish versions.
 grant insert, update (user_features, item_features), delete on vae.models to vae_trainer;

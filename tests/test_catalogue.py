@@ -89,7 +89,7 @@ where p.pronamespace = any (array['vae', 'vae_private', 'shop']::regnamespace[])
 def test_there_are_routines_to_check(described: psycopg.Connection) -> None:
     found = rows(described, _ROUTINES)
     assert "shop.recommend(bigint,integer,jsonb)" in found
-    assert "vae.refresh(text)" in found
+    assert "vae.refresh(text,text[],boolean)" in found
     assert len(found) > 35
 
 
@@ -102,7 +102,7 @@ def test_every_routine_pins_its_search_path_but_the_one_that_commits(described: 
         described,
         _ROUTINES + " and not coalesce(p.proconfig, '{}') @> array['search_path=pg_catalog, pg_temp']",
     )
-    assert unpinned == ["vae.refresh(text)"]
+    assert unpinned == ["vae.refresh(text,text[],boolean)"]
 
 
 def test_no_routine_can_be_executed_by_everybody(described: psycopg.Connection) -> None:

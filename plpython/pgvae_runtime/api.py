@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, device, forward
+from . import batch, device, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
 from .history import item_index, read_history
 from .scoring import mask_seen, score_users
@@ -99,9 +99,9 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
 
 
 @_translated
-def last_scored(plpy: Any, model_id: int) -> list[tuple[int, int]]:
-    """Gives (users, version) of the last complete `recommend_all` of this session, once; no row without one."""
-    run = batch.last_runs.pop(model_id, None)
+def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int]]:
+    """Gives (rows, version) of this session's last complete run for a prediction view, once; no row without one."""
+    run = runs.take(model_id, view)
     return [run] if run else []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import device, forward
+from . import device, forward, runs
 from .history import item_keys, read_histories
 from .scoring import mask_seen, score_users
 from .store import Version
@@ -18,10 +18,6 @@ from .tokens import History
 _SCORES_BYTES = 64 * 1024 * 1024
 _TOKENS_BYTES = 256 * 1024 * 1024
 _MAX_BATCH = 4096
-
-# Model: (users, version) of the last complete run in this session. A refresh logs it: counting the rows of the view
-# would run the code of the view's owner with the rights of whoever refreshes.
-last_runs: dict[int, tuple[int, int]] = {}
 
 
 def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
@@ -59,7 +55,7 @@ def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tupl
             )
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {done} users scored")
-    last_runs[version.model_id] = (done, version.version)
+    runs.record(version, "recommendations", done)
 
 
 def _scorer(xp: Any, version: Version, size: int, k: int) -> Callable[[History], tuple[Any, Any, Any]]:

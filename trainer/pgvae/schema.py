@@ -359,11 +359,16 @@ refreshes = Table(
         server_default=text("'running'"),
         comment="running, succeeded or failed; a row left running by a killed session is marked failed by the next refresh.",
     ),
+    Column(
+        "phase",
+        Text,
+        comment="What it is at: comparing, scoring or storing; null once it has ended. pg_stat_activity.application_name tells more.",
+    ),
     Column("version", Integer, comment="Version whose scores the view holds since."),
     _timestamp("started_at", "When it started.", default_now=True),
     _timestamp("finished_at", "When it ended; null: it is running, or its session was killed."),
     Column("seconds", DOUBLE_PRECISION, comment="Seconds that it took."),
-    Column("row_count", BigInteger, comment="Users in the view afterwards."),
+    Column("row_count", BigInteger, comment="Rows that the view holds afterwards; of recommendations: users."),
     Column("error", Text, comment="Message of the failure; the view then still holds its last good content."),
     Column("started_by", Text, nullable=False, server_default=_user, comment="Role that started it."),
     Column(

@@ -1,0 +1,168 @@
+"""Refreshing a model's prediction views: one after the other, each logged, none taking another along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+
+from conftest import as_role
+from shop import Shop, refusal
+
+Connection = psycopg.Connection[Any]
+
+# Prediction views beside recommendations, as later releases add them: one that works, one that fails, one that its
+# version cannot fill.
+_MORE = """
+create table public.switch (works boolean);
+insert into public.switch values (true);
+create materialized view shop.numbers_materialized as
+    select n, 1 / (select case when works then 1 else 0 end from public.switch) as one
+    from generate_series(1, 5) n with no data;
+create unique index on shop.numbers_materialized (n);
+create view shop.numbers as select * from shop.numbers_materialized;
+create materialized view shop.empty_materialized as select 1 as n where false with no data;
+create view shop.empty as select * from shop.empty_materialized;
+"""
+
+
+@pytest.fixture
+def more(trained: Connection) -> Connection:
+    """A trained database whose model has three prediction views."""
+    trained.execute(_MORE)
+    objects, definition = trained.execute(
+        "select prosrc, pg_get_functiondef(oid) from pg_proc where oid = 'vae_private.model_objects'::regproc"
+    ).fetchall()[0]
+    changed = definition.replace(
+        ") as o (step, kind",
+        ", (900, 'materialized view', 'numbers_materialized', false, 'a'), (901, 'view', 'numbers', true, 'a'),"
+        " (902, 'materialized view', 'empty_materialized', false, 'b'), (903, 'view', 'empty', true, 'b')"
+        ") as o (step, kind",
+    )
+    assert objects and changed != definition
+    trained.execute(changed.encode())
+    trained.execute("select vae.rebuild_model('shop')")
+    return trained
+
+
+def log(connection: Connection, after: int = 0) -> list[Any]:
+    query = "select view, state, row_count, error from vae.refreshes where refresh_id > %s order by refresh_id"
+    return connection.execute(query, [after]).fetchall()
+
+
+def last(connection: Connection) -> int:
+    found = connection.execute("select coalesce(max(refresh_id), 0) from vae.refreshes").fetchone()
+    assert found
+    return int(found[0])
+
+
+def test_all_views_are_refreshed_in_their_order_or_those_that_are_named(more: Connection) -> None:
+    before = last(more)
+    more.execute("call vae.refresh('shop')")
+    users = len(Shop().users)
+    views = [view for view, *_ in log(more, before)]
+    assert views[0] == "recommendations"
+    assert views[-2:] == ["numbers", "empty"]
+    assert log(more, before)[0] == ("recommendations", "succeeded", users, None)
+    assert log(more, before)[-2:] == [("numbers", "succeeded", 0, None), ("empty", "succeeded", 0, None)]
+    assert more.execute("select count(*) from shop.numbers").fetchone() == (5,)
+    before = last(more)
+    more.execute("call vae.refresh('shop', array['empty', 'recommendations'])")
+    assert [view for view, *_ in log(more, before)] == ["recommendations", "empty"]
+    phases = more.execute("select distinct phase, state from vae.refreshes").fetchall()
+    assert phases == [(None, "succeeded")]
+
+
+@pytest.mark.parametrize(
+    ("views", "value"), [("array['numbers', 'sales']", "sales"), ("array[null]", "null"), ("'{}'", "empty")]
+)
+def test_views_that_there_are_not_are_refused_by_name(more: Connection, views: str, value: str) -> None:
+    before = last(more)
+    refused = refusal(more, f"call vae.refresh('shop', {views})")
+    assert (refused.sqlstate, refused.message_primary) == ("22023", f"views is {value}")
+    assert "recommendations" in str(refused.message_hint)
+    assert "numbers" in str(refused.message_hint)
+    assert last(more) == before
+
+
+def test_a_view_that_fails_keeps_its_content_and_no_other_from_its_own(more: Connection) -> None:
+    more.execute("call vae.refresh('shop')")
+    more.execute("update public.switch set works = false")
+    before = last(more)
+    refused = refusal(more, "call vae.refresh('shop')")
+    assert (refused.sqlstate, refused.message_primary) == ("22012", "refresh of shop.numbers failed: division by zero")
+    assert refused.message_hint == "the view keeps its last good content"
+    states = {view: (state, error) for view, state, _, error in log(more, before)}
+    assert states.pop("numbers") == ("failed", "division by zero")
+    assert set(states.values()) == {("succeeded", None)}
+    assert "recommendations" in states and "empty" in states
+    assert more.execute("select count(*), min(one) from shop.numbers").fetchone() == (5, 1)
+    # Two that fail are both named; the rest is refreshed.
+    more.execute("set vae.device = 'x'")
+    before = last(more)
+    refused = refusal(more, "call vae.refresh('shop', array['recommendations', 'numbers', 'empty'])")
+    assert refused.message_primary == (
+        "refresh of 2 of the 3 views of model shop failed:"
+        " recommendations: vae.device is 'x'; numbers: division by zero"
+    )
+    assert [(view, state) for view, state, *_ in log(more, before)] == [
+        ("recommendations", "failed"), ("numbers", "failed"), ("empty", "succeeded"),
+    ]  # fmt: skip
+    more.execute("reset vae.device")
+    more.execute("update public.switch set works = true")
+    more.execute("call vae.refresh('shop')")
+    assert more.execute("select count(*) from pg_locks where locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_one_session_has_all_views_and_another_one_is_refused_whatever_the_moment(
+    more: Connection, trained_database: str
+) -> None:
+    """Three sessions try again and again; whoever is at it ends well, or is told of the other one."""
+    before = last(more)
+    outcomes = []
+
+    def other() -> None:
+        with psycopg.connect(trained_database, autocommit=True) as session:
+            for _ in range(20):
+                try:
+                    session.execute("call vae.refresh('shop')")
+                    outcomes.append("done")
+                except psycopg.errors.LockNotAvailable as error:
+                    outcomes.append(str(error.diag.message_primary))
+
+    with ThreadPoolExecutor(3) as threads:
+        for running in [threads.submit(other) for _ in range(3)]:
+            running.result(120)
+    assert set(outcomes) <= {
+        "done",
+        "model shop is being refreshed by another session",
+        "another session began to refresh model shop at the same moment",
+    }
+    succeeded = [row for row in log(more, before) if row[1] == "succeeded"]
+    assert len([view for view, *_ in succeeded if view == "empty"]) >= outcomes.count("done") > 0
+    failed = {error for _, state, _, error in log(more, before) if state == "failed"}
+    assert failed <= {"the session ended before the refresh did"}
+
+
+def test_an_operator_refreshes_views_that_it_does_not_own(
+    more: Connection, server: Any, role: str, run_cli: Callable[..., Any], trained_database: str
+) -> None:
+    more.execute(f"grant vae_operator to {role}".encode())
+    more.execute(f"grant usage on schema shop to {role}".encode())
+    done = run_cli(
+        "refresh", "shop", "--view", "numbers", "--view", "recommendations", dsn=as_role(trained_database, role)
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"shop.recommendations: {len(Shop().users)} rows scored by version 1 in ")
+    assert lines[1].startswith("shop.numbers: nothing to score in ")
+    more.execute("update public.switch set works = false")
+    failed = run_cli("refresh", "shop", dsn=as_role(trained_database, role))
+    assert failed.returncode == 1
+    assert "refresh of shop.numbers failed: division by zero" in failed.stderr
+    assert "shop.recommendations: " in failed.stdout
+    assert "shop.numbers" not in failed.stdout
+    more.execute(f"drop owned by {role}".encode())
