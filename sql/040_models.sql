@@ -38,6 +38,7 @@ as $$
 select jsonb_build_object(
     'recommendations', 20,
     'max_history', 500,
+    'horizon_days', 28,
     'max_cold_items', 100000,
     'earliest', '1995-01-01',
     'min_events', 1000,
@@ -86,6 +87,7 @@ begin
         if jsonb_typeof(value) <> jsonb_typeof(defaults -> name)
             or (jsonb_typeof(value) = 'number' and ((value)::numeric not between 1 and 1000000 or (value)::numeric % 1 <> 0))
             or (name = 'recommendations' and (value)::numeric > 10000)
+            or (name = 'horizon_days' and (value)::numeric > 365)
         then
             raise exception 'option "%" is %', name, value
                 using errcode = 'invalid_parameter_value', hint = format('its default is %s', defaults -> name);

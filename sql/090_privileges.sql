@@ -9,7 +9,7 @@ revoke all on all tables in schema vae, vae_private from public, vae_reader, vae
 -- Readers see the catalogue and, where they may use its schema, a model's prediction views.
 grant usage on schema vae to vae_reader;
 grant select on
-    vae.models, vae.event_types, vae.versions, vae.metrics, vae.epochs, vae.activations, vae.refreshes
+    vae.models, vae.event_types, vae.versions, vae.metrics, vae.curves, vae.epochs, vae.activations, vae.refreshes
 to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
@@ -62,11 +62,11 @@ grant insert, update (user_features, item_features), delete on vae.models to vae
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
-    trainer_version, config, durations, quality, features
+    trainer_version, config, durations, quality, features, demand
 ) on vae.versions to vae_trainer;
-grant insert on vae.metrics, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
--- A version that is evaluated again gets its metrics anew.
-grant delete on vae.metrics to vae_trainer;
+grant insert on vae.metrics, vae.curves, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
+-- A version that is evaluated again gets its metrics and curves anew.
+grant delete on vae.metrics, vae.curves to vae_trainer;
 grant execute on function
     vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[]),
     vae.drop_model(text),
@@ -98,7 +98,7 @@ declare
     owned constant text := 'exists (select from pg_catalog.pg_namespace n'
         ' where n.nspname = models.name and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
-    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'epochs', 'activations', 'refreshes'] loop
+    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes'] loop
         execute format('alter table vae.%I enable row level security', name);
         foreach command in array array['select', 'insert', 'update', 'delete'] loop
             execute format('drop policy if exists %I on vae.%I', command || '_policy', name);
@@ -107,18 +107,18 @@ begin
         execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'epochs')
+                when name in ('metrics', 'curves', 'epochs')
                 then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'epochs') then 'false'
+                when name in ('metrics', 'curves', 'epochs') then 'false'
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
-                when name = 'metrics' then format(of_version, name)
+                when name in ('metrics', 'curves') then format(of_version, name)
                 when name = 'epochs' then 'false'
                 else 'vae_private.may_use(model_id)' end);
     end loop;

@@ -359,7 +359,9 @@ def catalogue(connection: psycopg.Connection) -> dict[str, str]:
         assert short
     for name, comment, roles, columns in connection.execute(_RELATIONS).fetchall():
         rows = "".join(f"| `{column}` | `{kind}` | {escaped(meaning)} |\n" for column, kind, meaning in columns)
-        described[name] = f"{comment}\n\nRole: `{roles}`.\n\n| Column | Type | Meaning |\n|---|---|---|\n{rows}"
+        # A prediction view may have the name of the function that answers for one subject.
+        before = f"{described[name]}\n" if name in described else ""
+        described[name] = f"{before}{comment}\n\nRole: `{roles}`.\n\n| Column | Type | Meaning |\n|---|---|---|\n{rows}"
     return described
 
 

@@ -209,6 +209,11 @@ versions = Table(
         comment="How columns of users and items become feature tokens: per column the kind and its categories, words or"
         " bins; left_out names the other columns and why.",
     ),
+    Column(
+        "demand",
+        JSONB,
+        comment="The forecast of demand: its horizon in days, coefficients and intervals; null: there is none.",
+    ),
     UniqueConstraint("model_id", "version"),
     CheckConstraint("state in ('loading', 'ready', 'active', 'retired')", name="state"),
     Index("ix_versions_active", "model_id", unique=True, postgresql_where=text("state = 'active'")),
@@ -230,7 +235,8 @@ metrics = Table(
         "method",
         Text,
         nullable=False,
-        comment="pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease, graph_filter.",
+        comment="pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease,"
+        " graph_filter; of demand last_period, exponential_smoothing.",
     ),
     Column(
         "split",
@@ -242,7 +248,9 @@ metrics = Table(
         "metric",
         Text,
         nullable=False,
-        comment="recall, ndcg, precision, hit_rate, mrr, map, novelty, coverage (at k), auc, and of scores that are probabilities log_loss, brier, calibration_error. ndcg_lead: pgvae's ndcg less that of this method, paired by user.",
+        comment="recall, ndcg, precision, hit_rate, mrr, map, novelty, coverage (at k), auc, and of scores that are"
+        " probabilities log_loss, brier, calibration_error. ndcg_lead: pgvae's ndcg less that of this method, paired by"
+        " user. demand_wape, demand_pinball, demand_coverage: of the items' units in the horizon.",
     ),
     Column(
         "k", Integer, nullable=False, comment="Length of the list that was judged; 0 where a metric judges no list."
@@ -251,7 +259,7 @@ metrics = Table(
         "value",
         DOUBLE_PRECISION,
         nullable=False,
-        comment="Mean over the users of the test part; coverage and calibration_error: of all users together.",
+        comment="Mean over the users of the test part; coverage, calibration_error and those of demand: of all together.",
     ),
     Column(
         "lower",
@@ -263,7 +271,9 @@ metrics = Table(
         DOUBLE_PRECISION,
         comment="Upper bound of the 95 % bootstrap interval over users; null where there is none.",
     ),
-    Column("user_count", BigInteger, nullable=False, comment="Users of the test part, or of the slice."),
+    Column(
+        "user_count", BigInteger, nullable=False, comment="Users of the test part, or of the slice; of demand: items."
+    ),
     Column(
         "slice",
         Text,
@@ -274,6 +284,40 @@ metrics = Table(
     PrimaryKeyConstraint("version_id", "method", "split", "slice", "metric", "k"),
     schema=PUBLIC,
     comment="Metrics of each version on held-out events, with the baselines beside them.",
+)
+
+curves = Table(
+    "curves",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column(
+        "curve",
+        Text,
+        nullable=False,
+        comment="What the points show, for example demand: expected units of items against what was sold.",
+    ),
+    Column("method", Text, nullable=False, comment="pgvae, or the baseline beside it."),
+    Column("position", Integer, nullable=False, comment="Place of the point in its curve, from 1."),
+    Column("label", Text, comment="What the point stands for, for example an item's key or a band's name."),
+    Column("x", DOUBLE_PRECISION, nullable=False, comment="What was predicted, or how far along the curve is."),
+    Column("y", DOUBLE_PRECISION, nullable=False, comment="What happened."),
+    Column("lower", DOUBLE_PRECISION, comment="Lower bound of the predicted interval; null where there is none."),
+    Column("upper", DOUBLE_PRECISION, comment="Upper bound of the predicted interval; null where there is none."),
+    Column(
+        "weight",
+        DOUBLE_PRECISION,
+        nullable=False,
+        comment="How many users, items or pairs of them the point stands for.",
+    ),
+    PrimaryKeyConstraint("version_id", "curve", "method", "position"),
+    schema=PUBLIC,
+    comment="Points of the pictures about each version: what it predicted against what happened on held-out events.",
 )
 
 epochs = Table(
