@@ -12,6 +12,8 @@ branch_labels = None
 depends_on = None
 
 _METRIC_COMMENTS = {
+    "split": "What was held out: temporal (the newest events), random (a share of each user's items, by chance), strong"
+    " (users who were never trained on), horizon (the newest horizon_days of the model); with folds, as 5-fold strong.",
     "method": "pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease,"
     " graph_filter; of demand last_period, exponential_smoothing.",
     "metric": "recall, ndcg, precision, hit_rate, mrr, map, novelty, coverage (at k), auc, and of scores that are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import psycopg
@@ -9,11 +10,13 @@ from psycopg.types.json import Jsonb
 
 from pgvae import __version__, resources
 from pgvae.config import TrainingConfig
+from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric
 from pgvae.training import Epoch, Fit, ShortcutChoice
 from pgvae_runtime import forward
+from pgvae_runtime.demand import Head
 from pgvae_runtime.tensors import to_chunks
 
 
@@ -27,6 +30,8 @@ def publish(
     curve: list[Epoch],
     metrics: list[Metric],
     durations: dict[str, float],
+    curves: Sequence[CurvePoint] = (),
+    demand: Head | None = None,
 ) -> int:
     """Gives the number of the new version, in the state ready.
 
@@ -34,7 +39,7 @@ def publish(
     them, and a lost connection or a full disk leaves none.
     """
     try:
-        version_id, version = _insert_version(connection, definition, dataset, config, fit.shortcut, durations)
+        version_id, version = _insert_version(connection, definition, dataset, config, fit.shortcut, durations, demand)
     except psycopg.errors.ForeignKeyViolation as error:
         raise PgvaeError(
             f"model {definition.name} was dropped while it was trained", hint="create it again with vae.create_model"
@@ -51,6 +56,7 @@ def publish(
             for index, key in enumerate(dataset.item_keys):
                 copy.write_row((version_id, index, key))
         _insert_metrics(cursor, version_id, metrics)
+        _insert_curves(cursor, version_id, curves)
         cursor.executemany(
             "insert into vae.epochs"
             " (version_id, phase, epoch, loss, reconstruction, kl, validation_ndcg, seconds)"
@@ -81,6 +87,15 @@ def _insert_metrics(cursor: psycopg.Cursor, version_id: int, metrics: list[Metri
     )
 
 
+def _insert_curves(cursor: psycopg.Cursor, version_id: int, curves: Sequence[CurvePoint]) -> None:
+    cursor.executemany(
+        "insert into vae.curves (version_id, curve, method, position, label, x, y, lower, upper, weight)"
+        " values (%(version_id)s, %(curve)s, %(method)s, %(position)s, %(label)s, %(x)s, %(y)s, %(lower)s, %(upper)s,"
+        " %(weight)s)",
+        [{"version_id": version_id, **asdict(point)} for point in curves],
+    )
+
+
 def _insert_version(
     connection: psycopg.Connection,
     definition: ModelDefinition,
@@ -88,6 +103,7 @@ def _insert_version(
     config: TrainingConfig,
     shortcut: ShortcutChoice,
     durations: dict[str, float],
+    demand: Head | None,
 ) -> tuple[int, int]:
     event_types = [
         {"event_type": name, "is_target": index in dataset.targets} for index, name in enumerate(dataset.event_types)
@@ -95,10 +111,11 @@ def _insert_version(
     window_start, window_end = dataset.window()
     row = connection.execute(
         "insert into vae.versions (model_id, version, window_start, window_end, event_count, user_count, item_count,"
-        " seed, format, code_digest, trainer_version, config, durations, quality, features)"
+        " seed, format, code_digest, trainer_version, config, durations, quality, features, demand)"
         " values (%(model_id)s, vae_private.next_version(%(model_id)s), %(window_start)s, %(window_end)s,"
         " %(event_count)s, %(user_count)s, %(item_count)s, %(seed)s, %(format)s, %(code_digest)s,"
-        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s, %(features)s) returning version_id, version",
+        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s, %(features)s, %(demand)s)"
+        " returning version_id, version",
         {
             "model_id": definition.model_id,
             "window_start": window_start,
@@ -114,6 +131,7 @@ def _insert_version(
             "durations": Jsonb(durations),
             "quality": Jsonb(definition.quality),
             "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),
+            "demand": Jsonb(demand.to_json()) if demand else None,
         },
     ).fetchone()
     assert row is not None  # insert … returning gives a row or raises.

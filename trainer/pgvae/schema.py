@@ -242,7 +242,8 @@ metrics = Table(
         "split",
         Text,
         nullable=False,
-        comment="What was held out: temporal (the newest events), random (a share of each user's items, by chance), strong (users who were never trained on); with folds, as 5-fold strong.",
+        comment="What was held out: temporal (the newest events), random (a share of each user's items, by chance), strong"
+        " (users who were never trained on), horizon (the newest horizon_days of the model); with folds, as 5-fold strong.",
     ),
     Column(
         "metric",
