@@ -42,6 +42,48 @@ comment on view vae_private.scoring_tensors is
 comment on view vae_private.scoring_items is
     'Catalogues of the active versions that the current user may score with.';
 
+-- Of versions that do not score (yet, or any more): whoever activates or carries them elsewhere can check them first.
+create or replace view vae_private.published_versions with (security_barrier) as
+select
+    v.model_id,
+    v.version_id,
+    v.version,
+    v.state,
+    v.format,
+    v.trainer_version,
+    v.config,
+    v.user_count,
+    m.name,
+    m.user_id_type,
+    (m.options ->> 'max_history')::integer as max_history,
+    v.features
+from vae.versions v
+join vae.models m on m.model_id = v.model_id
+join pg_catalog.pg_namespace n on n.nspname = m.name
+where v.state <> 'loading'
+    and pg_catalog.has_schema_privilege(current_user, n.oid, 'usage');
+
+create or replace view vae_private.published_tensors with (security_barrier) as
+select t.*
+from vae_private.tensors t
+where t.version_id in (select v.version_id from vae_private.published_versions v);
+
+create or replace view vae_private.published_items with (security_barrier) as
+select i.*
+from vae_private.items i
+where i.version_id in (select v.version_id from vae_private.published_versions v);
+
+create or replace view vae_private.published_golden_users with (security_barrier) as
+select g.*
+from vae_private.golden_users g
+where g.version_id in (select v.version_id from vae_private.published_versions v);
+
+comment on view vae_private.published_versions is
+    'Versions of the models whose schema the current user may use, active or not.';
+comment on view vae_private.published_tensors is 'Weights of the versions in vae_private.published_versions.';
+comment on view vae_private.published_items is 'Catalogues of the versions in vae_private.published_versions.';
+comment on view vae_private.published_golden_users is 'Golden users of the versions in vae_private.published_versions.';
+
 
 -- Versions are immutable: their weights and catalogue are written while they load, and never again.
 
@@ -75,7 +117,7 @@ do $$
 declare
     name text;
 begin
-    foreach name in array array['tensors', 'items'] loop
+    foreach name in array array['tensors', 'items', 'golden_users'] loop
         execute format('drop trigger if exists immutable_insert on vae_private.%I', name);
         execute format('drop trigger if exists immutable_update on vae_private.%I', name);
         execute format(

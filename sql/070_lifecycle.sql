@@ -1,5 +1,111 @@
 -- Versions: which one scores.
 
+create or replace function vae_private.activation_gates(id integer, model text, wanted_version integer)
+returns table (gate text, status text, detail text, state text, hint text)
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    wanted vae.versions;
+    present vae.versions;
+    digest constant text := (select i.runtime_digest from vae_private.installation i);
+    found record;
+    compared bigint;
+    seen text;
+begin
+    select * into wanted from vae.versions v where v.version_id = vae_private.version_id(id, model, wanted_version);
+    select * into present from vae.versions v where v.model_id = id and v.state = 'active';
+
+    return query select
+        'code', case when same then 'pass' else 'fail' end,
+        case when same then 'trained and evaluated with the code that this database holds'
+            else format('version %s of model %s was trained and evaluated with the code %s, this database holds %s',
+                wanted_version, model, left(wanted.code_digest, 12), left(digest, 12)) end,
+        'VA003', format('train again with: pgvae train %s; or, if its metrics may be trusted all the same:'
+            ' select * from vae.activate(%L, %s, force => true)', model, model, wanted_version)
+    from (select wanted.code_digest = digest as same) s;
+
+    select bool_and(r.passed) as passed, max(r.max_difference) as difference, string_agg(format('%s: %s', r.device, r.detail), '; ') as failure
+    into found
+    from vae.verify(model, wanted_version) r;
+    return query select
+        'parity', case when found.passed then 'pass' else 'fail' end,
+        case when found.passed
+            then format('the golden users get the scores of the training, the largest difference is %s', trim(to_char(found.difference, '9.9EEEE')))
+            else format('version %s of model %s does not give its golden users the scores of its training: %s',
+                wanted_version, model, found.failure) end,
+        'VA009', format('see: select * from vae.verify(%L, %s); pgvae doctor checks the server; train again with: pgvae train %s',
+            model, wanted_version, model);
+
+    select count(*), string_agg(
+            format('NDCG@%s %s against %s, %s split', own.k, round(own.value::numeric, 4), round(base.value::numeric, 4), own.split),
+            '; ' order by own.split, own.k) filter (where own.value < base.value)
+    into compared, seen
+    from vae.metrics own
+    join vae.metrics base using (version_id, split, slice, metric, k)
+    where own.version_id = wanted.version_id and own.method = 'pgvae' and base.method = 'popularity'
+        and own.slice = 'all' and own.metric = 'ndcg';
+    return query select
+        'popularity', case when seen is not null then 'fail' when compared > 0 then 'pass' else 'skip' end,
+        case when seen is not null
+            then format('version %s of model %s ranks worse than popularity on held-out events: %s', wanted_version, model, seen)
+            when compared > 0 then 'ranks no worse than popularity on held-out events'
+            else 'was not measured beside popularity' end,
+        'VA008', format('see vae.metrics; train on more data, or: select * from vae.activate(%L, %s, force => true)', model, wanted_version);
+
+    -- The test parts of two trainings are of different users and days, so each figure has a noise of its own: the half
+    -- width of the interval of a difference is the root of the sum of both squares.
+    select count(*), string_agg(
+            format('NDCG@%s %s (%s to %s) against %s (%s to %s), %s split', own.k,
+                round(own.value::numeric, 4), round(own.lower::numeric, 4), round(own.upper::numeric, 4),
+                round(old.value::numeric, 4), round(old.lower::numeric, 4), round(old.upper::numeric, 4), own.split),
+            '; ' order by own.split, own.k)
+            filter (where own.value < old.value - sqrt(((own.upper - own.lower) / 2) ^ 2 + ((old.upper - old.lower) / 2) ^ 2))
+    into compared, seen
+    from vae.metrics own
+    join vae.metrics old using (method, split, slice, metric, k)
+    where own.version_id = wanted.version_id and old.version_id = present.version_id and present.version_id <> wanted.version_id
+        and method = 'pgvae' and slice = 'all' and metric = 'ndcg';
+    return query select
+        'active version', case when seen is not null then 'fail' when compared > 0 then 'pass' else 'skip' end,
+        case when seen is not null then format('version %s of model %s ranks worse than the active version %s: %s',
+                wanted_version, model, present.version, seen)
+            when compared > 0 then format('ranks no worse than the active version %s, but for chance', present.version)
+            when present.version is null then 'no version is active'
+            when present.version = wanted_version then 'is the active version'
+            else format('was not measured on the same split as the active version %s', present.version) end,
+        'VA010', format('see vae.metrics; vae.rollback goes back to an older version; or: select * from vae.activate(%L, %s, force => true)',
+            model, wanted_version);
+end;
+$$;
+
+comment on function vae_private.activation_gates(integer, text, integer) is
+    'Asks all that a version must pass to become active; for vae.activate and vae.check_activation.';
+
+
+create or replace function vae.check_activation(model text, version integer)
+returns table (gate text, status text, detail text)
+language sql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select g.gate, g.status, g.detail
+from vae_private.activation_gates(vae_private.model_id(check_activation.model), check_activation.model, check_activation.version) g
+$$;
+
+comment on function vae.check_activation(text, integer) is
+    'Says of each gate whether vae.activate would let a version through, without activating it: the code it was evaluated '
+    'with, parity of its scores (vae.verify), its ranking against popularity and against the active version. '
+    'status is pass, fail, or skip where there is nothing to compare.';
+
+
 create or replace function vae.activate(model text, version integer, force boolean default false, reason text default null)
 returns table (model_version integer, previous_version integer)
 language plpgsql
@@ -12,44 +118,67 @@ as $$
 #variable_conflict use_variable
 declare
     id constant integer := vae_private.model_id(model);
-    wanted vae.versions;
-    digest constant text := (select i.runtime_digest from vae_private.installation i);
+    gate record;
+    overridden text[] := '{}';
 begin
     -- One activation at a time for a model; a second one waits and then sees the first one's result.
     perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
-    select * into wanted from vae.versions v where v.model_id = id and v.version = activate.version;
-    if wanted.version is null then
-        raise exception 'model % has no version %', model, coalesce(version::text, 'null')
-            using errcode = 'VA007',
-                hint = coalesce(
-                    'there are: ' || (select string_agg(v.version::text, ', ' order by v.version) from vae.versions v where v.model_id = id),
-                    format('train one, in a terminal: pgvae train %s', model));
-    end if;
-    if wanted.code_digest <> digest and not force then
-        raise exception 'version % of model % was trained and evaluated with the code %, this database holds %',
-            version, model, left(wanted.code_digest, 12), left(digest, 12)
-            using errcode = 'VA003',
-                hint = format('train again with: pgvae train %s; or, if its metrics may be trusted all the same:'
-                    ' select * from vae.activate(%L, %s, force => true)', model, model, version);
-    end if;
-    if not force and exists (
-        select
-        from vae.metrics own
-        join vae.metrics base using (version_id, split, slice, metric, k)
-        where own.version_id = wanted.version_id and own.method = 'pgvae' and base.method = 'popularity'
-            and own.slice = 'all' and own.metric = 'ndcg' and own.value < base.value
-    ) then
-        raise exception 'version % of model % ranks worse than popularity on held-out events', version, model
-            using errcode = 'VA008',
-                hint = format('see vae.metrics; train on more data, or: select * from vae.activate(%L, %s, force => true)', model, version);
-    end if;
-    return query select * from vae_private.switch_version(id, version, 'activate', force, reason);
+    for gate in select g.* from vae_private.activation_gates(id, model, version) g where g.status = 'fail' loop
+        if not coalesce(force, false) then
+            raise exception '%', gate.detail using errcode = gate.state, hint = gate.hint;
+        end if;
+        overridden := overridden || gate.detail;
+    end loop;
+    return query select * from vae_private.switch_version(
+        id, version, 'activate', coalesce(force, false), reason, nullif(array_to_string(overridden, '; '), ''));
 end;
 $$;
 
 comment on function vae.activate(text, integer, boolean, text) is
     'Makes a version the one that scores, from the next statement on; the prediction views follow with the next vae.refresh. '
-    'Refuses a version of other code, or one that ranks worse than popularity, unless forced.';
+    'Refuses a version that vae.check_activation finds fault with, unless forced: other code, scores that differ from those '
+    'of its training, a ranking worse than popularity, or worse than that of the active version beyond chance. What force '
+    'overrode is kept in vae.activations, with who and why.';
+
+
+create or replace function vae_private.rollback_target(id integer)
+returns integer
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    present constant integer := (select v.version from vae.versions v where v.model_id = id and v.state = 'active');
+    entry vae.activations;
+    target integer;
+begin
+    -- What put the active version there says what stood before it. Where none is active, whatever was last.
+    select * into entry
+    from vae.activations a
+    where a.model_id = id and a.version = present and a.action = 'activate'
+    order by a.activation_id desc
+    limit 1;
+    select v.version into target
+    from vae.versions v
+    where v.model_id = id and v.version = entry.previous_version and v.state <> 'loading';
+    if target is null then
+        -- That one was dropped, or none was active then: the latest before it that is still there.
+        select a.version into target
+        from vae.activations a
+        join vae.versions v on v.model_id = id and v.version = a.version and v.state in ('ready', 'retired')
+        where a.model_id = id and a.action <> 'drop' and (present is null or a.activation_id < entry.activation_id)
+        order by a.activation_id desc
+        limit 1;
+    end if;
+    return target;
+end;
+$$;
+
+comment on function vae_private.rollback_target(integer) is
+    'Gives the version that vae.rollback would activate; null where there is none.';
 
 
 create or replace function vae.rollback(model text, reason text default null)
@@ -66,27 +195,23 @@ declare
     target integer;
 begin
     perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
-    -- The version that stood before the active one was put there, if it still exists.
-    select a.previous_version into target
-    from vae.activations a
-    join vae.versions current on current.model_id = id and current.version = a.version and current.state = 'active'
-    join vae.versions before on before.model_id = id and before.version = a.previous_version
-    where a.model_id = id and a.action = 'activate'
-    order by a.activation_id desc
-    limit 1;
+    target := vae_private.rollback_target(id);
     if target is null then
         raise exception 'model % has no earlier version to roll back to', model
             using errcode = 'VA007', hint = format('see: select version, state from vae.versions join vae.models using (model_id) where name = %L', model);
     end if;
-    return query select * from vae_private.switch_version(id, target, 'rollback', false, reason);
+    return query select * from vae_private.switch_version(id, target, 'rollback', false, reason, null);
 end;
 $$;
 
 comment on function vae.rollback(text, text) is
-    'Makes the version active that was active before the present one. The prediction views follow with the next vae.refresh.';
+    'Makes the version active that was active before the present one, or the latest before that where it was dropped; asks '
+    'no gate. The prediction views follow with the next vae.refresh.';
 
 
-create or replace function vae_private.switch_version(id integer, version integer, action text, force boolean, reason text)
+create or replace function vae_private.switch_version(
+    id integer, version integer, action text, force boolean, reason text, overridden text
+)
 returns table (model_version integer, previous_version integer)
 language plpgsql
 volatile
@@ -103,7 +228,7 @@ begin
     if previous is distinct from version then
         update vae.versions v set state = 'retired', retired_at = now() where v.model_id = id and v.state = 'active';
         perform set_config('vae.activation', jsonb_build_object(
-            'previous', previous, 'action', action, 'forced', force, 'reason', reason)::text, true);
+            'previous', previous, 'action', action, 'forced', force, 'reason', reason, 'overridden', overridden)::text, true);
         update vae.versions v set state = 'active', activated_at = now() where v.model_id = id and v.version = switch_version.version;
         perform set_config('vae.activation', '', true);
     end if;
@@ -111,7 +236,7 @@ begin
 end;
 $$;
 
-comment on function vae_private.switch_version(integer, integer, text, boolean, text) is
+comment on function vae_private.switch_version(integer, integer, text, boolean, text, text) is
     'Retires the active version and activates another one; part of vae.activate and vae.rollback.';
 
 
@@ -128,14 +253,15 @@ as $$
 declare
     told constant jsonb := nullif(current_setting('vae.activation', true), '')::jsonb;
 begin
-    insert into vae.activations (model_id, version, previous_version, action, forced, reason)
+    insert into vae.activations (model_id, version, previous_version, action, forced, reason, overridden)
     values (
         new.model_id,
         new.version,
         (told ->> 'previous')::integer,
         coalesce(told ->> 'action', 'activate'),
         coalesce((told ->> 'forced')::boolean, true),
-        case when told is null then 'set without vae.activate' else told ->> 'reason' end
+        case when told is null then 'set without vae.activate' else told ->> 'reason' end,
+        told ->> 'overridden'
     );
     return null;
 end;
@@ -163,7 +289,15 @@ as $$
 begin
     -- Two trainings that publish at once get two numbers: the second one waits for the first one's commit.
     perform pg_advisory_xact_lock(hashtext('pgvae publish'), id);
-    return (select coalesce(max(v.version), 0) + 1 from vae.versions v where v.model_id = id);
+    -- The number of a dropped version is not given again: prediction rows and logs still speak of it.
+    return (
+        select coalesce(max(n.version), 0) + 1
+        from (
+            select v.version from vae.versions v where v.model_id = id
+            union all
+            select a.version from vae.activations a where a.model_id = id
+        ) n
+    );
 end;
 $$;
 

@@ -28,7 +28,7 @@ to vae_scorer;
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
-grant insert (model_id, version, previous_version, action, forced, reason) on vae.activations to vae_operator;
+grant insert (model_id, version, previous_version, action, forced, reason, overridden) on vae.activations to vae_operator;
 grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
 grant execute on function
@@ -47,7 +47,7 @@ grant execute on function
     vae_private.column_type(regclass, text, text),
     vae_private.looks_personal(text),
     vae_private.table_features(regclass, text, text),
-    vae_private.switch_version(integer, integer, text, boolean, text),
+    vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
     vae_private.check_refresh(integer),
@@ -62,7 +62,7 @@ grant insert, update (user_features, item_features), delete on vae.models to vae
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
-    trainer_version, config, durations, quality, features, demand
+    trainer_version, config, durations, quality, features, demand, origin
 ) on vae.versions to vae_trainer;
 grant insert on vae.metrics, vae.curves, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
 -- A version that is evaluated again gets its metrics and curves anew.
@@ -87,6 +87,33 @@ grant execute on function
     vae_private.grant_model(vae.models)
 to vae_trainer;
 
+-- Lifecycle: parity, gates, retention.
+grant select on vae.verifications to vae_reader;
+grant select on
+    vae_private.published_versions, vae_private.published_tensors, vae_private.published_items,
+    vae_private.published_golden_users
+to vae_operator;
+grant insert (
+    version_id, device, passed, golden_users, max_difference, top_k_agreement, runtime_digest, numpy_version, blas, detail
+) on vae.verifications to vae_operator;
+grant execute on function
+    vae.verify(text, integer),
+    vae.check_activation(text, integer),
+    vae_private.verify(integer, bigint),
+    vae_private.version_id(integer, text, integer),
+    vae_private.activation_gates(integer, text, integer),
+    vae_private.rollback_target(integer)
+to vae_operator;
+grant insert on vae_private.golden_users to vae_trainer;
+-- Row security leaves versions to the model's owner.
+grant delete on vae.versions to vae_trainer;
+grant execute on function
+    vae.drop_version(text, integer, boolean),
+    vae.prune(text, integer),
+    vae_private.check_owner(text),
+    vae_private.version_bytes(bigint)
+to vae_trainer;
+
 -- Row security: everybody may read the catalogue, only who may use a model's schema may write about it, and only who
 -- owns that schema may define or drop the model: an upgrade remakes models as the owner of their schema.
 do $$
@@ -97,8 +124,10 @@ declare
         ' where v.version_id = %I.version_id and vae_private.may_use(v.model_id))';
     owned constant text := 'exists (select from pg_catalog.pg_namespace n'
         ' where n.nspname = models.name and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
+    owned_version constant text := 'exists (select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name'
+        ' where m.model_id = versions.model_id and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
-    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes'] loop
+    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes', 'verifications'] loop
         execute format('alter table vae.%I enable row level security', name);
         foreach command in array array['select', 'insert', 'update', 'delete'] loop
             execute format('drop policy if exists %I on vae.%I', command || '_policy', name);
@@ -107,19 +136,20 @@ begin
         execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'curves', 'epochs')
+                when name in ('metrics', 'curves', 'epochs', 'verifications')
                 then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'curves', 'epochs') then 'false'
+                when name in ('metrics', 'curves', 'epochs', 'verifications') then 'false'
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
                 when name in ('metrics', 'curves') then format(of_version, name)
-                when name = 'epochs' then 'false'
+                when name in ('epochs', 'verifications') then 'false'
+                when name = 'versions' then owned_version
                 else 'vae_private.may_use(model_id)' end);
     end loop;
 end;

@@ -36,8 +36,9 @@ from shop import Shop
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ANALYST, DBA, REFERENCE, FEATURES, ERRORS = (
-    DOCS / name for name in ("tutorial-analyst.md", "tutorial-dba.md", "sql-reference.md", "features.md", "errors.md")
+ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, ERRORS = (
+    DOCS / f"{name}.md"
+    for name in ("tutorial-analyst", "tutorial-dba", "sql-reference", "features", "lifecycle", "errors")
 )
 PAGES = sorted(
     path
@@ -270,6 +271,11 @@ def test_the_examples_of_the_reference_run(practice: Runner) -> None:
         practice.run(block)
 
 
+def test_the_page_of_the_lifecycle_runs(practice: Runner) -> None:
+    for block in blocks(LIFECYCLE):
+        practice.run(block)
+
+
 def test_the_readme_runs(server: Server, template: str, folder: Path, psql_folder: Path) -> None:
     """On a table of the names that it uses. What it shows first is what there is at the end."""
     create_database(server, "readme", template)
@@ -302,7 +308,7 @@ def test_the_page_of_features_runs(server: Server, template: str, folder: Path, 
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
-        for path in (ANALYST, DBA, REFERENCE, FEATURES)
+        for path in (ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE)
         for block in blocks(path)
         if block.language in ("sql", "sh") and block.mark and not re.match(r"(not run|fails|run): \S", block.mark)
     ]
@@ -449,7 +455,7 @@ def test_every_condition_that_the_sql_raises_is_explained() -> None:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Gives each command with its full name: "pgvae load events"."""
-    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune  # noqa: F401
+    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune, versions  # noqa: F401
 
     def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield name, command

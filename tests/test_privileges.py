@@ -311,7 +311,7 @@ def test_an_operator_acts_only_on_models_whose_schema_it_may_use(trained: psycop
     for query in (
         "select * from vae_private.refresh_view(1, 'recommendations')",
         "select * from vae_private.start_refresh(1, 'recommendations')",
-        "select * from vae_private.switch_version(1, 1, 'activate', true, null)",
+        "select * from vae_private.switch_version(1, 1, 'activate', true, null, null)",
         "insert into vae.activations (model_id, version, action, forced) values (1, 1, 'activate', true)",
         "insert into vae.refreshes (model_id, view) values (1, 'recommendations')",
     ):
@@ -379,7 +379,7 @@ def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connecti
     trained.execute("grant usage on schema shop to the_trainer")
     assert refusal(trainer, "select vae.drop_model('shop')").sqlstate == "42501"
     assert trainer.execute("delete from vae.models").rowcount == 0
-    assert refusal(trainer, "delete from vae.versions").sqlstate == "42501"
+    assert trainer.execute("delete from vae.versions").rowcount == 0
     assert refusal(trainer, "delete from vae_private.tensors").sqlstate == "42501"
     assert state(trained) == before
 

@@ -187,7 +187,10 @@ def test_a_version_worse_than_popularity_is_activated_only_by_force(
     activate = "select * from vae.activate('shop', %s)"
     refused = refusal(trained, activate, [version])
     assert refused.sqlstate == "VA008"
-    assert refused.message_primary == "version 2 of model shop ranks worse than popularity on held-out events"
+    assert refused.message_primary == (
+        "version 2 of model shop ranks worse than popularity on held-out events: NDCG@20 0.1000 against 0.2000,"
+        " temporal split"
+    )
     assert "force => true" in str(refused.message_hint)
     active = "select version from vae.versions where state = 'active'"
     assert trained.execute(active).fetchall() == [(1,)]

@@ -106,6 +106,15 @@ def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int]]:
 
 
 @_translated
+def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
+    """Gives a row a device: whether a version gives its golden users the scores of its training, see verify.verify."""
+    # Imported here: live calls never need it.
+    from .verify import verify as run
+
+    return run(plpy, model_id, version_id)
+
+
+@_translated
 def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives a row per user for a materialized view, see batch.recommend_all."""
     k = checked_k(k)

@@ -67,6 +67,20 @@ from pg_catalog.pg_database d
 where d.datname = pg_catalog.current_database()
 """
 
+# `{views}` is scoring: active versions, for whoever scores; or published: all of them, for operators.
+_VERSION = """
+select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config, v.max_history,
+    v.user_count, v.model_id, v.features::text as features
+from vae_private.{views}_versions v
+where v.version_id = $1
+"""
+_TENSORS = """
+select t.name, t.chunk, t.dtype, t.shape, t.sha256, t.data
+from vae_private.{views}_tensors t
+where t.version_id = $1
+order by t.name, t.chunk
+"""
+
 _versions: OrderedDict[int, Version] = OrderedDict()
 _plans: dict[str, Any] = {}
 
@@ -136,15 +150,16 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
     )
 
 
-def _load(plpy: Any, version_id: int) -> Version:
-    row = execute(
-        plpy,
-        "select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config,"
-        " v.max_history, v.user_count, v.model_id, v.features::text as features"
-        " from vae_private.scoring_versions v where v.version_id = $1",
-        ["bigint"],
-        [version_id],
-    )[0]
+def load_version(plpy: Any, version_id: int) -> Version:
+    """Gives a published version, active or not, with weights read for this call alone; for operators.
+
+    ScoringError where its weights are damaged, or of a format that this runtime does not know.
+    """
+    return _load(plpy, version_id, views="published")
+
+
+def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
+    row = execute(plpy, _VERSION.format(views=views), ["bigint"], [version_id])[0]
     if row["format"] != FORMAT:
         raise ScoringError(
             f"version {row['version']} of model {row['name']} has tensor format {row['format']},"
@@ -159,7 +174,7 @@ def _load(plpy: Any, version_id: int) -> Version:
     types = json.loads(row["config"])["event_types"]
     features = json.loads(row["features"])
     user_pipeline = FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES
-    weights = _load_weights(plpy, version_id)
+    weights = _load_weights(plpy, version_id) if views == "scoring" else _read_weights(plpy, version_id, views)
     _check_shapes(weights, types=len(types), features=user_pipeline.size)
     return Version(
         version_id=version_id,
@@ -196,12 +211,8 @@ def _active_version_ids(plpy: Any) -> list[int]:
     return [row["version_id"] for row in rows]
 
 
-def _read_weights(plpy: Any, version_id: int) -> dict[str, Any]:
-    plan = plpy.prepare(
-        "select t.name, t.chunk, t.dtype, t.shape, t.sha256, t.data from vae_private.scoring_tensors t"
-        " where t.version_id = $1 order by t.name, t.chunk",
-        ["bigint"],
-    )
+def _read_weights(plpy: Any, version_id: int, views: str = "scoring") -> dict[str, Any]:
+    plan = plpy.prepare(_TENSORS.format(views=views), ["bigint"])
     assemblers: dict[str, Assembler] = {}
     cursor = plpy.cursor(plan, [version_id])
     while rows := cursor.fetch(1):

@@ -14,6 +14,7 @@ from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric
+from pgvae.golden import GoldenUser, golden_users
 from pgvae.training import Epoch, Fit, ShortcutChoice
 from pgvae_runtime import forward
 from pgvae_runtime.demand import Head
@@ -55,6 +56,8 @@ def publish(
         with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
             for index, key in enumerate(dataset.item_keys):
                 copy.write_row((version_id, index, key))
+        golden = golden_users(dataset, config, fit.weights, max_history=definition.max_history)
+        insert_golden_users(cursor, version_id, golden)
         _insert_metrics(cursor, version_id, metrics)
         _insert_curves(cursor, version_id, curves)
         cursor.executemany(
@@ -66,6 +69,17 @@ def publish(
         )
     connection.execute("select vae_private.finish_version(%s)", [version_id])
     return version
+
+
+def insert_golden_users(cursor: psycopg.Cursor, version_id: int, golden: Sequence[GoldenUser]) -> None:
+    """Writes the golden users of a version that is loading."""
+    cursor.executemany(
+        "insert into vae_private.golden_users"
+        " (version_id, number, items, event_types, occurred_at, features, top_items, top_scores)"
+        " values (%(version_id)s, %(number)s, %(items)s, %(event_types)s, %(occurred_at)s, %(features)s, %(top_items)s,"
+        " %(top_scores)s)",
+        [{"version_id": version_id, "number": number, **asdict(user)} for number, user in enumerate(golden)],
+    )
 
 
 def replace_metrics(connection: psycopg.Connection, version_id: int, metrics: list[Metric]) -> None:

@@ -214,6 +214,12 @@ versions = Table(
         JSONB,
         comment="The forecast of demand: its horizon in days, coefficients and intervals; null: there is none.",
     ),
+    Column(
+        "origin",
+        JSONB,
+        comment="Where an imported version came from: database, model, version, when and by whom it was published"
+        " and exported, sha256 of the file; null: it was trained here.",
+    ),
     UniqueConstraint("model_id", "version"),
     CheckConstraint("state in ('loading', 'ready', 'active', 'retired')", name="state"),
     Index("ix_versions_active", "model_id", unique=True, postgresql_where=text("state = 'active'")),
@@ -373,16 +379,17 @@ activations = Table(
         nullable=False,
         comment="Model, see vae.models.",
     ),
-    Column("version", Integer, nullable=False, comment="Version that became active."),
+    Column("version", Integer, nullable=False, comment="Version that became active, or was dropped."),
     Column("previous_version", Integer, comment="Version that was active before; null: none was."),
-    Column("action", Text, nullable=False, comment="activate or rollback."),
+    Column("action", Text, nullable=False, comment="activate, rollback or drop."),
     Column("forced", Boolean, nullable=False, comment="Whether a refusal was overridden with force => true."),
     Column("reason", Text, comment="What the caller gave as the reason."),
     _timestamp("activated_at", "When it happened.", default_now=True),
     Column("activated_by", Text, nullable=False, server_default=_user, comment="Role that did it."),
-    CheckConstraint("action in ('activate', 'rollback')", name="action"),
+    Column("overridden", Text, comment="The refusals that force => true overrode; null: none."),
+    CheckConstraint("action in ('activate', 'rollback', 'drop')", name="action"),
     schema=PUBLIC,
-    comment="Log of activations and rollbacks.",
+    comment="Log of activations, rollbacks and dropped versions.",
 )
 
 refreshes = Table(
@@ -468,6 +475,95 @@ items = Table(
     comment="Catalogue of each version. Written only while a version is loading.",
 )
 
+golden_users = Table(
+    "golden_users",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("number", Integer, nullable=False, comment="Number of the golden user, from 0."),
+    Column(
+        "items",
+        ARRAY(Integer),
+        nullable=False,
+        comment="Items of the history's events, as rows of the version's tensors.",
+    ),
+    Column(
+        "event_types",
+        ARRAY(Integer),
+        nullable=False,
+        comment="Event types of the same events, as rows of the version's tensors.",
+    ),
+    Column(
+        "occurred_at",
+        ARRAY(DOUBLE_PRECISION),
+        nullable=False,
+        comment="Times of the same events, in seconds since 1970.",
+    ),
+    Column(
+        "features",
+        ARRAY(Integer),
+        nullable=False,
+        comment="Feature tokens, as rows of the version's tensors; empty where the version has none.",
+    ),
+    Column(
+        "top_items",
+        ARRAY(Integer),
+        nullable=False,
+        comment="Best items, best first, without those already bought.",
+    ),
+    Column(
+        "top_scores",
+        ARRAY(DOUBLE_PRECISION),
+        nullable=False,
+        comment="Scores of the best items, as the trainer's network gives them in double precision.",
+    ),
+    PrimaryKeyConstraint("version_id", "number"),
+    schema=PRIVATE,
+    comment="Golden users: made-up histories and the scores that each version gives them, which vae.verify replays.",
+)
+
+verifications = Table(
+    "verifications",
+    metadata,
+    Column(
+        "verification_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the verification."
+    ),
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("device", Text, nullable=False, comment="What computed: cpu or cuda."),
+    Column("passed", Boolean, nullable=False, comment="Whether every golden user got the same answer."),
+    Column("golden_users", Integer, nullable=False, comment="Golden users that were scored."),
+    Column(
+        "max_difference",
+        DOUBLE_PRECISION,
+        comment="Largest relative difference of a score; null: there was none to compare.",
+    ),
+    Column(
+        "top_k_agreement",
+        DOUBLE_PRECISION,
+        comment="Share of the golden users whose best items were the same, but for ties.",
+    ),
+    Column("runtime_digest", Text, nullable=False, comment="sha256 of the source of the runtime that scored."),
+    Column("numpy_version", Text, nullable=False, comment="numpy of the server, or cupy for the device cuda."),
+    Column("blas", Text, nullable=False, comment="Linear algebra library that numpy used; for cuda the GPU."),
+    Column("detail", Text, comment="What differed; null where it passed."),
+    _timestamp("verified_at", "When it was verified.", default_now=True),
+    Column("verified_by", Text, nullable=False, server_default=_user, comment="Role that did it."),
+    Index("ix_verifications_version_id", "version_id"),
+    schema=PUBLIC,
+    comment="Log of vae.verify: which version gave the scores of its training, with which code and libraries.",
+)
+
 installation = Table(
     "installation",
     metadata,
@@ -496,6 +592,7 @@ __all__ = [
     "activations",
     "epochs",
     "event_types",
+    "golden_users",
     "installation",
     "items",
     "metadata",
@@ -503,5 +600,6 @@ __all__ = [
     "models",
     "refreshes",
     "tensors",
+    "verifications",
     "versions",
 ]

@@ -31,7 +31,7 @@ Dsn = Annotated[
 def main() -> None:
     """Runs the command line; a failure the user can mend ends in a message, a hint and exit status 1."""
     # Imported here: each module registers itself on `app`.
-    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune  # noqa: F401
+    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune, versions  # noqa: F401
 
     try:
         app()

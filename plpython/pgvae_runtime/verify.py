@@ -1,0 +1,183 @@
+"""Replays a version's golden users on this machine and compares with what the trainer's network gave them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import device, forward
+from .errors import ScoringError
+from .features import FeatureBag
+from .scoring import mask_seen, score_users
+from .store import Version, active_version, execute, load_version
+from .tokens import History
+
+# PyTorch, NumPy and CuPy agree to this relative difference of a score.
+BOUND = 1e-5
+# A smaller probability has no full precision in float32 any more.
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenUsers:
+    """Histories and their best items and scores, best first; `top_items` and `top_scores` are a list per user."""
+
+    history: History
+    top_items: list[list[int]]
+    top_scores: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far scores are from the golden ones: the largest relative difference, and which users' best items agree."""
+
+    largest: float
+    agrees: NDArray[np.bool_]
+
+
+def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
+    """Gives a row for the CPU, and one for the GPU where one is used: whether a version passed, and what differed.
+
+    The active version is checked with the weights that live calls use, the shared map included; another one with
+    weights read for the occasion, their checksums checked. A version that cannot be scored fails, with the error as its
+    detail.
+    """
+    golden = _read_golden(plpy, version_id)
+    devices = [np]
+    # As if the work were endless: whatever device a refresh could choose is checked.
+    if (chosen := device.choose(plpy, float("inf"))) is not np:
+        devices.append(chosen)
+    return [_row(plpy, xp, model_id, version_id, golden) for xp in devices]
+
+
+def _row(plpy: Any, xp: Any, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "device": "cpu" if xp is np else "cuda",
+        "passed": False,
+        "golden_users": len(golden.top_items),
+        "max_difference": None,
+        "top_k_agreement": None,
+        "numpy_version": f"{xp.__name__} {xp.__version__}",
+        "blas": blas() if xp is np else _gpu(xp),
+        "detail": None,
+    }
+    if not golden.top_items:
+        return row | {"detail": "the version has no golden users: a release that stores none published it"}
+    try:
+        found = compare(xp, _version(plpy, model_id, version_id), golden)
+    except ScoringError as error:
+        return row | {"detail": error.message}
+    # Weights that do not fit the golden histories, or a GPU that breaks: the version does not score here.
+    except Exception as error:
+        return row | {"detail": f"scoring failed: {type(error).__name__}: {error}"}
+    row |= {
+        "passed": bool(found.largest <= BOUND and found.agrees.all()),
+        "max_difference": found.largest,
+        "top_k_agreement": float(found.agrees.mean()),
+    }
+    if not row["passed"]:
+        row["detail"] = (
+            f"the largest relative difference of a score is {found.largest:.2g}, {BOUND:.0e} is allowed;"
+            f" {int((~found.agrees).sum())} of {len(found.agrees)} golden users got other items"
+        )
+    return row
+
+
+def compare(xp: Any, version: Version, golden: GoldenUsers) -> Difference:
+    """Scores the golden users as a refresh does, and compares.
+
+    Two rankings agree where they differ only among equal scores: the item at each rank has the golden score of that
+    rank.
+    """
+    weights = device.to_device(xp, version.weights)
+    scores, _ = score_users(xp, weights, golden.history, max_history=version.max_history)
+    mask_seen(xp, scores, golden.history, version.targets)
+    k = max(map(len, golden.top_items))
+    best = device.to_host(xp, forward.top_k(xp, scores, k)[0])
+    found = device.to_host(xp, scores).astype(np.float64)
+    largest = 0.0
+    agrees = np.zeros(len(golden.top_items), dtype=bool)
+    for user, (items, wanted) in enumerate(zip(golden.top_items, golden.top_scores, strict=True)):
+        expected = np.array(wanted)
+        known = dict(zip(items, wanted, strict=True))
+        largest = max(largest, _relative(found[user, items], expected).max(initial=0.0))
+        ranked = np.array([known.get(item, found[user, item]) for item in best[user, : len(items)].tolist()])
+        agrees[user] = len(ranked) == len(expected) and bool((_relative(ranked, expected) <= BOUND).all())
+    return Difference(largest=float(largest), agrees=agrees)
+
+
+def _relative(found: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    difference: NDArray[np.float64] = np.abs(found - expected) / np.maximum(np.abs(expected), _LEAST)
+    # A score that is no number differs from every other.
+    return np.where(np.isfinite(difference), difference, np.inf)
+
+
+def _version(plpy: Any, model_id: int, version_id: int) -> Version:
+    rows = execute(
+        plpy,
+        "select v.state from vae_private.published_versions v where v.version_id = $1",
+        ["bigint"],
+        [version_id],
+    )
+    if rows and rows[0]["state"] == "active":
+        return active_version(plpy, model_id)
+    return load_version(plpy, version_id)
+
+
+def _read_golden(plpy: Any, version_id: int) -> GoldenUsers:
+    rows = execute(
+        plpy,
+        "select g.items, g.event_types, g.occurred_at, g.features, g.top_items, g.top_scores"
+        " from vae_private.published_golden_users g where g.version_id = $1 order by g.number",
+        ["bigint"],
+        [version_id],
+    )
+
+    def joined(column: str, dtype: type) -> NDArray[Any]:
+        return np.array([value for row in rows for value in row[column]], dtype=dtype)
+
+    features = FeatureBag.of([row["features"] for row in rows])
+    return GoldenUsers(
+        history=History(
+            counts=np.array([len(row["items"]) for row in rows], dtype=np.int64),
+            item=joined("items", np.int64),
+            event_type=joined("event_types", np.int64),
+            occurred_at=joined("occurred_at", np.float64),
+            features=features if len(features.token) else None,
+        ),
+        top_items=[row["top_items"] for row in rows],
+        top_scores=[row["top_scores"] for row in rows],
+    )
+
+
+def blas() -> str:
+    """Gives the linear algebra library that numpy has loaded, in its own words where it is OpenBLAS."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    words = ("blas", "blis", "mkl", "atlas")
+    paths = sorted({line.split(None, 5)[5] for line in lines if line.count("/")})
+    libraries = [path for path in paths if any(word in Path(path).name.lower() for word in words)]
+    for path in libraries:
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        # A wheel of numpy brings an OpenBLAS of its own, with other names.
+        for name in ("openblas_get_config", "scipy_openblas_get_config64_", "openblas_get_config64_"):
+            if hasattr(library, name):
+                tell = getattr(library, name)
+                tell.restype = ctypes.c_char_p
+                return str(tell().decode(errors="replace")).strip()
+    return ", ".join(Path(path).name for path in libraries) or "unknown"
+
+
+def _gpu(xp: Any) -> str:
+    name: str = xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return name
