@@ -16,6 +16,7 @@ to vae_reader;
 grant usage on schema vae_private to vae_scorer;
 grant select on vae_private.scoring_versions, vae_private.scoring_tensors, vae_private.scoring_items to vae_scorer;
 grant execute on function
+    vae.release_gpu(),
     vae_private.load_runtime(text),
     vae_private.recommend(integer, text, integer, jsonb),
     vae_private.score(integer, text, text),

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import psycopg
 import pytest
@@ -178,6 +180,29 @@ def role(server: Server) -> Iterator[str]:
     yield name
     with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
         admin.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def kernels_on_cpu(scratch: Path) -> Callable[[str, Sequence[str]], str]:
+    """Gives the path of a library of CUDA kernels that runs on the CPU, by their source and options."""
+    import cuda_on_cpu
+
+    if cuda_on_cpu.COMPILER is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the CPU with")
+    return partial(cuda_on_cpu.build, folder=scratch)
+
+
+@pytest.fixture
+def cupy(kernels_on_cpu: Callable[[str, Sequence[str]], str]) -> Iterator[ModuleType]:
+    """The stand-in for CuPy on a device that works, with 1 GB of memory; afterwards the device holds nothing."""
+    import fake_cupy
+
+    fake_cupy.reset(kernels_on_cpu)
+    yield fake_cupy
+    fake_cupy.state.failure = None
+    assert fake_cupy.state.used == 0
+    assert not fake_cupy.state.handles
+    fake_cupy.reset(None)
 
 
 @pytest.fixture(scope="session")

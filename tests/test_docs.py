@@ -48,6 +48,7 @@ PAGES = sorted(
 # The tutorials show trainings as people run them. Here they are cut short: what they reach is measured elsewhere.
 SHORT = ("--epochs=5",)
 SHORT_ON_MANY_EVENTS = ("--epochs=3", "--hidden=32", "--latent=32")
+SETTINGS = {"vae.device", "vae.gpu_memory", "vae.gpu_precision", "vae.gpu_costs"}
 ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")
 
 
@@ -421,7 +422,7 @@ def test_every_option_of_a_model_and_every_check_is_in_the_reference(connection:
 
 
 def test_every_objects_of_the_documentation_exists(catalogue: dict[str, str]) -> None:
-    known = {name for name in catalogue if name.startswith("vae.")} | {"vae.device", "vae.alembic_version"}
+    known = {name for name in catalogue if name.startswith("vae.")} | SETTINGS | {"vae.alembic_version"}
     columns = {
         f"{name}.{column}" for name, text in catalogue.items() for column in re.findall(r"^\| `(\w+)`", text, re.M)
     }

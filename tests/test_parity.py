@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from psycopg import sql
 from torch.nn.functional import log_softmax
 
+import cuda_on_cpu
 import fake_cupy
 from conftest import create_database, drop_database
 from pgvae.batches import Batches
@@ -29,7 +31,7 @@ from pgvae_runtime import device, forward
 from pgvae_runtime.features import FeatureBag
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
-from shop import Shop, train_and_activate
+from shop import QUICK, Shop, train_and_activate
 from variants import (
     install_variant,
     network_of_active_version,
@@ -458,11 +460,13 @@ def test_batch_and_live_agree_for_every_type_of_key(database: str, user_type: st
 # Devices
 
 
-def put_into_sessions_python(connection: Connection) -> None:
-    """Makes `import cupy` find the stand-in in the session's Python."""
+def put_into_sessions_python(connection: Connection, kernels_on_cpu: Callable[..., str], then: str = "") -> None:
+    """Makes `import cupy` find the stand-in in the session's Python, with the kernels of the shop's model."""
+    digest, library = cuda_on_cpu.digest_and_library(kernels_on_cpu, QUICK.latent)
     body = (
         "import sys, types\nmodule = sys.modules['cupy'] = types.ModuleType('cupy')\n"
-        f"exec({inspect.getsource(fake_cupy)!r}, vars(module))"
+        f"exec({inspect.getsource(fake_cupy)!r}, vars(module))\n"
+        f"module.state.libraries[{digest!r}] = {library!r}\n{then}"
     )
     connection.execute(sql.SQL("do language plpython3u {}").format(sql.Literal(body)))
 
@@ -507,21 +511,77 @@ def test_other_settings_say_nothing(trained: Connection, setting: str) -> None:
     assert recommendations(trained) == before
 
 
-def test_a_refresh_on_a_device_gives_the_answer_of_the_cpu(trained: Connection) -> None:
-    before = recommendations(trained)
-    put_into_sessions_python(trained)
-    trained.execute("set vae.device = 'cuda'")
-    trained.execute("call vae.refresh('shop')")
-    trained.execute(
-        "create function pg_temp.computations() returns integer language plpython3u as"
-        " 'import cupy; return cupy.state.computations'"
+def of_the_stand_in(connection: Connection, expression: str) -> Any:
+    """Evaluates an expression in the session's Python, where `cupy` is the stand-in."""
+    connection.execute(
+        sql.SQL("create or replace function pg_temp.stand_in() returns text language plpython3u as {}").format(
+            sql.Literal(f"import cupy; return repr({expression})")
+        )
     )
-    row = trained.execute("select pg_temp.computations()").fetchone()
+    row = connection.execute("select pg_temp.stand_in()").fetchone()
     assert row is not None
-    assert row[0] > 10
+    return ast.literal_eval(row[0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16x3"])
+def test_a_refresh_on_a_device_gives_the_answer_of_the_cpu(
+    trained: Connection, kernels_on_cpu: Callable[..., str], precision: str
+) -> None:
+    notices: list[str] = []
+    trained.add_notice_handler(lambda diagnostic: notices.append(str(diagnostic.message_primary)))
+    before = recommendations(trained)
+    put_into_sessions_python(trained, kernels_on_cpu)
+    trained.execute(f"set vae.device = 'cuda'; set vae.gpu_memory = '100MB'; set vae.gpu_precision = '{precision}'")
+    trained.execute("call vae.refresh('shop')")
+    assert notices == []
+    assert of_the_stand_in(trained, "cupy.state.computations") > 30
+    assert 0 < of_the_stand_in(trained, "cupy.state.most") <= 100 * 2**20
+    # The session goes on and holds nothing.
+    assert of_the_stand_in(trained, "(cupy.state.used, len(cupy.state.handles))") == (0, 0)
     after = recommendations(trained)
     assert [(row[:3], row[4]) for row in after] == [(row[:3], row[4]) for row in before]
     np.testing.assert_allclose([row[3] for row in after], [row[3] for row in before], rtol=1e-5)
+
+
+def test_a_device_that_runs_out_of_memory_in_a_refresh_leaves_it_to_the_cpu(
+    trained: Connection, kernels_on_cpu: Callable[..., str]
+) -> None:
+    notices: list[str] = []
+    trained.add_notice_handler(lambda diagnostic: notices.append(str(diagnostic.message_primary)))
+    before = recommendations(trained)
+    broken = "module.state.failure, module.state.countdown = module.OutOfMemoryError('out of memory'), 60"
+    put_into_sessions_python(trained, kernels_on_cpu, broken)
+    trained.execute("set vae.device = 'cuda'")
+    trained.execute("call vae.refresh('shop')")
+    assert notices == ["the GPU failed (out of memory); the CPU scores"]
+    assert of_the_stand_in(trained, "cupy.state.computations") > 60
+    assert of_the_stand_in(trained, "cupy.state.used") == 0
+    assert recommendations(trained) == before
+
+
+def test_a_device_is_verified_as_the_cpu_is(trained: Connection, kernels_on_cpu: Callable[..., str]) -> None:
+    put_into_sessions_python(trained, kernels_on_cpu)
+    query = "select device, passed, numpy_version, blas, golden_users > 10, detail from vae.verify('shop') order by 1"
+    for precision in ("float32", "float16x3"):
+        trained.execute(f"set vae.gpu_precision = '{precision}'")
+        cpu, cuda = trained.execute(query).fetchall()
+        assert (cpu[:2], cpu[4:]) == (("cpu", True), (True, None))
+        assert cuda == ("cuda", True, "cupy 14.2.0", "a stand-in", True, None)
+    assert of_the_stand_in(trained, "cupy.state.used") == 0
+    # A precision that gives up the promise does not keep it.
+    trained.execute("set vae.gpu_precision = 'float16'")
+    _, cuda = trained.execute(query).fetchall()
+    assert cuda[1] is False
+    assert "the largest relative difference of a score is" in cuda[5]
+
+
+def test_a_session_gives_the_gpu_back(trained: Connection, kernels_on_cpu: Callable[..., str]) -> None:
+    if has_gpu(trained):
+        pytest.skip("this server has a GPU")
+    assert trained.execute("select vae.release_gpu()").fetchone() == (False,)
+    put_into_sessions_python(trained, kernels_on_cpu)
+    # There is no driver whose context could be reset.
+    assert trained.execute("select vae.release_gpu()").fetchone() == (False,)
 
 
 def test_a_wrong_device_is_refused_and_the_view_keeps_its_content(trained: Connection) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import tracemalloc
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,12 +402,12 @@ def version(weights: dict[str, Any], **changes: Any) -> Version:
 class Plpy:
     """What PL/Python gives a function, as far as batches and the choice of a device use it."""
 
-    def __init__(self, setting: str | None = None) -> None:
-        self.setting = setting
+    def __init__(self, **settings: str) -> None:
+        self.settings = settings
         self.notices: list[str] = []
 
     def execute(self, query: str) -> list[dict[str, Any]]:
-        return [{"device": self.setting}]
+        return [{name: self.settings.get(name) for name in ("device", "gpu_memory", "gpu_precision", "gpu_costs")}]
 
     def notice(self, message: str) -> None:
         self.notices.append(message)
@@ -437,7 +435,7 @@ def parsed(rows: Any) -> list[tuple[str, list[str], list[float], bool, int]]:
 
 def test_a_batch_run_gives_each_user_the_list_of_a_single_call(histories: list[tuple[list[str], History]]) -> None:
     weights = random_weights()
-    rows = parsed(batch.recommend_all(Plpy(), np, version(weights), 8))
+    rows = parsed(batch.recommend_all(Plpy(), None, version(weights), 8))
     expected = [user for keys, _ in histories for user in keys]
     assert [row[0] for row in rows] == expected
     numbers = iter(rows)
@@ -456,7 +454,7 @@ def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPa
     everything = history_of([[(item, 2, 0.0) for item in range(ITEMS)], [(1, 2, 0.0)]])
     monkeypatch.setattr(batch, "read_histories", lambda *_: iter([(["greedy", "modest"], everything)]))
     monkeypatch.setattr(batch, "item_keys", lambda *_: [str(i) for i in range(ITEMS)])
-    greedy, modest = batch.recommend_all(Plpy(), np, version(random_weights()), ITEMS)
+    greedy, modest = batch.recommend_all(Plpy(), None, version(random_weights()), ITEMS)
     assert greedy[1:3] == ("{}", "{}")
     assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1
 
@@ -498,79 +496,6 @@ def test_a_batch_stays_within_its_memory(
     assert of_shortcut < 80 * (100_000 + items) + 50 * total
     assert scores.nbytes <= 4 * 2**20
     assert embeddings <= 16 * 2**20
-
-
-def test_a_batch_run_on_a_device_gives_the_rows_of_the_host(histories: list[tuple[list[str], History]]) -> None:
-    on_host = parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
-    before = fake_cupy.state.computations
-    on_device = parsed(batch.recommend_all(Plpy(), fake_cupy, version(random_weights()), 8))
-    assert fake_cupy.state.computations > before
-    assert [(row[0], row[1], row[3:]) for row in on_device] == [(row[0], row[1], row[3:]) for row in on_host]
-    for one, other in zip(on_device, on_host, strict=True):
-        np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
-
-
-def test_a_device_that_fails_midway_leaves_the_rest_to_the_host(histories: list[tuple[list[str], History]]) -> None:
-    on_host = parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
-    plpy = Plpy()
-    rows = batch.recommend_all(plpy, fake_cupy, version(random_weights()), 8)
-    first = [next(rows) for _ in range(20)]
-    fake_cupy.state.failure = RuntimeError("out of memory allocating 42 bytes")
-    assert [row[:2] for row in parsed(first + list(rows))] == [row[:2] for row in on_host]
-    assert plpy.notices == ["the GPU failed (out of memory allocating 42 bytes); the CPU scores"]
-
-
-def test_a_device_that_cannot_hold_the_weights_leaves_all_to_the_host(
-    histories: list[tuple[list[str], History]],
-) -> None:
-    plpy = Plpy()
-    fake_cupy.state.failure = RuntimeError("out of memory allocating 42 bytes")
-    rows = parsed(batch.recommend_all(plpy, fake_cupy, version(random_weights()), 8))
-    assert rows == parsed(batch.recommend_all(Plpy(), np, version(random_weights()), 8))
-    assert len(plpy.notices) == 1
-
-
-@pytest.mark.parametrize(
-    ("setting", "flops", "expected"),
-    [
-        (None, 1e6, np),
-        ("", 1e6, np),
-        ("auto", 1e6, np),
-        ("auto", 1e13, fake_cupy),
-        ("cpu", 1e13, np),
-        ("cuda", 1e6, fake_cupy),
-    ],
-)
-def test_the_device_follows_the_setting_and_the_size_of_the_work(
-    monkeypatch: pytest.MonkeyPatch, setting: str | None, flops: float, expected: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy)
-    plpy = Plpy(setting)
-    assert device.choose(plpy, flops) is expected
-    assert plpy.notices == []
-
-
-@pytest.mark.parametrize("reason", ["not installed", "no device", "no driver"])
-def test_without_a_usable_gpu_the_host_computes(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    def no_driver() -> int:
-        raise RuntimeError("cudaErrorInsufficientDriver")
-
-    count = no_driver if reason == "no driver" else lambda: 0
-    broken = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
-    monkeypatch.setitem(sys.modules, "cupy", None if reason == "not installed" else broken)
-    silent, told = Plpy("auto"), Plpy("cuda")
-    assert device.choose(silent, 1e13) is device.choose(told, 1e6) is np
-    assert silent.notices == []
-    assert len(told.notices) == 1
-    assert told.notices[0].startswith("vae.device is cuda, but no GPU is usable (")
-
-
-@pytest.mark.parametrize("setting", ["gpu", "CUDA", "cuda:1", "'"])
-def test_a_wrong_device_is_refused_by_name(setting: str) -> None:
-    with pytest.raises(ScoringError) as refused:
-        device.choose(Plpy(setting), 1.0)
-    assert repr(setting) in refused.value.message
-    assert refused.value.hint == "set it to one of auto, cpu, cuda"
 
 
 # Weights

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import batch, device, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
+from .gpu_costs import Work
 from .history import item_index, read_history
 from .scoring import mask_seen, score_users
 from .store import active_version
@@ -115,12 +116,21 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
 
 
 @_translated
+def release_gpu(plpy: Any) -> bool:
+    """Gives back all that this session holds of a GPU, see gpu.release; False if it holds nothing."""
+    # Imported here: a session that uses no GPU does not pay for it.
+    from . import gpu
+
+    return gpu.release()
+
+
+@_translated
 def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives a row per user for a materialized view, see batch.recommend_all."""
     k = checked_k(k)
     version = active_version(plpy, model_id)
-    xp = device.choose(plpy, batch.estimated_flops(version.user_count, version))
-    return _translated_rows(plpy, batch.recommend_all(plpy, xp, version, k))
+    gpu = device.choose(plpy, Work.of(version.user_count, version.weights), k)
+    return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k))
 
 
 def _translated_rows(plpy: Any, rows: Iterator[Any]) -> Iterator[Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from . import device, forward, runs
+from . import forward, runs
+from .device import Gpu
 from .history import item_keys, read_histories
 from .scoring import mask_seen, score_users
 from .store import Version
@@ -19,28 +20,19 @@ _SCORES_BYTES = 64 * 1024 * 1024
 _TOKENS_BYTES = 256 * 1024 * 1024
 _MAX_BATCH = 4096
 
+# Best items [U, k], their scores [U, k], and which users are cold starts [U].
+Scored = tuple[Any, Any, Any]
 
-def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
+
+def recommend_all(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives (user_key, item_keys, scores, is_cold_start, model_version) of each user, the lists as array literals.
 
-    One row per user with two array literals is the fastest way into a table that SQL can unpack. A GPU that fails on
-    the way leaves the rest to the CPU.
+    One row per user with two array literals is the fastest way into a table that SQL can unpack. Without a GPU, and
+    from where one fails on the way, the CPU scores.
     """
-    size = batch_size(version)
     literals = [array_element(key) for key in item_keys(plpy, version)]
-    score = None
     done = 0
-    for users, history in read_histories(plpy, version, size):
-        try:
-            score = score or _scorer(xp, version, size, k)
-            items, values, flags = score(history)
-        # Too little memory or a driver that breaks: CuPy has many ways to say it.
-        except Exception as error:
-            if xp is np:
-                raise
-            plpy.notice(f"the GPU failed ({error}); the CPU scores")
-            xp, score = np, _scorer(np, version, size, k)
-            items, values, flags = score(history)
+    for users, (items, values, flags) in _scored(plpy, gpu, version, k):
         for user, row_items, row_values, is_cold in zip(
             users, items.tolist(), values.tolist(), flags.tolist(), strict=True
         ):
@@ -58,19 +50,38 @@ def recommend_all(plpy: Any, xp: Any, version: Version, k: int) -> Iterator[tupl
     runs.record(version, "recommendations", done)
 
 
-def _scorer(xp: Any, version: Version, size: int, k: int) -> Callable[[History], tuple[Any, Any, Any]]:
-    """Gives a function from the events of up to `size` users to their best items, these items' scores, and which users
-    are cold starts. It computes on `xp` and gives NumPy arrays.
-    """
-    weights = device.to_device(xp, version.weights)
-    buffer = xp.empty((size, version.item_count), dtype=xp.float32)
+def _scored(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Iterator[tuple[list[str], Scored]]:
+    """Gives the keys of some users and their best items, until all users are through."""
+    size = batch_size(version)
+    if gpu is None:
+        score = _scorer(version, size, k)
+        for users, history in read_histories(plpy, version, size):
+            yield users, score(history)
+        return
+    # Imported here: a session that uses no GPU does not pay for it.
+    from .gpu import MAX_USERS, GpuScorer, score_ahead
 
-    def score(history: History) -> tuple[Any, Any, Any]:
+    used = gpu
+
+    def on_gpu() -> GpuScorer:
+        return GpuScorer(used.cupy, version, k, memory=used.memory, precision=used.precision)
+
+    histories = read_histories(plpy, version, MAX_USERS)
+    yield from score_ahead(plpy, histories, on_gpu, lambda: _scorer(version, size, k), size)
+
+
+def _scorer(version: Version, size: int, k: int) -> Callable[[History], Scored]:
+    """Gives a function from the events of up to `size` users to their best items, these items' scores, and which users
+    are cold starts.
+    """
+    buffer = np.empty((size, version.item_count), dtype=np.float32)
+
+    def score(history: History) -> Scored:
         out = buffer[: len(history.counts)]
-        scores, cold = score_users(xp, weights, history, max_history=version.max_history, out=out)
-        mask_seen(xp, scores, history, version.targets)
-        items, values = forward.top_k(xp, scores, k)
-        return device.to_host(xp, items), device.to_host(xp, values), device.to_host(xp, cold)
+        scores, cold = score_users(np, version.weights, history, max_history=version.max_history, out=out)
+        mask_seen(np, scores, history, version.targets)
+        items, values = forward.top_k(np, scores, k)
+        return items, values, cold
 
     return score
 
@@ -86,12 +97,6 @@ def batch_size(version: Version) -> int:
             _TOKENS_BYTES // (4 * width * version.max_history),
         ),
     )
-
-
-def estimated_flops(user_count: float, version: Version) -> float:
-    """Gives the floating-point operations of the product with the catalogue for that many users."""
-    hidden: int = version.weights["output_weight"].shape[1]
-    return 2.0 * user_count * version.item_count * hidden
 
 
 def array_element(text: str) -> str:

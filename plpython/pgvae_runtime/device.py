@@ -1,41 +1,89 @@
-"""Which array module computes: NumPy, or CuPy where a GPU pays."""
+"""Which device scores all users, and with how much of a GPU: the settings vae.device and vae.gpu_*.
+
+Live calls do not ask: one user is scored before a GPU would have begun.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .cuda_kernels import MAX_K
 from .errors import INVALID_PARAMETER, ScoringError
+from .gpu_costs import Costs, Work
 
-SETTINGS = ("auto", "cpu", "cuda")
-# A live call is 10 to 100 MFLOP and done before a transfer to a GPU would be; a refresh is far above this.
-GPU_PAYS_FROM_FLOPS = 1e11
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "float16x3", "tf32", "float16")
+
+_SETTINGS = "select " + ", ".join(
+    f"nullif(pg_catalog.current_setting('vae.{name}', true), '') as {name}"
+    for name in ("device", "gpu_memory", "gpu_precision", "gpu_costs")
+)
+_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+# Without vae.gpu_memory: others may use the same GPU.
+_DEFAULT_MEMORY, _SHARE_OF_FREE_MEMORY = 2 << 30, 0.5
 
 
-def choose(plpy: Any, flops: float) -> Any:
-    """Gives numpy or cupy by the setting vae.device (auto, cpu, cuda) and the size of the work in FLOPs.
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU to score on: CuPy, the bytes of its memory that a statement may take, and the precision of the product."""
 
-    Without a usable GPU it gives numpy: silently under auto, with a NOTICE under cuda.
+    cupy: Any
+    memory: int
+    precision: str
+
+
+def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
+    """Gives the GPU for k items for all users, by the settings and the size of the work; None: the CPU scores.
+
+    A GPU that is wanted and cannot be used is told of with a NOTICE; under auto the CPU takes over silently.
+    ScoringError for a setting that is wrong, whether or not it is needed.
     """
-    setting = plpy.execute("select pg_catalog.current_setting('vae.device', true) as device")[0]["device"] or "auto"
-    if setting not in SETTINGS:
-        raise ScoringError(
-            f"vae.device is {setting!r}", sqlstate=INVALID_PARAMETER, hint=f"set it to one of {', '.join(SETTINGS)}"
-        )
-    if setting == "cpu" or (setting == "auto" and flops < GPU_PAYS_FROM_FLOPS):
-        return np
+    row = plpy.execute(_SETTINGS)[0]
+    setting = _one_of("device", row["device"] or "auto", DEVICES)
+    precision = _one_of("gpu_precision", row["gpu_precision"] or "float32", PRECISIONS)
+    memory = _bytes("gpu_memory", row["gpu_memory"]) if row["gpu_memory"] else None
+    costs = Costs.from_setting(row["gpu_costs"])
+    if setting == "cpu" or (setting == "auto" and costs.seconds_on_cpu(work) <= costs.seconds_on_gpu(work)):
+        return None
     try:
+        if k > MAX_K:
+            raise RuntimeError(f"it ranks at most {MAX_K} items a user, not {k}")
         import cupy
 
         if not cupy.cuda.runtime.getDeviceCount():
             raise RuntimeError("no device")
+        if memory is None:
+            memory = min(_DEFAULT_MEMORY, int(_SHARE_OF_FREE_MEMORY * cupy.cuda.runtime.memGetInfo()[0]))
     # Whatever keeps CuPy from working (not installed, no driver, no device) must not keep the query from an answer.
     except Exception as error:
         if setting == "cuda":
             plpy.notice(f"vae.device is cuda, but no GPU is usable ({error}); the CPU scores")
-        return np
-    return cupy
+        return None
+    return Gpu(cupy=cupy, memory=memory, precision=precision)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ScoringError(
+            f"vae.{name} is {value!r}", sqlstate=INVALID_PARAMETER, hint=f"set it to one of {', '.join(known)}"
+        )
+    return value
+
+
+def _bytes(name: str, value: str) -> int:
+    """Gives the bytes of a size as PostgreSQL writes it: 2GB, 512 MB, or a number of bytes."""
+    found = re.fullmatch(r"\s*(\d{1,15})\s*([kMGT]?B)?\s*", value)
+    if not found:
+        raise ScoringError(
+            f"vae.{name} is {value!r}",
+            sqlstate=INVALID_PARAMETER,
+            hint=f"give a size, as in: set vae.{name} = '2GB'",
+        )
+    return int(found[1]) * _UNITS[(found[2] or "").upper()]
 
 
 def to_host(xp: Any, array: Any) -> Any:

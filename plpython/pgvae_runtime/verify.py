@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import device, forward
+from .device import Gpu
 from .errors import ScoringError
 from .features import FeatureBag
+from .gpu_costs import ENDLESS
 from .scoring import mask_seen, score_users
 from .store import Version, active_version, execute, load_version
 from .tokens import History
@@ -48,28 +50,29 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     detail.
     """
     golden = _read_golden(plpy, version_id)
-    devices = [np]
+    devices: list[Gpu | None] = [None]
     # As if the work were endless: whatever device a refresh could choose is checked.
-    if (chosen := device.choose(plpy, float("inf"))) is not np:
-        devices.append(chosen)
-    return [_row(plpy, xp, model_id, version_id, golden) for xp in devices]
+    if (gpu := device.choose(plpy, ENDLESS, max(map(len, golden.top_items), default=1))) is not None:
+        devices.append(gpu)
+    return [_row(plpy, gpu, model_id, version_id, golden) for gpu in devices]
 
 
-def _row(plpy: Any, xp: Any, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
+def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
+    xp = gpu.cupy if gpu else np
     row: dict[str, Any] = {
-        "device": "cpu" if xp is np else "cuda",
+        "device": "cuda" if gpu else "cpu",
         "passed": False,
         "golden_users": len(golden.top_items),
         "max_difference": None,
         "top_k_agreement": None,
         "numpy_version": f"{xp.__name__} {xp.__version__}",
-        "blas": blas() if xp is np else _gpu(xp),
+        "blas": _name(gpu) if gpu else blas(),
         "detail": None,
     }
     if not golden.top_items:
         return row | {"detail": "the version has no golden users: a release that stores none published it"}
     try:
-        found = compare(xp, _version(plpy, model_id, version_id), golden)
+        found = compare(gpu, _version(plpy, model_id, version_id), golden)
     except ScoringError as error:
         return row | {"detail": error.message}
     # Weights that do not fit the golden histories, or a GPU that breaks: the version does not score here.
@@ -88,18 +91,14 @@ def _row(plpy: Any, xp: Any, model_id: int, version_id: int, golden: GoldenUsers
     return row
 
 
-def compare(xp: Any, version: Version, golden: GoldenUsers) -> Difference:
+def compare(gpu: Gpu | None, version: Version, golden: GoldenUsers) -> Difference:
     """Scores the golden users as a refresh does, and compares.
 
     Two rankings agree where they differ only among equal scores: the item at each rank has the golden score of that
     rank.
     """
-    weights = device.to_device(xp, version.weights)
-    scores, _ = score_users(xp, weights, golden.history, max_history=version.max_history)
-    mask_seen(xp, scores, golden.history, version.targets)
     k = max(map(len, golden.top_items))
-    best = device.to_host(xp, forward.top_k(xp, scores, k)[0])
-    found = device.to_host(xp, scores).astype(np.float64)
+    best, found = _on_gpu(gpu, version, golden.history, k) if gpu else _on_cpu(version, golden.history, k)
     largest = 0.0
     agrees = np.zeros(len(golden.top_items), dtype=bool)
     for user, (items, wanted) in enumerate(zip(golden.top_items, golden.top_scores, strict=True)):
@@ -109,6 +108,27 @@ def compare(xp: Any, version: Version, golden: GoldenUsers) -> Difference:
         ranked = np.array([known.get(item, found[user, item]) for item in best[user, : len(items)].tolist()])
         agrees[user] = len(ranked) == len(expected) and bool((_relative(ranked, expected) <= BOUND).all())
     return Difference(largest=float(largest), agrees=agrees)
+
+
+def _on_cpu(version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Gives the best items of each user, [U, k], and the scores of all items, [U, I]."""
+    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    mask_seen(np, scores, history, version.targets)
+    return forward.top_k(np, scores, k)[0], scores.astype(np.float64)
+
+
+def _on_gpu(gpu: Gpu, version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Gives the same of the GPU, which tells the best items' scores only: the others' are at most the last one's."""
+    from .gpu import GpuScorer
+
+    scorer = GpuScorer(gpu.cupy, version, k, memory=gpu.memory, precision=gpu.precision)
+    try:
+        best, values, _ = scorer(history)
+    finally:
+        scorer.close()
+    scores = np.repeat(values[:, -1:].astype(np.float64), version.item_count, axis=1)
+    np.put_along_axis(scores, best.astype(np.int64), values, axis=1)
+    return best, scores
 
 
 def _relative(found: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -178,6 +198,6 @@ def blas() -> str:
     return ", ".join(Path(path).name for path in libraries) or "unknown"
 
 
-def _gpu(xp: Any) -> str:
-    name: str = xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+def _name(gpu: Gpu) -> str:
+    name: str = gpu.cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     return name

@@ -252,7 +252,8 @@ def check_blas(report: dict[str, Any], facts: Facts) -> Check | None:
 def check_gpu(report: dict[str, Any]) -> Check:
     """CuPy sees a device; without one NumPy scores."""
     cupy = report["cupy"]
-    install = f"on the server: sudo python{_minor(report)} -m pip install --break-system-packages cupy-cuda12x"
+    # CuPy's package holds none of CUDA's libraries; [ctk] brings them.
+    install = f"on the server: sudo python{_minor(report)} -m pip install --break-system-packages 'cupy-cuda12x[ctk]'"
     if "absent" in cupy:
         if report["gpu_driver"]:
             found = "there is a GPU, but cupy is not installed: the CPU scores"
