@@ -74,6 +74,8 @@ grant execute on function
     vae.rebuild_model(text),
     vae.set_event_type(text, text, text, real),
     vae.set_features(text, text[], text[]),
+    vae.set_candidates(text, text, regclass, text, boolean),
+    vae.drop_candidates(text, text),
     vae_private.standard_event_types(),
     vae_private.default_options(),
     vae_private.checked_options(jsonb),
@@ -153,5 +155,26 @@ begin
                 when name = 'versions' then owned_version
                 else 'vae_private.may_use(model_id)' end);
     end loop;
+end;
+$$;
+
+-- Candidate sets: a refresh runs what they name with the rights of the model's owner, so nobody else defines them.
+grant select on vae.candidates to vae_reader;
+grant insert (model_id, name, relation_schema, relation_table, item_id_column, for_refresh) on vae.candidates to vae_trainer;
+grant update (relation_schema, relation_table, item_id_column, for_refresh), delete on vae.candidates to vae_trainer;
+do $$
+declare
+    command text;
+    owned constant text := 'exists (select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name'
+        ' where m.model_id = candidates.model_id and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
+begin
+    alter table vae.candidates enable row level security;
+    foreach command in array array['select', 'insert', 'update', 'delete'] loop
+        execute format('drop policy if exists %I on vae.candidates', command || '_policy');
+    end loop;
+    create policy select_policy on vae.candidates for select to vae_reader using (true);
+    execute format('create policy insert_policy on vae.candidates for insert to vae_trainer with check (%s)', owned);
+    execute format('create policy update_policy on vae.candidates for update to vae_trainer using (%s)', owned);
+    execute format('create policy delete_policy on vae.candidates for delete to vae_trainer using (%s)', owned);
 end;
 $$;

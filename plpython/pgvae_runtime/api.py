@@ -12,13 +12,32 @@ import numpy as np
 
 from . import batch, device, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
+from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, read_history
 from .scoring import mask_seen, score_users
 from .store import active_version
 
 MAX_K = 10_000
-_OPTIONS: Mapping[str, type] = {"exclude_seen": bool}
+# What each option may be, and what to give instead.
+_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "exclude_seen": (lambda value: isinstance(value, bool), "give true or false"),
+    "candidates": (
+        lambda value: isinstance(value, str),
+        """give the name of a candidate set, as in {"candidates": "in_stock"}""",
+    ),
+    "at_most": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(cap, int) and not isinstance(cap, bool) and cap >= 1 for cap in value.values())
+        ),
+        """give columns of the items' table with 1 or more, as in {"at_most": {"category": 3}}""",
+    ),
+    "min_score": (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        "give a score from 0 to 1",
+    ),
+}
 
 
 @contextmanager
@@ -56,19 +75,21 @@ def recommend(
 ) -> list[tuple[int, int, float, bool, int, int]]:
     """Gives (rank, item_index, score, is_cold_start, model_version, version_id) of the k best items for one user."""
     k = checked_k(k)
-    exclude_seen = checked_options(options).get("exclude_seen", True)
+    filters = Filters(**checked_options(options))
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
     history = read_history(plpy, version, user_key)
     scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
-    if exclude_seen:
+    if filters.candidates is not None:
+        candidates = read_candidates(plpy, version, filters.candidates)
+        assert candidates is not None  # A name gives a set, or an error.
+        keep_candidates(scores, candidates)
+    if filters.exclude_seen:
         mask_seen(np, scores, history, version.targets)
-    items, values = forward.top_k(np, scores, k)
     return [
         (rank, item, value, bool(cold[0]), version.version, version.version_id)
-        for rank, (item, value) in enumerate(zip(items[0].tolist(), values[0].tolist(), strict=True), start=1)
-        if value >= 0
+        for rank, (item, value) in enumerate(best_items(plpy, version, scores, k, filters), start=1)
     ]
 
 
@@ -129,6 +150,9 @@ def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str
     """Gives a row per user for a materialized view, see batch.recommend_all."""
     k = checked_k(k)
     version = active_version(plpy, model_id)
+    candidates = read_candidates(plpy, version, None)
+    if candidates:
+        version = restricted(version, candidates)
     gpu = device.choose(plpy, Work.of(version.user_count, version.weights), k)
     return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k))
 
@@ -161,8 +185,7 @@ def checked_options(options: str | None) -> dict[str, Any]:
             raise ScoringError(
                 f"option {name!r} is unknown", sqlstate=INVALID_PARAMETER, hint=f"known options: {', '.join(_OPTIONS)}"
             )
-        if not isinstance(value, _OPTIONS[name]):
-            raise ScoringError(
-                f"option {name!r} is {json.dumps(value)}", sqlstate=INVALID_PARAMETER, hint="give true or false"
-            )
+        is_right, hint = _OPTIONS[name]
+        if not is_right(value):
+            raise ScoringError(f"option {name!r} is {json.dumps(value)}", sqlstate=INVALID_PARAMETER, hint=hint)
     return given

@@ -30,7 +30,9 @@ def recommend_all(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Itera
     One row per user with two array literals is the fastest way into a table that SQL can unpack. Without a GPU, and
     from where one fails on the way, the CPU scores.
     """
-    literals = [array_element(key) for key in item_keys(plpy, version)]
+    keys = item_keys(plpy, version)
+    ranked = range(len(keys)) if version.ranked is None else version.ranked.tolist()
+    literals = [array_element(keys[item]) for item in ranked]
     done = 0
     for users, (items, values, flags) in _scored(plpy, gpu, version, k):
         for user, row_items, row_values, is_cold in zip(
@@ -79,7 +81,7 @@ def _scorer(version: Version, size: int, k: int) -> Callable[[History], Scored]:
     def score(history: History) -> Scored:
         out = buffer[: len(history.counts)]
         scores, cold = score_users(np, version.weights, history, max_history=version.max_history, out=out)
-        mask_seen(np, scores, history, version.targets)
+        mask_seen(np, scores, history, version.targets, version.columns)
         items, values = forward.top_k(np, scores, k)
         return items, values, cold
 

@@ -167,9 +167,10 @@ def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, logits: Array) -> No
     start, linked, weight = weights["shortcut_start"], weights["shortcut_item"], weights["shortcut_weight"]
     if not len(linked) or not len(tokens.item):
         return
-    items = logits.shape[1]
-    pairs = np.unique(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)) * items + tokens.item)
-    user, item = pairs // items, xp.asarray(pairs % items)
+    # The catalogue may be larger than what is ranked.
+    items, known = logits.shape[1], len(start) - 1
+    pairs = np.unique(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)) * known + tokens.item)
+    user, item = pairs // known, xp.asarray(pairs % known)
     share = xp.asarray((np.bincount(user)[user] ** -0.5).astype(np.float32))
     counts = start[item + 1] - start[item]
     on_host = to_host(xp, counts)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from . import cuda_kernels as kernels
 from . import forward
 from .errors import OBJECT_IN_USE, ScoringError
+from .scoring import seen_columns
 from .store import Version
 from .tokens import History
 
@@ -230,12 +231,13 @@ class GpuScorer:
     def _pack(self, history: History) -> list[NDArray[np.int32]]:
         """Gives what a chunk brings to the device: tokens, features, seen items, each after where a user's begin."""
         tokens = history.tokens(self._version.max_history)
-        for index, size in ((tokens.item, self._items), (tokens.event_type, len(self._version.event_types))):
+        known = len(self._version.weights["item_embedding"])
+        for index, size in ((tokens.item, known), (tokens.event_type, len(self._version.event_types))):
             # A GPU would read beyond the end of its memory, and fail for the rest of the session.
             if len(index) and not 0 <= index.min() <= index.max() < size:
                 raise IndexError(f"a history names number {index.max()} of {size}")
         kind = tokens.event_type << kernels.TYPE_SHIFT | tokens.age << kernels.AGE_SHIFT | tokens.order
-        user, item = history.seen(self._version.targets)
+        user, item = seen_columns(history, self._version.targets, self._version.columns)
         seen = np.unique(user * self._items + item)
         first_seen = np.searchsorted(seen, np.arange(len(history.counts) + 1) * self._items)
         features = tokens.features

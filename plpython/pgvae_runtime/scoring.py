@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from . import forward
 from .forward import Array, Weights
 from .tokens import History
@@ -29,7 +32,23 @@ def score_users(
     return scores, xp.asarray(cold)
 
 
-def mask_seen(xp: Any, scores: Array, history: History, targets: Sequence[int]) -> None:
+def mask_seen(
+    xp: Any, scores: Array, history: History, targets: Sequence[int], columns: NDArray[np.int64] | None = None
+) -> None:
     """Sets the scores of items on which a user already has an event of a target type to -1, in place."""
+    users, places = seen_columns(history, targets, columns)
+    scores[xp.asarray(users), xp.asarray(places)] = -1.0
+
+
+def seen_columns(
+    history: History, targets: Sequence[int], columns: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Gives (user, column of the scores) of the items on which a user has an event of a target type.
+
+    `columns` [I] says in which column an item stands, -1: in none; None: item i stands in column i.
+    """
     users, items = history.seen(targets)
-    scores[xp.asarray(users), xp.asarray(items)] = -1.0
+    if columns is None:
+        return users, items
+    places = columns[items]
+    return users[places >= 0], places[places >= 0]

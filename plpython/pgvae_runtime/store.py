@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import mapping
 from .errors import (
@@ -33,7 +35,8 @@ class Version:
 
     `weights` maps the names of forward.SHAPES to arrays; `event_types` gives the row of each standard event type
     in the event type embedding; `targets` the rows of those that count as the event that is predicted;
-    `user_pipeline` makes the feature tokens of users.
+    `user_pipeline` makes the feature tokens of users; `ranked` are the items of the catalogue that the C columns of the
+    scores stand for, ascending, None: all of them.
     """
 
     version_id: int
@@ -47,11 +50,22 @@ class Version:
     max_history: int
     user_count: int
     user_pipeline: FeaturePipeline = NO_FEATURES
+    # Of a version that filters.restricted made.
+    ranked: NDArray[np.int64] | None = None
 
     @property
     def item_count(self) -> int:
-        """The number of items that the version can recommend."""
+        """The number of items that the version ranks: columns of the scores."""
         return len(self.weights["item_popularity"])
+
+    @cached_property
+    def columns(self) -> NDArray[np.int64] | None:
+        """In which column of the scores each item of the catalogue stands, -1: in none; None: item i in column i."""
+        if self.ranked is None:
+            return None
+        columns = np.full(len(self.weights["item_embedding"]), -1, dtype=np.int64)
+        columns[self.ranked] = np.arange(len(self.ranked))
+        return columns
 
 
 # What tells one version's weights from another's, without reading them: the chunks' own digests.

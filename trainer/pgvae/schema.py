@@ -140,6 +140,34 @@ event_types = Table(
     comment="Event types of each model: the shop's spelling, the standard name, the weight in training.",
 )
 
+candidates = Table(
+    "candidates",
+    metadata,
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column("name", Text, nullable=False, comment="Name of the set, as the option candidates gives it."),
+    Column("relation_schema", Text, nullable=False, comment="Schema of the table or view that lists the items."),
+    Column("relation_table", Text, nullable=False, comment="Name of the table or view that lists the items."),
+    Column("item_id_column", Text, nullable=False, comment="Column that names the item."),
+    Column(
+        "for_refresh",
+        Boolean,
+        nullable=False,
+        comment="Whether refreshes recommend only these items; of one set of a model at most.",
+    ),
+    _timestamp("created_at", "When the set was first defined.", default_now=True),
+    Column("created_by", Text, nullable=False, server_default=_user, comment="Role that first defined it."),
+    PrimaryKeyConstraint("model_id", "name"),
+    Index("ix_candidates_for_refresh", "model_id", unique=True, postgresql_where=text("for_refresh")),
+    schema=PUBLIC,
+    comment="Candidate sets: tables and views that say which items of a model may be recommended.",
+)
+
 versions = Table(
     "versions",
     metadata,
@@ -590,6 +618,7 @@ __all__ = [
     "PRIVATE",
     "PUBLIC",
     "activations",
+    "candidates",
     "epochs",
     "event_types",
     "golden_users",
