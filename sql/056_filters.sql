@@ -38,6 +38,14 @@ begin
             using errcode = 'insufficient_privilege',
                 hint = format('its owner can allow it: grant select on %s to %I', relation, current_user);
     end if;
+    if for_refresh and not has_table_privilege(
+        (select n.nspowner from pg_namespace n where n.nspname = m.name), relation, 'select')
+    then
+        raise exception 'the owner of model % may not read %', model, relation
+            using errcode = 'insufficient_privilege',
+                hint = format('a refresh reads it with the owner''s rights: grant select on %s to %I', relation,
+                    (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name));
+    end if;
     found := vae_private.key_type(relation, item_id, 'item_id');
     if found <> m.item_id_type and not array[found, m.item_id_type] <@ array['integer', 'bigint'] then
         raise exception 'keys of items differ: % in model %, % in %', m.item_id_type, model, found, relation

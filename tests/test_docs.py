@@ -36,9 +36,9 @@ from shop import Shop
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, ERRORS = (
+ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS, ERRORS = (
     DOCS / f"{name}.md"
-    for name in ("tutorial-analyst", "tutorial-dba", "sql-reference", "features", "lifecycle", "errors")
+    for name in ("tutorial-analyst", "tutorial-dba", "sql-reference", "features", "lifecycle", "filters", "errors")
 )
 PAGES = sorted(
     path
@@ -272,8 +272,9 @@ def test_the_examples_of_the_reference_run(practice: Runner) -> None:
         practice.run(block)
 
 
-def test_the_page_of_the_lifecycle_runs(practice: Runner) -> None:
-    for block in blocks(LIFECYCLE):
+@pytest.mark.parametrize("page", [FILTERS, LIFECYCLE], ids=lambda page: page.stem)
+def test_a_page_about_a_subject_runs(practice: Runner, page: Path) -> None:
+    for block in blocks(page):
         practice.run(block)
 
 
@@ -309,7 +310,7 @@ def test_the_page_of_features_runs(server: Server, template: str, folder: Path, 
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
-        for path in (ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE)
+        for path in (ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS)
         for block in blocks(path)
         if block.language in ("sql", "sh") and block.mark and not re.match(r"(not run|fails|run): \S", block.mark)
     ]

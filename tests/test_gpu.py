@@ -22,6 +22,7 @@ from pgvae_runtime import batch, cuda_kernels, device, forward, gpu
 from pgvae_runtime.device import Gpu
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.gpu import PRECISIONS, GpuScorer, score_ahead
+from pgvae_runtime.filters import Candidates, restricted
 from pgvae_runtime.gpu_costs import Costs, Work
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.tokens import History
@@ -274,6 +275,18 @@ def test_what_may_not_be_recommended_is_not(cupy: ModuleType) -> None:
     assert_same_but_for_ties(best, scores, expected)
     assert set(best[scores >= 0].tolist()) <= {2, 3, 11, 17}
     assert (np.sort(scores, axis=1)[:, :2] == -1.0).all()
+
+
+def test_a_version_of_some_candidates_ranks_as_on_the_cpu(cupy: ModuleType) -> None:
+    shop, history = version(random_weights()), random_history(np.random.default_rng(2), 30, 9)
+    few = restricted(shop, Candidates(name="few", items=np.array([2, 3, 11, 17])))
+    expected, _ = score_users(np, few.weights, history, max_history=few.max_history)
+    mask_seen(np, expected, history, few.targets, few.columns)
+    scorer = GpuScorer(cupy, few, 4, memory=MEMORY)
+    best, scores, _ = scorer(history)
+    scorer.close()
+    assert_same_but_for_ties(best, scores, expected)
+    assert scores.max() > 0 > scores.min()
 
 
 def test_the_same_comes_out_whichever_thread_is_first(cupy: ModuleType) -> None:

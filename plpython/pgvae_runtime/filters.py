@@ -154,9 +154,7 @@ def best_items(plpy: Any, version: Version, scores: Array, k: int, filters: Filt
     while True:
         items, values = forward.top_k(np, scores, depth)
         ranked = [
-            (item, value)
-            for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True)
-            if value >= least
+            (item, value) for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True) if value >= least
         ]
         chosen = _capped(plpy, version, ranked, caps)
         if len(chosen) >= k or len(ranked) < depth:
