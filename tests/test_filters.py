@@ -258,8 +258,13 @@ def test_only_the_models_owner_defines_what_its_refresh_runs(role: str, shop: ps
     # Nor does a superuser what the owner could not read.
     shop.execute(f"alter schema shop owner to {role}")
     refused = refusal(shop, "select * from vae.set_candidates('shop', 'mine', 'in_stock', for_refresh => true)")
-    assert (refused.sqlstate, refused.message_primary) == ("42501", "the owner of model shop may not read in_stock")
-    assert refused.message_hint == (f"a refresh reads it with the owner's rights: grant select on in_stock to {role}")
+    assert (refused.sqlstate, refused.message_primary) == (
+        "42501",
+        "the owner of model shop may not read public.in_stock",
+    )
+    assert refused.message_hint == (
+        f"a refresh reads it with the owner's rights: grant select on public.in_stock to {role}"
+    )
 
 
 # Caps and the least score
