@@ -21,8 +21,8 @@ from pgvae.config import TrainingConfig
 from pgvae_runtime import batch, cuda_kernels, device, forward, gpu
 from pgvae_runtime.device import Gpu
 from pgvae_runtime.errors import ScoringError
-from pgvae_runtime.gpu import PRECISIONS, GpuScorer, score_ahead
 from pgvae_runtime.filters import Candidates, restricted
+from pgvae_runtime.gpu import PRECISIONS, GpuScorer, score_ahead
 from pgvae_runtime.gpu_costs import Costs, Work
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.tokens import History
