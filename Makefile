@@ -4,7 +4,7 @@ PGVAE := .venv/bin/pgvae
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test lint bench accuracy wheel clean
+.PHONY: help bootstrap demo test lint bench accuracy gpu wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -26,6 +26,9 @@ lint: bootstrap ## Style and types
 
 bench: bootstrap ## Measure a refresh and live calls; writes benchmarks/results
 	@.venv/bin/python -m benchmarks.scoring $(ARGS)
+
+gpu: ## On a machine with a GPU, torch and cupy: parity with the CPU, then speed; PYTHON=… chooses the Python
+	@$(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)
 
 accuracy: bootstrap ## How well pgvae ranks on public data sets; ARGS='--split DIR' takes any
 	@.venv/bin/python -m benchmarks.accuracy $(or $(ARGS),--all)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources as packages
 from itertools import count
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import benchmarks.gpu as gpu_benchmark
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import cuda_on_cpu
@@ -462,6 +467,56 @@ def test_the_next_batch_is_read_while_the_gpu_has_one(cupy: ModuleType) -> None:
     for users, _ in score_ahead(Plpy(), read(), on_gpu, never, 10):
         events.append(f"scored {users[0]}")
     assert events == ["read 0", "read 1", "scored 0", "read 2", "scored 1", "scored 2"]
+
+
+# The benchmark, which runs where there is a GPU
+
+
+TINY_SIZE = gpu_benchmark.Size(users=40, items=150, events=5, width=8, links=6, k=7, memory=MEMORY)
+
+
+def test_the_benchmark_compares_before_it_measures(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = gpu_benchmark.parity(cupy, TINY_SIZE, users=40)
+    assert max(differences["float32"], differences["float16x3"]) <= 1e-5 < differences["tf32"] < 0.1
+    monkeypatch.setitem(gpu_benchmark.TOLERANCE, "tf32", 1e-5)
+    with pytest.raises(SystemExit, match="error: tf32 differs from the CPU by "):
+        gpu_benchmark.parity(cupy, TINY_SIZE, users=40)
+
+
+def test_the_benchmark_measures_and_writes(
+    cupy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, costs = gpu_benchmark.measure(cupy, torch, "cpu", TINY_SIZE, 1)
+    taken, released, goes_on = gpu_benchmark.start_seconds(lambda: cupy, TINY_SIZE)
+    assert (released, goes_on) == (False, True)
+    path = gpu_benchmark.report("A Stand-In", rows, {"machine": {}, "costs": costs}, tmp_path)
+    written = json.loads(path.read_text())
+    assert path.name == "gpu-a-stand-in.json"
+    assert all(row["value"] > 0 for row in written["figures"])
+    assert [row["figure"] for row in written["figures"] if row["target"]] == [
+        f"{precision}: against PyTorch" for precision in PRECISIONS
+    ]
+    assert "share of the roofline" in capsys.readouterr().out
+    # All that it measures is what the setting takes.
+    setting = json.dumps(costs | {"gpu_start_seconds": taken})
+    assert vars(Costs.from_setting(setting)) == costs | {"gpu_start_seconds": taken}
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def test_the_benchmark_says_where_there_is_no_gpu() -> None:
+    if gpu_is_here():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, gpu_benchmark.__file__]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no GPU can be used from here: ")
+
+
+def gpu_is_here() -> bool:
+    try:
+        return bool(importlib.import_module("cupy").cuda.runtime.getDeviceCount())
+    except Exception:
+        return False
 
 
 # Which device
