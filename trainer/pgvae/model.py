@@ -165,7 +165,16 @@ class AttentionVae(nn.Module):
         return rows if dropped is None else rows.masked_fill(self._tensor(dropped)[:, None], 0.0)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.item_embedding.device, non_blocking=True)
+        return to_device(array, self.item_embedding.device)
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Gives the array as a tensor of the device; on a GPU it may still be on its way.
+
+    From pinned memory: a copy from other memory would wait until the GPU has done all that was asked of it before.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pgvae.checkpoints import Checkpoints, State
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
-from pgvae.model import PER_ITEM, AttentionVae, kl_divergence
+from pgvae.model import PER_ITEM, AttentionVae, kl_divergence, to_device
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
 from pgvae.shortcut import WAYS, Links, shortcuts
 from pgvae.softmax import SampledSoftmax
@@ -220,7 +220,7 @@ def _losses(
     direction = network.decode_direction(mean + torch.exp(0.5 * log_variance) * noise)
     items = network.item_directions(batch.candidates, alone=batch.alone_candidates)
     candidates, log_multiplicity, rows, columns, weight = (
-        torch.from_numpy(array).to(device)
+        to_device(array, device)
         for array in (
             batch.candidates,
             batch.log_multiplicity,
