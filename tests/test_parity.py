@@ -575,6 +575,13 @@ def test_a_device_is_verified_as_the_cpu_is(trained: Connection, kernels_on_cpu:
     assert "the largest relative difference of a score is" in cuda[5]
 
 
+def test_live_calls_stay_on_the_cpu(trained: Connection, kernels_on_cpu: Callable[..., str]) -> None:
+    put_into_sessions_python(trained, kernels_on_cpu)
+    trained.execute("set vae.device = 'cuda'")
+    assert trained.execute("select count(*) from shop.recommend(%s, 5)", [Shop().users[0]]).fetchone() == (5,)
+    assert of_the_stand_in(trained, "cupy.state.computations") == 0
+
+
 def test_a_session_gives_the_gpu_back(trained: Connection, kernels_on_cpu: Callable[..., str]) -> None:
     if has_gpu(trained):
         pytest.skip("this server has a GPU")
