@@ -23,7 +23,14 @@ cross join lateral (values
     (9, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
     (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
     (11, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
-    (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh')
+    (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
+    (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
+    (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), false, 'how many users have an event of these types on an item and on one of the others'),
+    (44, 'function', format('related(%s, integer, jsonb)', m.item_id_type), true, 'what goes with an item, now'),
+    (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
+    (46, 'materialized view', 'related_items_materialized', false, 'what related_items reads: a row per item'),
+    (47, 'view', 'related_items', true, 'what goes with every item, as of the last vae.refresh')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
@@ -423,6 +430,7 @@ begin
         '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)',
         m.name);
 
+    perform vae_private.build_related(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
 end;
@@ -458,6 +466,22 @@ begin
                     ' probability of purchase. Items already bought are left out unless options is {"exclude_seen": false}.'
                     ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
                     ' the popular items.'
+                when made.object like 'recommend_for(%' then
+                    '. events is an array of objects: item_id, and if you like event_type (the shop''s word or the standard one, else'
+                    ' view) and occurred_at (else now, in the order of the array). The option features gives columns of the user, the'
+                    ' others and the columns that come back are those of recommend.'
+                when made.object like 'recommend_for_items(%' then
+                    '. The arrays are of one length; without event_types all are views, without occurred_ats they happen now, one after the other.'
+                when made.object like 'related(%' then
+                    ': the model asked for somebody who bought this item and nothing else. score is an item''s share of the probability over'
+                    ' the catalogue, lift that share over the mean one beside any item of the shop, support the users who bought'
+                    ' both. Ranked by score times lift, unless the option rank_by is score or lift; the option min_support leaves out'
+                    ' what fewer users bought with it.'
+                when made.object like 'basket(%' then
+                    ': as related, for somebody who just put these items into the cart. support counts the users who bought an item'
+                    ' and one of the cart''s. Items outside the catalogue are left out with a notice.'
+                when made.object = 'related_items' then
+                    '. One row per item and rank, twenty of them. Join on item_id or related_item_id; model_version joins vae.versions.'
                 when made.object like 'score(%' then
                     ', as recommend gives it. Null for an item that the active version does not know.'
                 when made.object like 'embedding(%' then

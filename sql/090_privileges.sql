@@ -25,6 +25,14 @@ grant execute on function
     vae_private.last_run(integer, text)
 to vae_scorer;
 
+grant execute on function
+    vae_private.recommend_for(integer, jsonb, integer, jsonb),
+    vae_private.recommend_for_items(integer, text[], text[], float8[], integer, jsonb),
+    vae_private.related(integer, text, integer, jsonb),
+    vae_private.basket(integer, text[], integer, jsonb),
+    vae_private.related_all(integer, integer)
+to vae_scorer;
+
 -- Operators refresh, activate and roll back.
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
@@ -86,6 +94,8 @@ grant execute on function
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
+    vae_private.build_related(vae.models),
+    vae_private.comment_column(text, text, text, text),
     vae_private.comment_model(vae.models),
     vae_private.grant_model(vae.models)
 to vae_trainer;

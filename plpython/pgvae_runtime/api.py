@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -15,8 +15,21 @@ from .errors import INVALID_PARAMETER, ScoringError
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, read_history
+from .options import one_of, read_options, whole_number
+from .related import ORDERS, given_items
+from .related import related as find_related
+from .related import related_all as relate_all
 from .scoring import mask_seen, score_users
-from .store import active_version
+from .session import (
+    GivenEvent,
+    default_type,
+    events_from_arrays,
+    events_from_json,
+    read_session,
+    split_features,
+)
+from .store import Version, active_version
+from .tokens import History
 
 MAX_K = 10_000
 # What each option may be, and what to give instead.
@@ -79,7 +92,13 @@ def recommend(
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
-    history = read_history(plpy, version, user_key)
+    return _best(version, read_history(plpy, version, user_key), k, exclude_seen)
+
+
+def _best(
+    version: Version, history: History, k: int, exclude_seen: bool
+) -> list[tuple[int, int, float, bool, int, int]]:
+    """Gives the rows of `recommend` for the history of one user."""
     scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
     if filters.candidates is not None:
         candidates = read_candidates(plpy, version, filters.candidates)
@@ -91,6 +110,93 @@ def recommend(
         (rank, item, value, bool(cold[0]), version.version, version.version_id)
         for rank, (item, value) in enumerate(best_items(plpy, version, scores, k, filters), start=1)
     ]
+
+
+@_translated
+def recommend_for(
+    plpy: Any, model_id: int, events: str | None, k: int | None, options: str | None
+) -> list[tuple[int, int, float, bool, int, int]]:
+    """Gives the rows of `recommend` for a session: a JSON array of events, see session.events_from_json."""
+    return _recommend_session(plpy, model_id, None if events is None else events_from_json(events), k, options)
+
+
+@_translated
+def recommend_for_items(
+    plpy: Any,
+    model_id: int,
+    item_keys: list[str | None] | None,
+    event_types: list[str | None] | None,
+    times: list[float | None] | None,
+    k: int | None,
+    options: str | None,
+) -> list[tuple[int, int, float, bool, int, int]]:
+    """Gives the rows of `recommend` for a session of parallel arrays; times are in seconds since 1970."""
+    events = None if item_keys is None else events_from_arrays(item_keys, event_types, times)
+    return _recommend_session(plpy, model_id, events, k, options)
+
+
+def _recommend_session(
+    plpy: Any, model_id: int, events: list[GivenEvent] | None, k: int | None, options: str | None
+) -> list[tuple[int, int, float, bool, int, int]]:
+    k = checked_k(k)
+    features, others = split_features(options)
+    exclude_seen = checked_options(others).get("exclude_seen", True)
+    if events is None:
+        return []
+    version = active_version(plpy, model_id)
+    return _best(version, read_session(plpy, version, events, features), k, exclude_seen)
+
+
+_RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}
+
+
+@_translated
+def related(
+    plpy: Any, model_id: int, item_key: str | None, k: int | None, options: str | None
+) -> list[tuple[int, int, float, float, int, int, int]]:
+    """Gives (rank, item_index, score, lift, support, model_version, version_id) of what goes best with an item."""
+    return _related(plpy, model_id, None if item_key is None else [item_key], "purchase", k, options)
+
+
+@_translated
+def basket(
+    plpy: Any, model_id: int, item_keys: list[str | None] | None, k: int | None, options: str | None
+) -> list[tuple[int, int, float, float, int, int, int]]:
+    """Gives the rows of `related` for a cart of several items."""
+    return _related(plpy, model_id, item_keys, "add_to_cart", k, options)
+
+
+def _related(
+    plpy: Any,
+    model_id: int,
+    item_keys: Sequence[str | None] | None,
+    event_type: str,
+    k: int | None,
+    options: str | None,
+) -> list[tuple[int, int, float, float, int, int, int]]:
+    k = checked_k(k)
+    chosen = read_options(options, _RELATED_OPTIONS, '{"min_support": 5}')
+    if item_keys is None:
+        return []
+    version = active_version(plpy, model_id)
+    items = given_items(plpy, version, "items", item_keys)
+    rows = find_related(
+        plpy,
+        version,
+        items,
+        default_type(version, event_type, "purchase"),
+        k,
+        chosen.get("rank_by", ORDERS[0]),
+        chosen.get("min_support", 0),
+    )
+    return [(*row, version.version, version.version_id) for row in rows]
+
+
+@_translated
+def related_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, str, str, int]]:
+    """Gives a row per item for a materialized view, see related.related_all."""
+    version = active_version(plpy, model_id)
+    return _translated_rows(plpy, relate_all(plpy, version, checked_k(k)))
 
 
 @_translated
