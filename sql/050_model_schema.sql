@@ -26,7 +26,7 @@ cross join lateral (values
     (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
-    (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), false, 'how many users have an event of these types on an item and on one of the others'),
+    (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
     (44, 'function', format('related(%s, integer, jsonb)', m.item_id_type), true, 'what goes with an item, now'),
     (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
     (46, 'materialized view', 'related_items_materialized', false, 'what related_items reads: a row per item'),
