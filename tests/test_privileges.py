@@ -476,7 +476,7 @@ def test_a_schema_exchanged_during_a_refresh_runs_nothing_with_more_rights(
     Shop(schema="trap").create_model(trainer, "mine")
     train_and_activate(trainer.info.dsn, "mine")
     trainer.execute("alter table trap.disarmed rename to armed")
-    trained.execute("call vae.refresh('mine')")
+    trained.execute("call vae.refresh('mine', array['recommendations'])")
     assert trained.execute("select to_regnamespace('mine_real') is not null").fetchone() == (True,)
     assert trained.execute("select * from trap.ran_as").fetchall() == []
 
