@@ -351,12 +351,12 @@ def test_a_refresh_inside_a_transaction_block_is_refused(trained_database: str, 
 def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg.Connection, ask: Query) -> None:
     stored = ask("select * from shop.recommendations order by user_id, rank")
     tamper(trained, "delete from vae_private.tensors where name = 'mean_bias'")
-    refused = refusal(trained, "call vae.refresh('shop')")
+    refused = refusal(trained, "call vae.refresh('shop', array['recommendations'])")
     assert "refresh of shop.recommendations failed: tensor 'mean_bias' is missing" in str(refused.message_primary)
     assert str(refused.message_hint).endswith("the view keeps its last good content")
     assert ask("select * from shop.recommendations order by user_id, rank") == stored
     state, error, version, finished = ask(
-        "select state, error, version, finished_at from vae.refreshes order by refresh_id desc limit 1"
+        "select state, error, version, finished_at from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 1"
     )[0]
     assert (state, version) == ("failed", None)
     assert "tensor 'mean_bias' is missing" in error
@@ -368,7 +368,7 @@ def test_a_refresh_without_the_shops_table_says_how_to_mend_it(trained: psycopg.
     stored = ask("select * from shop.recommendations order by user_id, rank")
     live = ask(RECOMMEND, [USER])
     trained.execute("drop table events cascade")
-    refused = refusal(trained, "call vae.refresh('shop')")
+    refused = refusal(trained, "call vae.refresh('shop', array['recommendations'])")
     assert (refused.sqlstate, refused.message_primary) == ("42P01", "the views of model shop are gone")
     assert "select vae.rebuild_model('shop')" in str(refused.message_hint)
     refused = refusal(trained, RECOMMEND, [USER])
@@ -377,7 +377,7 @@ def test_a_refresh_without_the_shops_table_says_how_to_mend_it(trained: psycopg.
     assert ask("select * from shop.recommendations order by user_id, rank") == stored
     Shop().make(trained)
     trained.execute("select vae.rebuild_model('shop')")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'])")
     assert ask(RECOMMEND, [USER]) == live
     assert [row[:4] for row in ask("select * from shop.recommendations order by user_id, rank")] == [
         row[:4] for row in stored

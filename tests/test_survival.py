@@ -320,7 +320,7 @@ def refresh(dsn: str, *statements: str) -> float:
         for statement in statements:
             connection.execute(statement.encode())
         begun = time.monotonic()
-        connection.execute("call vae.refresh('shop')")
+        connection.execute("call vae.refresh('shop', array['recommendations'])")
         return time.monotonic() - begun
 
 
@@ -332,7 +332,7 @@ def wait_for_a_refresh(connection: Connection) -> int:
 
 
 def last_refresh(connection: Connection) -> Any:
-    query = "select state, version, row_count, error from vae.refreshes order by refresh_id desc limit 1"
+    query = "select state, version, row_count, error from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 1"
     return rows(connection, query)[0]
 
 
@@ -344,7 +344,7 @@ def test_a_cancelled_refresh_ends_within_a_batch_and_leaves_the_last_content(slo
     with psycopg.connect(slow, autocommit=True) as watcher, psycopg.connect(slow, autocommit=True) as session:
         before = what_is_visible(watcher)
         with ThreadPoolExecutor() as threads:
-            running = threads.submit(session.execute, "call vae.refresh('shop')")
+            running = threads.submit(session.execute, "call vae.refresh('shop', array['recommendations'])")
             pid = wait_for_a_refresh(watcher)
             watcher.execute("select pg_cancel_backend(%s)", [pid])
             begun = time.monotonic()
@@ -360,9 +360,9 @@ def test_a_cancelled_refresh_ends_within_a_batch_and_leaves_the_last_content(slo
         assert no_lock_is_left(watcher)
         # The same session, and then another one, can refresh again.
         install(slow)
-        session.execute("call vae.refresh('shop')")
+        session.execute("call vae.refresh('shop', array['recommendations'])")
         refresh(slow)
-        assert rows(watcher, "select state from vae.refreshes order by refresh_id") == [
+        assert rows(watcher, "select state from vae.refreshes where view = 'recommendations' order by refresh_id") == [
             ("succeeded",), ("failed",), ("succeeded",), ("succeeded",),
         ]  # fmt: skip
 
@@ -387,14 +387,14 @@ def test_a_statement_timeout_at_any_moment_leaves_no_lock_and_whole_content(trai
         # The first milliseconds are where a refresh takes its locks and logs itself.
         trained.execute(f"set statement_timeout = {1 + attempt % 6}".encode())
         try:
-            trained.execute("call vae.refresh('shop')")
+            trained.execute("call vae.refresh('shop', array['recommendations'])")
         except psycopg.errors.QueryCanceled:
             cancelled += 1
         trained.execute("reset statement_timeout")
         assert no_lock_is_left(trained)
         assert rows(trained, content) == before
     assert cancelled > 150
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'])")
     assert last_refresh(trained) == ("succeeded", 1, len(Shop().users), None)
     assert rows(trained, "select count(*) from vae.refreshes where state = 'running'") == [(0,)]
 
@@ -410,7 +410,7 @@ def test_a_second_refresh_is_told_of_the_first(slow: str) -> None:
         assert len(rows(watcher, hint.removeprefix("see: "))) == 1
         first.result(60)
         assert last_refresh(watcher)[:3] == ("succeeded", 1, len(Shop().users))
-        assert rows(watcher, "select count(*) from vae.refreshes") == [(2,)]
+        assert rows(watcher, "select count(*) from vae.refreshes where view = 'recommendations'") == [(2,)]
 
 
 def test_refreshes_that_begin_at_the_same_moment_end_well_or_are_refused(trained_database: str) -> None:
@@ -429,7 +429,9 @@ def test_refreshes_that_begin_at_the_same_moment_end_well_or_are_refused(trained
             "another session began to refresh model shop at the same moment",
         }
         assert outcomes.count("done") > 0
-        succeeded = rows(watcher, "select count(*) from vae.refreshes where state = 'succeeded'")
+        succeeded = rows(
+            watcher, "select count(*) from vae.refreshes where view = 'recommendations' and state = 'succeeded'"
+        )
         assert succeeded == [(1 + outcomes.count("done"),)]
         assert rows(watcher, "select count(*) from vae.refreshes where state = 'running'") == [(0,)]
         assert no_lock_is_left(watcher)
@@ -465,18 +467,18 @@ def test_a_refresh_shows_one_version_whatever_is_activated_meanwhile(trained_dat
 def test_a_failed_refresh_gives_its_lock_back(trained: Connection, trained_database: str) -> None:
     trained.execute("set vae.device = 'x'")
     with pytest.raises(psycopg.Error, match="'x'"):
-        trained.execute("call vae.refresh('shop')")
+        trained.execute("call vae.refresh('shop', array['recommendations'])")
     trained.execute("reset vae.device")
     assert last_refresh(trained) == ("failed", None, None, "vae.device is 'x'")
     assert no_lock_is_left(trained)
     with psycopg.connect(trained_database) as transaction:
         transaction.execute("select 1")
         with pytest.raises(psycopg.Error, match="invalid transaction termination"):
-            transaction.execute("call vae.refresh('shop')")
+            transaction.execute("call vae.refresh('shop', array['recommendations'])")
         assert no_lock_is_left(trained)
     trained.execute("update vae.versions set state = 'retired'")
     with pytest.raises(psycopg.Error, match="model shop has no active version"):
-        trained.execute("call vae.refresh('shop')")
+        trained.execute("call vae.refresh('shop', array['recommendations'])")
     assert no_lock_is_left(trained)
     trained.execute("update vae.versions set state = 'active'")
     refresh(trained_database)
@@ -582,8 +584,8 @@ def test_a_kill_in_the_middle_of_a_refresh_leaves_the_last_content(crashing: Ser
         assert what_is_visible(connection) == before
         assert last_refresh(connection) == ("running", None, None, None)
         install(dsn)
-        connection.execute("call vae.refresh('shop')")
-        query = "select state, error, finished_at > started_at from vae.refreshes order by refresh_id desc limit 2"
+        connection.execute("call vae.refresh('shop', array['recommendations'])")
+        query = "select state, error, finished_at > started_at from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 2"
         assert rows(connection, query) == [
             ("succeeded", None, True),
             ("failed", "the session ended before the refresh did", True),
@@ -628,5 +630,5 @@ def test_a_server_whose_whole_disk_is_full_serves_again_once_there_is_room(crash
         assert what_is_visible(connection) == before
         assert rows(connection, "select count(*) from vae.versions") == versions
         publish_network(dsn, "shop", LARGE, seed=1)
-        connection.execute("call vae.refresh('shop')")
+        connection.execute("call vae.refresh('shop', array['recommendations'])")
         assert last_refresh(connection)[0] == "succeeded"
