@@ -356,7 +356,8 @@ def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg
     assert str(refused.message_hint).endswith("the view keeps its last good content")
     assert ask("select * from shop.recommendations order by user_id, rank") == stored
     state, error, version, finished = ask(
-        "select state, error, version, finished_at from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 1"
+        "select state, error, version, finished_at from vae.refreshes where view = 'recommendations'"
+        " order by refresh_id desc limit 1"
     )[0]
     assert (state, version) == ("failed", None)
     assert "tensor 'mean_bias' is missing" in error

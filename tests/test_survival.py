@@ -332,7 +332,10 @@ def wait_for_a_refresh(connection: Connection) -> int:
 
 
 def last_refresh(connection: Connection) -> Any:
-    query = "select state, version, row_count, error from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 1"
+    query = (
+        "select state, version, row_count, error from vae.refreshes where view = 'recommendations'"
+        " order by refresh_id desc limit 1"
+    )
     return rows(connection, query)[0]
 
 
@@ -585,7 +588,10 @@ def test_a_kill_in_the_middle_of_a_refresh_leaves_the_last_content(crashing: Ser
         assert last_refresh(connection) == ("running", None, None, None)
         install(dsn)
         connection.execute("call vae.refresh('shop', array['recommendations'])")
-        query = "select state, error, finished_at > started_at from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 2"
+        query = (
+            "select state, error, finished_at > started_at from vae.refreshes where view = 'recommendations'"
+            " order by refresh_id desc limit 2"
+        )
         assert rows(connection, query) == [
             ("succeeded", None, True),
             ("failed", "the session ended before the refresh did", True),

@@ -209,7 +209,9 @@ def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str,
         shares = _shares(np, version, version.weights, items)
         ranking = chosen_order(np, ORDERS[0], shares, base)
         ranking[np.arange(len(items)), items] = -1.0
-        best, _ = forward.top_k(np, ranking, min(k, len(keys) - 1))
+        # The item itself stands last; where it is among the k, the catalogue is no larger.
+        best, _ = forward.top_k(np, ranking, k)
+        best = best[:, : min(k, len(keys) - 1)]
         scores = np.take_along_axis(shares, best, axis=1)
         lifts = scores / base[best]
         for place, item in enumerate(items.tolist()):
