@@ -92,11 +92,11 @@ def recommend(
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(version, read_history(plpy, version, user_key), k, exclude_seen)
+    return _best(plpy, version, read_history(plpy, version, user_key), k, filters)
 
 
 def _best(
-    version: Version, history: History, k: int, exclude_seen: bool
+    plpy: Any, version: Version, history: History, k: int, filters: Filters
 ) -> list[tuple[int, int, float, bool, int, int]]:
     """Gives the rows of `recommend` for the history of one user."""
     scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
@@ -140,11 +140,11 @@ def _recommend_session(
 ) -> list[tuple[int, int, float, bool, int, int]]:
     k = checked_k(k)
     features, others = split_features(options)
-    exclude_seen = checked_options(others).get("exclude_seen", True)
+    filters = Filters(**checked_options(others))
     if events is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(version, read_session(plpy, version, events, features), k, exclude_seen)
+    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)
 
 
 _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}
