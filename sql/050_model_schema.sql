@@ -24,6 +24,7 @@ cross join lateral (values
     (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
     (11, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
     (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
     (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
@@ -430,6 +431,7 @@ begin
         '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)',
         m.name);
 
+    perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
@@ -466,6 +468,11 @@ begin
                     ' probability of purchase. Items already bought are left out unless options is {"exclude_seen": false}.'
                     ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
                     ' the popular items.'
+                when made.object like 'explain(%' then
+                    ': a row per event, best first, then the user''s features, the item''s popularity and a remainder. contribution is by'
+                    ' deletion: the logit less that of the history without the event. relevance is the event''s part of the logit, exactly'
+                    ' additive. Each of the two columns adds up to the logit: the exponential of the difference between two items is the'
+                    ' quotient of their scores. share is the part of all that events speak for the item. The option by is event or item.'
                 when made.object like 'recommend_for(%' then
                     '. events is an array of objects: item_id, and if you like event_type (the shop''s word or the standard one, else'
                     ' view) and occurred_at (else now, in the order of the array). The option features gives columns of the user, the'

@@ -26,6 +26,7 @@ grant execute on function
 to vae_scorer;
 
 grant execute on function
+    vae_private.explain(integer, text, text, jsonb),
     vae_private.recommend_for(integer, jsonb, integer, jsonb),
     vae_private.recommend_for_items(integer, text[], text[], float8[], integer, jsonb),
     vae_private.related(integer, text, integer, jsonb),
@@ -94,6 +95,7 @@ grant execute on function
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
+    vae_private.build_explain(vae.models),
     vae_private.build_related(vae.models),
     vae_private.comment_column(text, text, text, text),
     vae_private.comment_model(vae.models),

@@ -12,11 +12,12 @@ import numpy as np
 
 from . import batch, device, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
+from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, read_history
 from .options import one_of, read_options, whole_number
-from .related import ORDERS, given_items
+from .related import ORDERS, given_items, unknown_items
 from .related import related as find_related
 from .related import related_all as relate_all
 from .scoring import mask_seen, score_users
@@ -145,6 +146,45 @@ def _recommend_session(
         return []
     version = active_version(plpy, model_id)
     return _best(plpy, version, read_session(plpy, version, events, features), k, filters)
+
+
+_EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
+
+
+@_translated
+def explain(
+    plpy: Any, model_id: int, user_key: str | None, item_key: str | None, options: str | None
+) -> list[tuple[Any, ...]]:
+    """Gives (rank, part, item_index, event_type, at, contribution, relevance, gate, share, model_version, version_id)
+    of each part of one item's logit for one user.
+    """
+    by = read_options(options, _EXPLAIN_OPTIONS, '{"by": "item"}').get("by", "event")
+    if user_key is None or item_key is None:
+        return []
+    version = active_version(plpy, model_id)
+    item = item_index(plpy, version, item_key)
+    if item is None:
+        raise unknown_items(version, [item_key])
+    history = read_history(plpy, version, user_key)
+    parts = explain_item(version.weights, history, item, max_history=version.max_history, by_item=by == "item")
+    names = {index: name for name, index in version.event_types.items()}
+    speaks_for = sum(max(part.contribution, 0.0) for part in parts if part.item is not None)
+    return [
+        (
+            rank,
+            part.part,
+            part.item,
+            None if part.event_type is None else names[part.event_type],
+            part.at,
+            None if part.contribution != part.contribution else part.contribution,
+            None if part.relevance != part.relevance else part.relevance,
+            part.gate,
+            max(part.contribution, 0.0) / speaks_for if part.item is not None and speaks_for > 0 else None,
+            version.version,
+            version.version_id,
+        )
+        for rank, part in enumerate(parts, start=1)
+    ]
 
 
 _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}

@@ -1,0 +1,139 @@
+"""Explanations: the sums, the deletion against a real one, faithfulness, the time for the longest history."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from shop import Shop, refusal
+
+SHOP = Shop()
+USERS, ITEMS = SHOP.users, SHOP.items
+
+
+def rows(connection: psycopg.Connection, query: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
+    return connection.execute(query, parameters).fetchall()
+
+
+def explained(connection: psycopg.Connection, user: Any, item: Any, by: str = "event") -> list[tuple[Any, ...]]:
+    query = (
+        "select part, event_item_id, event_type, occurred_at, contribution, relevance, share"
+        " from shop.explain(%s, %s, jsonb_build_object('by', %s::text)) order by rank"
+    )
+    return rows(connection, query, [user, item, by])
+
+
+def odds_without(
+    connection: psycopg.Connection, user: Any, items: list[Any], condition: str, values: list[Any]
+) -> float:
+    """Gives the logarithm of the quotient of two items' scores for the part of a history that a condition keeps."""
+    scores = dict(
+        rows(
+            connection,
+            "select r.item_id, r.score from shop.recommend_for("
+            f"(select jsonb_agg(h) from shop.history(%s) h where {condition}), 100,"
+            """ '{"exclude_seen": false}') r""",
+            [user, *values],
+        )
+    )
+    return math.log(scores[items[0]] / scores[items[1]])
+
+
+@pytest.mark.parametrize("by", ["event", "item"])
+def test_both_columns_add_up_to_the_logit(shared_trained: psycopg.Connection, by: str) -> None:
+    for user in USERS[:4]:
+        sums = []
+        for item in ITEMS[:2]:
+            parts = explained(shared_trained, user, item, by)
+            assert [part[0] for part in parts[-2:]] == ["popularity", "remainder"]
+            assert {part[0] for part in parts[:-2]} == {by}
+            contributions = [part[4] for part in parts[:-2]]
+            assert contributions == sorted(contributions, reverse=True)
+            assert sum(part[6] for part in parts[:-2]) == pytest.approx(1, abs=1e-5)
+            sums.append((sum(part[4] for part in parts), sum(part[5] for part in parts)))
+        odds = odds_without(shared_trained, user, ITEMS[:2], "true", [])
+        assert sums[0][0] - sums[1][0] == pytest.approx(odds, abs=1e-4)
+        assert sums[0][1] - sums[1][1] == pytest.approx(odds, abs=1e-4)
+
+
+def test_a_contribution_is_what_a_real_deletion_does(shared_trained: psycopg.Connection) -> None:
+    user, pair = USERS[1], ITEMS[:2]
+    whole = odds_without(shared_trained, user, pair, "true", [])
+    first, second = (explained(shared_trained, user, item) for item in pair)
+    other = {(part[1], part[2], part[3]): part[4] for part in second}
+    assert len(other) > 10
+    for part in first[:-2]:
+        key = (part[1], part[2], part[3])
+        kept = "(h.item_id, h.event_type, h.occurred_at) <> (%s, %s, %s)"
+        without = odds_without(shared_trained, user, pair, kept, list(key))
+        assert part[4] - other[key] == pytest.approx(whole - without, abs=1e-4)
+    for part in explained(shared_trained, user, pair[0], "item")[:-2]:
+        without = odds_without(shared_trained, user, pair, "h.item_id <> %s", [part[1]])
+        of_second = {row[1]: row[4] for row in explained(shared_trained, user, pair[1], "item")}
+        assert part[4] - of_second[part[1]] == pytest.approx(whole - without, abs=1e-4)
+
+
+def test_deleting_what_is_named_lowers_the_score_more_than_deleting_by_chance(
+    shared_trained: psycopg.Connection,
+) -> None:
+    generator = random.Random(1)
+    losses: dict[str, list[float]] = {"named": [], "chance": []}
+
+    def log_score(user: Any, item: Any, gone: list[Any]) -> float:
+        found = rows(
+            shared_trained,
+            "select ln(r.score) from shop.recommend_for((select jsonb_agg(h) from shop.history(%s) h"
+            """ where h.item_id <> all (%s::bigint[])), 100, '{"exclude_seen": false}') r where r.item_id = %s""",
+            [user, gone, item],
+        )
+        return float(found[0][0])
+
+    for user in USERS:
+        item = rows(shared_trained, "select item_id from shop.recommend(%s, 1)", [user])[0][0]
+        parts = explained(shared_trained, user, item, "item")[:-2]
+        before = log_score(user, item, [])
+        losses["named"].append(before - log_score(user, item, [part[1] for part in parts[:2]]))
+        chance = [part[1] for part in generator.sample(parts, 2)]
+        losses["chance"].append(before - log_score(user, item, chance))
+    assert np.mean(losses["named"]) > np.mean(losses["chance"])
+    assert np.mean(np.array(losses["named"]) > np.array(losses["chance"])) > 0.6
+
+
+def test_five_hundred_events_are_explained_at_once(trained: psycopg.Connection) -> None:
+    user = 77
+    trained.execute(
+        "insert into events select %s, (%s::bigint[])[1 + n %% 12], (array['view', 'purchase'])[1 + n %% 2],"
+        " timestamptz '2024-01-01' + n * interval '7 hours' from generate_series(1, 600) n",
+        [user, ITEMS],
+    )
+    assert len(explained(trained, user, ITEMS[0])) == 502
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        explained(trained, user, ITEMS[0])
+        seconds.append(time.perf_counter() - begun)
+    # On an idle machine a tenth of this.
+    assert min(seconds) < 1
+
+
+def test_who_is_unknown_is_explained_by_popularity(shared_trained: psycopg.Connection) -> None:
+    ((part, _, _, _, contribution, relevance, share),) = explained(shared_trained, 404, ITEMS[0])
+    score = rows(shared_trained, "select ln(shop.score(404, %s))", [ITEMS[0]])[0][0]
+    assert (part, share) == ("popularity", None)
+    assert contribution == relevance == pytest.approx(score, abs=1e-5)
+    assert rows(shared_trained, "select * from shop.explain(null, %s)", [ITEMS[0]]) == []
+
+
+def test_bad_arguments_are_refused_by_name(shared_trained: psycopg.Connection) -> None:
+    for arguments, message in (
+        ("1, 404", "item 404 is not in the catalogue of version 1 of model shop"),
+        ('1, 404, \'{"by": "user"}\'', "option 'by' is \"user\""),
+    ):
+        refused = refusal(shared_trained, f"select * from shop.explain({arguments})")
+        assert (refused.sqlstate, refused.message_primary) == ("22023", f"pgvae: {message}")
