@@ -121,6 +121,39 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].recommend_all(plpy, model_id, k)
 $pgvae$;
 
+create or replace function vae_private.demand(model_id integer, item_key text)
+returns table (
+    item_key text, expected_units float8, units_low float8, units_high float8, expected_buyers float8, buyers_low float8,
+    buyers_high float8, last_period_units float8, horizon_days integer, model_version integer, scored_at timestamptz,
+    units_deviation float8, buyers_deviation float8)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].demand(plpy, model_id, item_key)
+$pgvae$;
+
+create or replace function vae_private.demand_all(model_id integer)
+returns table (
+    item_key text, expected_units float8, units_low float8, units_high float8, expected_buyers float8, buyers_low float8,
+    buyers_high float8, last_period_units float8, horizon_days integer, model_version integer, scored_at timestamptz,
+    units_deviation float8, buyers_deviation float8)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+set row_security = on
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].demand_all(plpy, model_id)
+$pgvae$;
+
 comment on function vae_private.recommend(integer, text, integer, jsonb) is
     'Scores one user of a model by key, for <model>.recommend, which gives typed keys.';
 comment on function vae_private.score(integer, text, text) is
@@ -131,3 +164,7 @@ comment on function vae_private.last_run(integer, text) is
     'Gives how many rows the last complete run of this session gave for a prediction view, and with which version; once.';
 comment on function vae_private.recommend_all(integer, integer) is
     'Scores all users of a model, a row per user with array literals, for <model>.recommendations_materialized.';
+comment on function vae_private.demand(integer, text) is
+    'Forecasts the demand of one item of a model by key, for <model>.demand.';
+comment on function vae_private.demand_all(integer) is
+    'Forecasts the demand of all items of a model that something happened to, for <model>.demand_materialized.';

@@ -18,7 +18,8 @@ select
     v.features,
     v.demand,
     v.created_at,
-    v.window_end
+    v.window_end,
+    m.item_id_type
 from vae.versions v
 join vae.models m on m.model_id = v.model_id
 join pg_catalog.pg_namespace n on n.nspname = m.name

@@ -31,11 +31,17 @@ cross join lateral (values
     (44, 'function', format('related(%s, integer, jsonb)', m.item_id_type), true, 'what goes with an item, now'),
     (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
     (46, 'materialized view', 'related_items_materialized', false, 'what related_items reads: a row per item'),
-    (47, 'view', 'related_items', true, 'what goes with every item, as of the last vae.refresh')
+    (47, 'view', 'related_items', true, 'what goes with every item, as of the last vae.refresh'),
+    (50, 'function', format('item_days(%s, timestamptz, timestamptz, text[])', m.item_id_type), true, 'what happened to one item on each day'),
+    (51, 'function', 'all_item_days(timestamptz, timestamptz, text[])', true, 'what happened to every item on each day'),
+    (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
+    (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
+    (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
+    (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
-    and (m.items_table is not null or o.object <> 'item_features')
+    and (m.items_table is not null or o.object not in ('item_features', 'demand_by_category(text)'))
 $$;
 
 comment on function vae_private.model_objects(integer) is
@@ -55,10 +61,13 @@ as $$
 declare
     m vae.models;
     rules text[];
+    is_sales boolean;
 begin
     select * into m from vae.models where models.model_id = clean_select.model_id;
+    -- Whoever bought, and whether anybody knows who: it must have been in stock.
+    is_sales := scope in ('sales to users', 'anonymous sales');
     rules := array[
-        format('e.%I is not null', m.user_id_column),
+        format('e.%I is %s null', m.user_id_column, case when scope = 'anonymous sales' then '' else 'not' end),
         format('e.%I is not null', m.item_id_column),
         format('e.%I >= %s', m.occurred_at_column, vae_private.earliest(m)),
         -- Not now(): in a long transaction that would hide what others wrote since it began.
@@ -67,13 +76,17 @@ begin
     if m.quantity_column is not null then
         rules := rules || format('(e.%1$I > 0 or e.%1$I is null)', m.quantity_column);
     end if;
-    if m.user_id_type = 'text' then
+    if is_sales and m.quantity_column is not null then
+        -- Not a number is above all numbers.
+        rules := rules || format('(e.%1$I::float8 < ''infinity'' or e.%1$I is null)', m.quantity_column);
+    end if;
+    if m.user_id_type = 'text' and scope <> 'anonymous sales' then
         rules := rules || format('octet_length(e.%I) <= 512', m.user_id_column);
     end if;
     if m.item_id_type = 'text' then
         rules := rules || format('octet_length(e.%I) <= 512', m.item_id_column);
     end if;
-    if m.users_table is not null then
+    if m.users_table is not null and not is_sales then
         rules := rules || format('exists (select from %I.%I u where u.%I = e.%I)',
             m.users_schema, m.users_table, m.users_key_column, m.user_id_column);
     end if;
@@ -92,7 +105,7 @@ begin
         '\n    e.%3$I%4$s as item_id,'
         '\n    %5$s as event_type,'
         '\n    %6$s as occurred_at,'
-        '\n    %7$s as weight'
+        '\n    %7$s as weight%13$s'
         '\nfrom %8$I.%9$I e%10$s'
         '\nwhere %11$s',
         m.user_id_column, case m.user_id_type when 'text' then '::text' else '' end,
@@ -106,14 +119,16 @@ begin
         case when m.event_type_column is null then ''
             else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
         array_to_string(rules, E'\n    and '),
-        case when scope <> 'admitted rows' then ' distinct' else '' end
+        case when scope not in ('admitted rows', 'anonymous sales') then ' distinct' else '' end,
+        case when is_sales then format(E',\n    %s as quantity',
+            case when m.quantity_column is null then '1::float8' else format('coalesce(e.%I::float8, 1)', m.quantity_column) end) end
     );
 end;
 $$;
 
 comment on function vae_private.clean_select(integer, text) is
     'Writes the query that cleans a model''s events; scope is training (without outliers), all users, '
-    'one user ($1), or admitted rows (all users, with the duplicates).';
+    'one user ($1), admitted rows (all users, with the duplicates), or, with the quantity, sales to users or anonymous sales.';
 
 
 create or replace function vae_private.feature_select(model_id integer, source text, scope text)
@@ -433,6 +448,7 @@ begin
 
     perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
+    perform vae_private.build_demand(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
 end;
@@ -496,6 +512,18 @@ begin
                     ' Positions of different versions cannot be compared.'
                 when made.object like 'features(%' then
                     ', as one object. Times are seconds since 1970. No row for a user who is not in the table of users.'
+                when made.object ~ '^(all_)?item_days\(' then
+                    ': units, buyers, viewers and users who put it into a cart, a user once a day. Days count back from as_of, day 0 is'
+                    ' the 24 hours before it. Sales to anonymous buyers and to outliers count, returns do not. event_types'
+                    ' are those whose events are sales.'
+                when made.object like 'demand(%' then
+                    '. units_low to units_high holds what is sold in 80 % of the cases, likewise for buyers. Expected numbers are null'
+                    ' for an item that nothing happened to. "Now" is the end of the training window where a version was made of old events.'
+                when made.object like 'demand_by_category(%' then
+                    ', as of the last vae.refresh. The column is one of the items'' features (vae.feature_columns). The bounds are those of'
+                    ' the sum, which strays less than its items do, but all of them may be off together.'
+                when made.object = 'demand' then
+                    '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
                 when made.object = 'recommendations' then
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
                 else '.'
@@ -534,8 +562,10 @@ begin
             ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('recommendations', 'scored_at', 'When the row was scored.')
         ) as c (relation, column_name, comment)
-        where to_regclass(format('%I.%I', m.name, c.relation)) is not null
+        union all
+        select * from vae_private.demand_comments()
     loop
+        continue when to_regclass(format('%I.%I', m.name, line.relation)) is null;
         execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
     end loop;
 end;

@@ -22,7 +22,11 @@ grant execute on function
     vae_private.score(integer, text, text),
     vae_private.embedding(integer, text),
     vae_private.recommend_all(integer, integer),
-    vae_private.last_run(integer, text)
+    vae_private.last_run(integer, text),
+    vae_private.demand(integer, text),
+    vae_private.demand_all(integer),
+    vae_private.looks_ahead_from(timestamptz, timestamptz, integer),
+    vae_private.item_column(integer, text)
 to vae_scorer;
 
 grant execute on function
@@ -99,7 +103,10 @@ grant execute on function
     vae_private.build_related(vae.models),
     vae_private.comment_column(text, text, text, text),
     vae_private.comment_model(vae.models),
-    vae_private.grant_model(vae.models)
+    vae_private.grant_model(vae.models),
+    vae_private.item_days_select(vae.models, text, text, text, text),
+    vae_private.build_demand(vae.models),
+    vae_private.demand_comments()
 to vae_trainer;
 
 -- Lifecycle: parity, gates, retention.

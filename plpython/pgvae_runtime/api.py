@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, device, forward, runs
-from .errors import INVALID_PARAMETER, ScoringError
+from . import batch, device, forward, runs, sales
+from .errors import INVALID_PARAMETER, NO_DEMAND, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
@@ -301,6 +301,27 @@ def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str
         version = restricted(version, candidates)
     gpu = device.choose(plpy, Work.of(version.user_count, version.weights), k)
     return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k))
+
+
+@_translated
+def demand(plpy: Any, model_id: int, item_key: str | None) -> list[sales.Row]:
+    """Gives the forecast of one item's demand, see sales.Row; none for null."""
+    if item_key is None:
+        return []
+    return [sales.demand_of_item(plpy, sales.forecaster(plpy, model_id), item_key)]
+
+
+@_translated
+def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
+    """Gives the forecasts of all items, for a materialized view; none where the version has none, and a notice."""
+    try:
+        found = sales.forecaster(plpy, model_id)
+    except ScoringError as error:
+        if error.sqlstate != NO_DEMAND:
+            raise
+        plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
+        return iter(())
+    return _translated_rows(plpy, sales.demand_of_all(plpy, found))
 
 
 def _translated_rows(plpy: Any, rows: Iterator[Any]) -> Iterator[Any]:

@@ -17,9 +17,9 @@ COVERAGE = 0.8
 HORIZONS_READ = 26
 # (what, half-life in horizons): exponentially smoothed levels per horizon.
 _LEVELS = (
-    *(("units", half_life) for half_life in (0.25, 1.0, 4.0)),
-    *(("buyers", half_life) for half_life in (0.25, 1.0, 4.0)),
-    *(("views", half_life) for half_life in (0.25, 1.0, 4.0)),
+    *((what, half_life) for what in ("units", "buyers", "root_units", "views") for half_life in (0.25, 1.0, 4.0)),
+    ("days", 1.0),
+    ("days", 4.0),
     ("carts", 1.0),
 )
 # (what, width in horizons): sums of the latest days.
@@ -32,6 +32,8 @@ FEATURES = (
 _FLOOR = 0.3
 # exp of more is no demand of anything.
 _MOST = 30.0
+# A scale of nothing has no multiples.
+_LEAST_SCALE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,17 @@ class ItemDays:
     views: NDArray[np.float64]
     carts: NDArray[np.float64]
 
+    @property
+    def root_units(self) -> NDArray[np.float64]:
+        """The square roots of the units, [N]: one large order speaks less loudly than many small ones."""
+        roots: NDArray[np.float64] = np.sqrt(self.units)
+        return roots
+
+    @property
+    def days(self) -> NDArray[np.float64]:
+        """One for each row, [N]: on how many days something happened."""
+        return np.ones(len(self.day))
+
     def before(self, days: int) -> ItemDays:
         """Gives what was known so many days earlier."""
         chosen = self.day >= days
@@ -64,8 +77,9 @@ class ItemDays:
     def level(self, what: str, half_life: float) -> NDArray[np.float64]:
         """Gives the exponentially smoothed amount per day of each item, [I] (Brown 1959); half-life in days."""
         decay = 0.5 ** (1.0 / half_life)
-        level: NDArray[np.float64] = (1.0 - decay) * self._sum(self.item, getattr(self, what) * decay**self.day)
-        return level
+        # A power per day, not per row.
+        weight = (1.0 - decay) * decay ** np.arange(self.day.max(initial=-1) + 1)
+        return self._sum(self.item, getattr(self, what) * weight[self.day])
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -86,44 +100,35 @@ def features(days: ItemDays, horizon: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """How far demand strays, by its expected level.
+    """How far demand strays: a scale for each item, and multiples of it by the level of what is expected.
 
-    At the K levels `expected`, ascending: the 10 % and the 90 % quantile and the standard deviation, each as a multiple
-    of what was expected. Between the levels they are interpolated over the logarithm.
+    The scale is exp(intercept + Σ coefficients · features), the expected absolute deviation. At the K levels
+    `expected`, ascending, the 10 % and the 90 % quantile of the deviation and its root mean square stand as multiples
+    of the scale; between the levels they are interpolated over the logarithm.
     """
 
+    intercept: float
+    coefficients: list[float]
     expected: list[float]
     low: list[float]
     high: list[float]
     deviation: list[float]
-
-    def at(self, expected: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """Gives lower bound, upper bound and standard deviation of each expected demand, [I] each."""
-        place = np.log(np.maximum(expected, 1e-9))
-        knots = np.log(self.expected)
-        low, high, deviation = (expected * np.interp(place, knots, m) for m in (self.low, self.high, self.deviation))
-        return low, high, deviation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equation:
     """Expected demand: share · exp(intercept + Σ coefficients · features) + (1 - share) · smoothing.
 
-    Smoothing is the exponentially smoothed level with a half-life of so many days, times the horizon.
+    Smoothing is the exponentially smoothed level with a half-life of so many days, times the horizon. `shock` is by how
+    much the sum over all items was off, as a share of it (root mean square): what no single item's interval tells.
     """
 
     intercept: float
     coefficients: list[float]
     share: float
     half_life: float
+    shock: float
     interval: Interval
-
-    def expected(self, days: ItemDays, what: str, horizon: int, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Gives the expected demand of each item, [I]; `matrix` are its features."""
-        linear = np.exp(np.minimum(self.intercept + matrix @ np.array(self.coefficients), _MOST))
-        smoothed = horizon * days.level(what, self.half_life)
-        demand: NDArray[np.float64] = self.share * linear + (1.0 - self.share) * smoothed
-        return demand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +153,13 @@ class Head:
     def forecast(self, days: ItemDays) -> tuple[Forecast, Forecast]:
         """Gives the units and the buyers of the horizon after the moment from which the days count."""
         matrix = features(days, self.horizon)
+        units, buyers = (
+            expected_demand(equation, matrix, self.horizon * days.level(what, equation.half_life))
+            for what, equation in (("units", self.units), ("buyers", self.buyers))
+        )
         return (
-            _forecast(self.units, days, "units", self.horizon, matrix, is_whole=self.is_whole),
-            _forecast(self.buyers, days, "buyers", self.horizon, matrix, is_whole=True),
+            bounded(units, self.units.interval, matrix, is_whole=self.is_whole),
+            bounded(buyers, self.buyers.interval, matrix, is_whole=True),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -167,20 +176,40 @@ class Head:
         return cls(horizon=document["horizon"], is_whole=document["is_whole"], units=units, buyers=buyers)
 
 
-def _forecast(
-    equation: Equation, days: ItemDays, what: str, horizon: int, matrix: NDArray[np.float64], *, is_whole: bool
+def log_linear(intercept: float, coefficients: list[float], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gives exp(intercept + Σ coefficients · features) of each row of features, [I, F]."""
+    value: NDArray[np.float64] = np.exp(np.minimum(intercept + matrix @ np.array(coefficients), _MOST))
+    return value
+
+
+def deviation_scale(intercept: float, coefficients: list[float], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gives the scale of each item's interval, [I], from its features, [I, F]."""
+    return np.maximum(log_linear(intercept, coefficients, matrix), _LEAST_SCALE)
+
+
+def expected_demand(
+    equation: Equation, matrix: NDArray[np.float64], smoothed: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Gives the expected demand of items, [I], from their features, [I, F], and their smoothed demand, [I]."""
+    linear = log_linear(equation.intercept, equation.coefficients, matrix)
+    return equation.share * linear + (1.0 - equation.share) * smoothed
+
+
+def bounded(
+    expected: NDArray[np.float64], interval: Interval, matrix: NDArray[np.float64], *, is_whole: bool
 ) -> Forecast:
-    expected = equation.expected(days, what, horizon, matrix)
-    return bounded(expected, equation.interval, is_whole=is_whole)
-
-
-def bounded(expected: NDArray[np.float64], interval: Interval, *, is_whole: bool) -> Forecast:
-    """Gives expected demand with its interval; whole bounds where demand comes in whole units."""
-    low, high, deviation = interval.at(expected)
+    """Gives expected demand, [I], with its interval; whole bounds where demand comes in whole units."""
+    scale = deviation_scale(interval.intercept, interval.coefficients, matrix)
+    place = np.log(np.maximum(expected, 1e-9))
+    knots = np.log(interval.expected)
+    low, high, deviation = (
+        scale * np.interp(place, knots, multiples) for multiples in (interval.low, interval.high, interval.deviation)
+    )
+    low, high = np.maximum(expected + low, 0.0), np.maximum(expected + high, 0.0)
+    nearest = expected
     if is_whole:
-        low, high = np.rint(low), np.rint(high)
+        low, high, nearest = np.rint(low), np.rint(high), np.rint(expected)
     # A few large orders can raise the mean above the 90 % quantile.
-    nearest = np.rint(expected) if is_whole else expected
     return Forecast(
         expected=expected, low=np.minimum(low, nearest), high=np.maximum(high, nearest), deviation=deviation
     )

@@ -107,8 +107,8 @@ def execute(plpy: Any, query: str, types: list[str], values: list[Any]) -> Any:
     return plpy.execute(plan, values)
 
 
-def active_version(plpy: Any, model_id: int) -> Version:
-    """Gives the active version that the calling query's snapshot sees.
+def active_version_id(plpy: Any, model_id: int) -> int:
+    """Gives the number in this database of the active version that the calling query's snapshot sees.
 
     The view that is read shows a version only to those who may use its model, so the right is checked on every
     call, also where the weights are already in memory. ScoringError where there is nothing to score with.
@@ -121,7 +121,13 @@ def active_version(plpy: Any, model_id: int) -> Version:
     )
     if not rows:
         raise _explain_absence(plpy, model_id)
-    version_id = rows[0]["version_id"]
+    version_id: int = rows[0]["version_id"]
+    return version_id
+
+
+def active_version(plpy: Any, model_id: int) -> Version:
+    """Gives the active version with its weights, from memory where this session has loaded it before."""
+    version_id = active_version_id(plpy, model_id)
     version = _versions.get(version_id)
     if version is None:
         version = _versions[version_id] = _load(plpy, version_id)

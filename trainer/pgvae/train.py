@@ -15,6 +15,7 @@ from pgvae.checkpoints import Checkpoints, default_folder
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
+from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric, evaluate
 from pgvae.publish import publish
@@ -40,6 +41,7 @@ class Training:
 
     version: int
     metrics: list[Metric]
+    demand: DemandFit
     durations: dict[str, float]
 
 
@@ -55,9 +57,10 @@ def train(
     """Trains a model on its cleaned events and publishes the result as a version in the state ready.
 
     The network is first trained without the newest events, or without a share of each user's items, and measured on
-    them, then trained again on all events for as many epochs as were best. No connection is open meanwhile, so a long
-    training holds back no vacuum. PgvaeError where the quality gate fails and `force` is not given; nothing is then
-    published. A training that was interrupted goes on from its checkpoint in the folder `checkpoints`.
+    them, then trained again on all events for as many epochs as were best; beside it the forecast of demand is fitted.
+    No connection is open meanwhile, so a long training holds back no vacuum. PgvaeError where the quality gate fails
+    and `force` is not given; nothing is then published. A training that was interrupted goes on from its checkpoint in the
+    folder `checkpoints`.
     """
     config = config or TrainingConfig()
     kept = Checkpoints(checkpoints or default_folder())
@@ -65,6 +68,9 @@ def train(
     durations: dict[str, float] = {}
     with _timed("read", durations, listener), connect(dsn) as connection:
         definition, dataset = read_checked(connection, model, force, listener)
+        sales = read_sales(connection, model, dataset)
+    with _timed("demand", durations, listener):
+        demand = fit_demand(sales, seed=config.seed)
     with _timed("evaluate", durations, listener):
         evaluation = evaluate(
             dataset, config, max_history=definition.max_history, checkpoints=kept, on_epoch=listener.on_epoch
@@ -88,11 +94,13 @@ def train(
             config=config,
             fit=final,
             curve=(evaluation.fit.curve if evaluation.fit else []) + final.curve,
-            metrics=evaluation.metrics,
+            metrics=evaluation.metrics + demand.metrics,
             durations=durations,
+            curves=demand.curve,
+            demand=demand.head,
         )
     kept.remove()
-    return Training(version=version, metrics=evaluation.metrics, durations=durations)
+    return Training(version=version, metrics=evaluation.metrics, demand=demand, durations=durations)
 
 
 def read_checked(

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pgvae.demand import DemandFit
     from pgvae.evaluation import Metric
 
 # What each split is tested on.
@@ -75,6 +76,19 @@ def verdicts(metrics: Sequence[Metric]) -> Iterator[str]:
             verdict = "beats" if lead.lower > 0 else "loses to" if lead.upper < 0 else "does not clearly beat"
             ratio = ndcg["pgvae", lead.k] / max(ndcg[lead.method, lead.k], 1e-12)
             yield f"pgvae {verdict} {lead.method}: {ratio:.2f} times its NDCG"
+
+
+def demand_verdict(fit: DemandFit) -> str:
+    """Gives a sentence about the forecast of demand: how far it is off, beside its baselines, or why there is none."""
+    if fit.head is None:
+        return f"no forecast of demand: {fit.missing}"
+    units = {(m.method, m.metric): m.value for m in fit.metrics}
+    wape = {method: value for (method, metric), value in units.items() if metric == "demand_wape"}
+    others = ", ".join(f"{method.replace('_', ' ')} {value:.1%}" for method, value in wape.items() if method != "pgvae")
+    return (
+        f"demand of {fit.head.horizon} days is off by {wape['pgvae']:.1%} of the units sold ({others});"
+        f" {units['pgvae', 'demand_coverage']:.0%} of the items within the 80 % interval"
+    )
 
 
 def _cell(metric: Metric, column: Sequence[Metric], stacked: bool) -> str:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 
 from pgvae.cli import Dsn, app
-from pgvae.cli.metrics import PARTS, lists_table, verdicts
+from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, verdicts
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out, progress_with_detail
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _DEFAULTS = TrainingConfig()
 _PHASES = {
     "read": "reading events",
+    "demand": "forecasting demand",
     "evaluate": "training without the newest events, to measure",
     "train": "training on all events, to publish",
     "publish": "publishing",
@@ -135,13 +136,14 @@ def show(model: str, result: Training) -> None:
     """Prints what was published and how it ranks."""
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.durations.items())
     out.print(f"published version {result.version} of model {model} ({seconds})", highlight=False)
-    if not result.metrics:
+    if result.metrics:
+        users, split = result.metrics[0].user_count, result.metrics[0].split
+        out.print(lists_table(result.metrics, f"on {PARTS[split]}, {users} users, all items ranked"))
+        for line in verdicts(result.metrics):
+            out.print(line, highlight=False)
+    else:
         out.print("its ranking is not measured: too few users have something new to find")
-        return
-    users, split = result.metrics[0].user_count, result.metrics[0].split
-    out.print(lists_table(result.metrics, f"on {PARTS[split]}, {users} users, all items ranked"))
-    for line in verdicts(result.metrics):
-        out.print(line, highlight=False)
+    out.print(demand_verdict(result.demand), highlight=False)
 
 
 class _Display:

@@ -120,7 +120,7 @@ class _Part:
 
 def _split_parts(version: PublishedVersion) -> list[_Part]:
     first = words.main_split(version)
-    splits = sorted({row.split for row in version.metrics}, key=lambda name: (name != first[0].split, name))
+    splits = sorted(words.ranked_splits(version), key=lambda name: (name != first[0].split, name))
     return [_part([row for row in version.metrics if row.split == split], split) for split in splits]
 
 

@@ -64,9 +64,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def ranked_splits(version: PublishedVersion) -> set[str]:
+    """Gives the splits on which lists were measured."""
+    return {row.split for row in version.metrics if row.metric == "ndcg"}
+
+
 def main_split(version: PublishedVersion) -> list[Measured]:
     """Gives the metrics of everybody on the split that a version is judged by: by time, where that was measured."""
-    splits = sorted({row.split for row in version.metrics}, key=lambda split: (split != "temporal", split))
+    splits = sorted(ranked_splits(version), key=lambda split: (split != "temporal", split))
     return [row for row in version.metrics if splits and row.split == splits[0] and row.slice == "all"]
 
 
