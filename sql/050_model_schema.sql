@@ -36,8 +36,8 @@ cross join lateral (values
     (51, 'function', 'all_item_days(timestamptz, timestamptz, text[])', true, 'what happened to every item on each day'),
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
     (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
-    (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
-    (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh')
+    (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
+    (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))

@@ -96,7 +96,7 @@ begin
                 '\n    s.buyers, greatest(s.buyers - 1.2816 * s.buyers_deviation, 0), s.buyers + 1.2816 * s.buyers_deviation,'
                 '\n    s.last_period_units, s.horizon_days, s.model_version, s.scored_at'
                 '\nfrom ('
-                '\n    select f.features ->> c.column_name as category, count(*) as items, sum(d.expected_units) as units,'
+                '\n    select f.features ->> c.name as category, count(*) as items, sum(d.expected_units) as units,'
                 '\n        sum(d.expected_buyers) as buyers, sum(d.last_period_units) as last_period_units,'
                 '\n        max(d.horizon_days) as horizon_days, max(d.model_version) as model_version, max(d.scored_at) as scored_at,'
                 '\n        sqrt(sum(d.units_deviation ^ 2) + (max((v.demand -> ''units'' ->> ''shock'')::float8) * sum(d.expected_units)) ^ 2) as units_deviation,'
@@ -151,7 +151,7 @@ comment on function vae_private.demand_comments() is 'Gives the comments of the 
 
 
 create or replace function vae_private.item_column(id integer, column_name text)
-returns table (column_name text)
+returns table (name text)
 language plpgsql
 stable
 called on null input

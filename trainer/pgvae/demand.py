@@ -190,6 +190,7 @@ class _Moment:
         self.days = sales.days.before(days_ago)
         self.known = self.days.known
         self.matrix = features(self.days, sales.horizon)[self.known]
+        self._after: dict[str, NDArray[np.float64]] = {}
 
     def smoothed(self, what: str, half_life: float) -> NDArray[np.float64]:
         """Gives the exponentially smoothed demand of a horizon."""
@@ -202,8 +203,9 @@ class _Moment:
 
     def happened(self, what: str) -> NDArray[np.float64]:
         """Gives the demand of the horizon after."""
-        after = getattr(self._sales, what)(self._days_ago - self._sales.horizon)
-        return np.asarray(after[self.known])
+        if what not in self._after:
+            self._after[what] = getattr(self._sales, what)(self._days_ago - self._sales.horizon)[self.known]
+        return self._after[what]
 
 
 @dataclass(frozen=True, kw_only=True)

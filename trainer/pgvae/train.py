@@ -59,8 +59,8 @@ def train(
     The network is first trained without the newest events, or without a share of each user's items, and measured on
     them, then trained again on all events for as many epochs as were best; beside it the forecast of demand is fitted.
     No connection is open meanwhile, so a long training holds back no vacuum. PgvaeError where the quality gate fails
-    and `force` is not given; nothing is then published. A training that was interrupted goes on from its checkpoint in the
-    folder `checkpoints`.
+    and `force` is not given; nothing is then published. A training that was interrupted goes on from its checkpoint in
+    the folder `checkpoints`.
     """
     config = config or TrainingConfig()
     kept = Checkpoints(checkpoints or default_folder())
