@@ -85,10 +85,6 @@ def test_a_model_is_defined_with_one_call(shop: psycopg.Connection) -> None:
         "shop.score(bigint, bigint)",
         "shop.embedding(bigint)",
         "shop.recommendations",
-        "shop.item_days(bigint, timestamptz, timestamptz, text[])",
-        "shop.all_item_days(timestamptz, timestamptz, text[])",
-        "shop.demand(bigint)",
-        "shop.demand",
     ]
     assert all(row[1] for row in made)
     assert shop.execute(

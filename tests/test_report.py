@@ -33,7 +33,18 @@ from shop import SMALL, Shop, create_model, train, train_and_activate
 Connection = psycopg.Connection[Any]
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
-SECTIONS = ["verdict", "metrics", "calibration", "attention", "latent", "learning", "quality", "lineage", "card"]
+SECTIONS = [
+    "verdict",
+    "metrics",
+    "calibration",
+    "business",
+    "attention",
+    "latent",
+    "learning",
+    "quality",
+    "lineage",
+    "card",
+]
 EVIL = "<script>alert(1)</script>&\"'"
 
 

@@ -53,7 +53,7 @@ _LEVELS = 6
 _HALF_LIVES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Items of the picture of expected against actual demand.
-_PICTURED = 300
+_PICTURED = 150
 _DAY = 86_400.0
 
 # A row of COPY (format binary): a count of fields, then each field's length and its bytes, all big-endian.
@@ -440,9 +440,10 @@ def pinball_loss(happened: NDArray[np.float64], bound: NDArray[np.float64], quan
 
 
 def _curve(sales: Sales, test: _Test) -> list[CurvePoint]:
-    """Gives expected and actual units of the items of which most was expected, the most first."""
+    """Gives expected and actual units of items of every level, the most expected first."""
     forecast, happened = test.forecasts["units"][OWN], test.happened["units"]
-    best = np.argsort(-forecast.expected, kind="stable")[:_PICTURED]
+    order = np.argsort(-forecast.expected, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(_PICTURED, len(order))).astype(np.int64))]
     return [
         CurvePoint(
             curve="demand",
@@ -455,5 +456,5 @@ def _curve(sales: Sales, test: _Test) -> list[CurvePoint]:
             upper=float(forecast.high[row]),
             weight=1.0,
         )
-        for position, row in enumerate(best.tolist(), start=1)
+        for position, row in enumerate(chosen.tolist(), start=1)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -46,8 +47,23 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Point:
+    """A row of vae.curves."""
+
+    curve: str
+    method: str
+    position: int
+    label: str | None
+    x: float
+    y: float
+    lower: float | None
+    upper: float | None
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublishedVersion:
-    """A row of vae.versions, with those of vae.metrics and vae.epochs that belong to it."""
+    """A row of vae.versions, with those of vae.metrics, vae.epochs and vae.curves that belong to it."""
 
     model: str
     max_history: int
@@ -72,6 +88,7 @@ class PublishedVersion:
     features: dict[str, Any] | None
     metrics: list[Measured]
     passes: list[Pass]
+    points: Sequence[Point] = ()
 
     @property
     def event_types(self) -> list[str]:
@@ -121,6 +138,12 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
             " where version_id = %s order by phase, epoch",
             [version_id],
         ).fetchall()
+    with connection.cursor(row_factory=class_row(Point)) as cursor:
+        points = cursor.execute(
+            "select curve, method, position, label, x, y, lower, upper, weight from vae.curves"
+            " where version_id = %s order by curve, method, position",
+            [version_id],
+        ).fetchall()
     columns = (
         "version_id, version, state, created_at, created_by, activated_at, window_start, window_end, event_count,"
         " user_count, item_count, seed, format, code_digest, trainer_version, config, durations, quality, features"
@@ -132,7 +155,7 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
     with connection.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(query, [version_id]).fetchone()
     assert found is not None  # The version was found a moment ago, in the same transaction.
-    return PublishedVersion(**found, metrics=metrics, passes=passes)
+    return PublishedVersion(**found, metrics=metrics, passes=passes, points=points)
 
 
 def readable(connection: psycopg.Connection, relation: str) -> sql.Identifier:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pgvae.report.insight import Gate, LatentMap
 from pgvae.report.words import OWN, method_name
-from pgvae.versions import Measured, Pass
+from pgvae.versions import Measured, Pass, Point
 
 # Colours that stand for a CSS variable of the page, see page.html.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -192,6 +192,47 @@ def latent_map(latent: LatentMap) -> Markup:
         axes.set_ylabel(f"second direction, {latent.explained[1]:.0%}")
         figure.legend(loc="outside lower center", ncols=2, title=latent.title, markerscale=2)
         return _svg(figure, "latent map")
+
+
+def demand(points: Sequence[Point]) -> Markup:
+    """Draws expected units of items with their intervals, and what was sold, on logarithmic axes with room for 0."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+        axes = figure.subplots()
+        x = np.log1p([point.x for point in points])
+        low, high = (np.log1p([getattr(p, name) or 0.0 for p in points]) for name in ("lower", "upper"))
+        axes.vlines(x, low, high, color=_MUTED, linewidth=1.0, alpha=0.35, label="80 % interval")
+        axes.plot(x, np.log1p([p.y for p in points]), "o", color=_SERIES[0], markersize=3.5, alpha=0.75, label="sold")
+        most = float(max(x.max(), np.log1p([p.y for p in points]).max(), high.max()))
+        axes.plot([0, most], [0, most], color=_SERIES[1], linewidth=1.2, label="as expected")
+        ticks = [
+            0,
+            *(value for power in range(7) for value in (1 * 10**power, 3 * 10**power) if np.log1p(value) <= most),
+        ]
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([float(np.log1p(tick)) for tick in ticks], [f"{tick:,}" for tick in ticks])
+        axes.set_xlabel("units expected")
+        axes.set_ylabel("units sold")
+        figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure, "demand, expected and sold")
+
+
+def calibration(points: Sequence[Point], title: str) -> Markup:
+    """Draws what happened by what was predicted, a line for each method, and the diagonal of a calibrated one."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        most = max(max(point.x, point.y) for point in points)
+        axes.plot([0, most], [0, most], color=_MUTED, linewidth=1.0, linestyle="--", label="calibrated")
+        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
+            own = [point for point in points if point.method == method]
+            _line(axes, [p.x for p in own], [p.y for p in own], colour, method_name(method))
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("happened")
+        axes.legend()
+        return _svg(figure, title)
 
 
 def _interval(axes: Axes, place: float, value: float, lower: float | None, upper: float | None, colour: str) -> None:

@@ -84,12 +84,38 @@ def render(version: PublishedVersion, insight: Insight) -> str:
         since=insight.since,
         reliability=charts.reliability(*insight.since.reliability.T.tolist()) if insight.since else "",
         calibration=_calibration(version),
+        business=_business(version),
         percent=words.percent,
         pipelines={source: version.pipeline(source) for source in ("users", "items")},
         hyperparameters=[item for item in sorted(version.config.items()) if item[0] != "event_types"],
         card=words.card(version, insight),
         written=datetime.now(UTC),
         release=__version__,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Business:
+    """Pictures of what was predicted for the shop against what happened; empty where not measured."""
+
+    demand: Markup | str
+    demand_sentences: tuple[str, ...]
+    calibrations: list[tuple[str, Markup]]
+
+
+def _business(version: PublishedVersion) -> _Business:
+    points = [point for point in version.points if point.curve == "demand" and point.method == words.OWN]
+    names = sorted({point.curve for point in version.points if point.curve.endswith("calibration")})
+    return _Business(
+        demand=charts.demand(points) if points else "",
+        demand_sentences=words.demand_sentences(version),
+        calibrations=[
+            (
+                name.replace("_", " "),
+                charts.calibration([point for point in version.points if point.curve == name], name.replace("_", " ")),
+            )
+            for name in names
+        ],
     )
 
 

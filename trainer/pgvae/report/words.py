@@ -16,6 +16,8 @@ _METHODS = {
     "item_knn": "bought together",
     "ease": "EASE (linear)",
     "graph_filter": "graph filter (linear)",
+    "last_period": "as in the last period",
+    "exponential_smoothing": "exponential smoothing",
 }
 METRICS = {
     "recall": "of what people went on to choose, the part that stood in the list",
@@ -169,6 +171,23 @@ def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k:
         return (f"{text}.",)
     times = f", {own.value / bestsellers.value:.1f} times as many" if bestsellers.value > 0 else ""
     return (f"{text}; in a list of the {k} bestsellers {percent(bestsellers.value)}{times}.",)
+
+
+def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:
+    """Says how far forecasts of demand were off, beside the baselines; nothing where none was measured."""
+    found = {(row.method, row.metric): row.value for row in version.metrics if row.split == "horizon"}
+    wape = {method: value for (method, metric), value in found.items() if metric == "demand_wape"}
+    if OWN not in wape:
+        return ()
+    others = {method: value for method, value in wape.items() if method != OWN}
+    beaten = all(wape[OWN] < value for value in others.values())
+    beside = _listed(f"{method_name(method)} {percent(value)}" for method, value in sorted(others.items()))
+    return (
+        f"Forecasts of the units of each item were off by {percent(wape[OWN])} of all units sold; {beside}."
+        + (" Less is better." if beaten else " Less is better: a simpler method did as well, and is good enough."),
+        f"What was sold lay within the interval for {percent(found[OWN, 'demand_coverage'])} of the items, where 80 %"
+        " was meant; where items sell few units, more than that lie within it.",
+    )
 
 
 def _listed(names: Iterable[str]) -> str:
