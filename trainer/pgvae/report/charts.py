@@ -205,10 +205,7 @@ def demand(points: Sequence[Point]) -> Markup:
         axes.plot(x, np.log1p([p.y for p in points]), "o", color=_SERIES[0], markersize=3.5, alpha=0.75, label="sold")
         most = float(max(x.max(), np.log1p([p.y for p in points]).max(), high.max()))
         axes.plot([0, most], [0, most], color=_SERIES[1], linewidth=1.2, label="as expected")
-        ticks = [
-            0,
-            *(value for power in range(7) for value in (1 * 10**power, 3 * 10**power) if np.log1p(value) <= most),
-        ]
+        ticks = [0, *(10**power for power in range(10) if np.log1p(10**power) <= most)]
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([float(np.log1p(tick)) for tick in ticks], [f"{tick:,}" for tick in ticks])
         axes.set_xlabel("units expected")
