@@ -25,6 +25,7 @@ cross join lateral (values
     (11, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
     (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
     (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
+    (40, 'function', format('because(%s, %s)', m.user_id_type, m.item_id_type), true, 'why an item is recommended to a user, as a sentence for people'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
     (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
@@ -489,6 +490,9 @@ begin
                     ' deletion: the logit less that of the history without the event. relevance is the event''s part of the logit, exactly'
                     ' additive. Each of the two columns adds up to the logit: the exponential of the difference between two items is the'
                     ' quotient of their scores. share is the part of all that events speak for the item. The option by is event or item.'
+                when made.object like 'because(%' then
+                    ', of the two items of the history that contribute most to the score. Items have the title that the shop''s table of'
+                    ' items holds (title, name, product_name, item_name or description), else their key.'
                 when made.object like 'recommend_for(%' then
                     '. events is an array of objects: item_id, and if you like event_type (the shop''s word or the standard one, else'
                     ' view) and occurred_at (else now, in the order of the array). The option features gives columns of the user, the'

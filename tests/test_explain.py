@@ -137,3 +137,18 @@ def test_bad_arguments_are_refused_by_name(shared_trained: psycopg.Connection) -
     ):
         refused = refusal(shared_trained, f"select * from shop.explain({arguments})")
         assert (refused.sqlstate, refused.message_primary) == ("22023", f"pgvae: {message}")
+
+
+def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection) -> None:
+    user = USERS[0]
+    item = rows(trained, "select item_id from shop.recommend(%s, 1)", [user])[0][0]
+    best = [part for part in explained(trained, user, item, "item")[:2] if part[4] > 0]
+    verbs = {"purchase": "bought", "view": "viewed", "add_to_cart": "put into the cart"}
+    phrases = [f"you {verbs[part[2]]} {part[1]}" for part in best]
+    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [("because " + " and ".join(phrases),)]
+    assert rows(trained, "select shop.because(404, %s)", [item]) == [("because it is popular",)]
+    assert rows(trained, "select shop.because(null, %s)", [item]) == [(None,)]
+    trained.execute("create table goods as select distinct item_id as id, 'Good ' || item_id as \"Name\" from events")
+    SHOP.create_model(trained, "other", items="goods", items_key="id")
+    body = rows(trained, "select prosrc from pg_proc where oid = 'other.because(bigint, bigint)'::regprocedure")
+    assert 'left(k."Name"::text, 80) from public.goods k' in body[0][0]
