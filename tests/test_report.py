@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
@@ -25,7 +25,7 @@ from pgvae.report.page import Report, read_report, render, write
 from pgvae.report.words import card, markdown, verdict
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
-from pgvae.versions import Measured, PublishedVersion, read_version, read_weights
+from pgvae.versions import Measured, Point, PublishedVersion, read_version, read_weights
 from pgvae_runtime import forward
 from pgvae_runtime.tokens import age_bucket
 from shop import SMALL, Shop, create_model, train, train_and_activate
@@ -507,3 +507,55 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None
     with pytest.raises(PgvaeError, match="cannot write"):
         write(folder, "text")
     assert list(tmp_path.iterdir()) == [folder]
+
+
+# What it says of the shop
+
+
+def points(curve: str, method: str, xy: Sequence[tuple[float, float]]) -> list[Point]:
+    return [
+        Point(
+            curve=curve, method=method, position=place, label=EVIL, x=x, y=y, lower=0.0, upper=y + 1, weight=1.0
+        )
+        for place, (x, y) in enumerate(xy, start=1)
+    ]  # fmt: skip
+
+
+def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(report: Report) -> None:
+    bare = replace(report.version, points=[], metrics=[m for m in report.version.metrics if m.split != "horizon"])
+    text = Page(render(bare, report.insight)).text("business")
+    assert "needs sales over four times its horizon" in text
+    assert "who will answer an offer is not measured" in text
+    measured = [
+        Measured(
+            method=method, split="horizon", slice="all", metric=metric, k=0, value=value, lower=None, upper=None,
+            user_count=9,
+        )
+        for method, metric, value in (
+            ("pgvae", "demand_wape", 0.4), ("last_period", "demand_wape", 0.5), ("pgvae", "demand_coverage", 0.83)
+        )
+    ]  # fmt: skip
+    version = replace(
+        bare,
+        metrics=[*bare.metrics, *measured],
+        points=[
+            *points("demand", "pgvae", [(900.0, 1000.0), (3.0, 0.0)]),
+            *points("churn_calibration", "pgvae", [(0.1, 0.12), (0.8, 0.75)]),
+            *points("churn_calibration", "rfm", [(0.2, 0.3)]),
+            *points("response_lift", "pgvae", [(0.1, 0.4), (1.0, 1.0)]),
+            *points("response_lift", "popularity", [(0.1, 0.2), (1.0, 1.0)]),
+        ],
+    )
+    html = render(version, report.insight)
+    text = Page(html).text("business")
+    assert "off by 40.0" in text
+    assert "50.0" in text
+    assert "4.0 times as many as offers by chance; bestsellers 20.0" in text
+    assert "Who is leaving" in text
+    assert "Who answers an offer" not in text
+    assert "<script" not in html
+    # A version that a simpler method equals does not boast.
+    equal = replace(
+        version, metrics=[replace(m, value=0.4) if m.metric == "demand_wape" else m for m in version.metrics]
+    )
+    assert "a simpler method did as well" in Page(render(equal, report.insight)).text("business")

@@ -214,6 +214,23 @@ def demand(points: Sequence[Point]) -> Markup:
         return _svg(figure, "demand, expected and sold")
 
 
+def gains(points: Sequence[Point], title: str) -> Markup:
+    """Draws the share of the purchases that the best so many hundredths of the offers reach, a line for each method."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1.0, linestyle="--", label="by chance")
+        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
+            own = [point for point in points if point.method == method]
+            _line(axes, [0.0, *(p.x for p in own)], [0.0, *(p.y for p in own)], colour, method_name(method))
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.set_xlabel("share of all possible offers that is sent")
+        axes.set_ylabel("share of the purchases reached")
+        axes.legend()
+        return _svg(figure, title)
+
+
 def calibration(points: Sequence[Point], title: str) -> Markup:
     """Draws what happened by what was predicted, a line for each method, and the diagonal of a calibrated one."""
     with matplotlib.rc_context(_STYLE):

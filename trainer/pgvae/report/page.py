@@ -16,7 +16,7 @@ from pgvae.connection import connect
 from pgvae.errors import PgvaeError
 from pgvae.report import charts, words
 from pgvae.report.insight import Insight, look_into
-from pgvae.versions import Measured, PublishedVersion, read_version
+from pgvae.versions import Measured, Point, PublishedVersion, read_version
 
 _POPULARITY = "popularity"
 
@@ -100,22 +100,26 @@ class _Business:
 
     demand: Markup | str
     demand_sentences: tuple[str, ...]
-    calibrations: list[tuple[str, Markup]]
+    pictures: list[tuple[str, Markup, str]]
 
 
 def _business(version: PublishedVersion) -> _Business:
-    points = [point for point in version.points if point.curve == "demand" and point.method == words.OWN]
-    names = sorted({point.curve for point in version.points if point.curve.endswith("calibration")})
+    curves: dict[str, list[Point]] = {}
+    for point in version.points:
+        curves.setdefault(point.curve, []).append(point)
+    demand = [point for point in curves.get("demand", []) if point.method == words.OWN]
+    pictures = [
+        (heading, charts.calibration(curves[name], heading), meaning)
+        for name, (heading, meaning) in words.CALIBRATIONS.items()
+        if name in curves
+    ]
+    if lift := curves.get("response_lift"):
+        heading = "What choosing the audience is worth"
+        pictures.append((heading, charts.gains(lift, heading), words.lift_sentence(lift)))
     return _Business(
-        demand=charts.demand(points) if points else "",
+        demand=charts.demand(demand) if demand else "",
         demand_sentences=words.demand_sentences(version),
-        calibrations=[
-            (
-                name.replace("_", " "),
-                charts.calibration([point for point in version.points if point.curve == name], name.replace("_", " ")),
-            )
-            for name in names
-        ],
+        pictures=pictures,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pgvae.report.insight import Insight
-from pgvae.versions import Measured, PublishedVersion
+from pgvae.versions import Measured, Point, PublishedVersion
 
 OWN = "pgvae"
 _METHODS = {
@@ -16,6 +16,8 @@ _METHODS = {
     "item_knn": "bought together",
     "ease": "EASE (linear)",
     "graph_filter": "graph filter (linear)",
+    "rfm": "recency, frequency, money",
+    "base_rate": "the average for everybody",
     "last_period": "as in the last period",
     "exponential_smoothing": "exponential smoothing",
 }
@@ -171,6 +173,40 @@ def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k:
         return (f"{text}.",)
     times = f", {own.value / bestsellers.value:.1f} times as many" if bestsellers.value > 0 else ""
     return (f"{text}; in a list of the {k} bestsellers {percent(bestsellers.value)}{times}.",)
+
+
+# Curves of predicted probabilities against what happened: a heading, and what it means for a manager.
+CALIBRATIONS = {
+    "churn_calibration": (
+        "Who is leaving",
+        "People in ten groups by the predicted probability that they buy nothing within the horizon. Where the dot is"
+        " on the dashed line, so many did leave: the number may be used to plan with. Groups above it left more often"
+        " than predicted.",
+    ),
+    "response_calibration": (
+        "Who answers an offer",
+        "Pairs of a person and an item, by the predicted probability that the item is bought. On the dashed line the"
+        " expected buyers of an audience may be added up.",
+    ),
+}
+
+
+def lift_sentence(points: Iterable[Point]) -> str:
+    """Says what the tenth of the offers with the highest probabilities reach, beside the other methods."""
+    nearest: dict[str, Point] = {}
+    for point in points:
+        best = nearest.get(point.method)
+        if best is None or abs(point.x - 0.1) < abs(best.x - 0.1):
+            nearest[point.method] = point
+    own = nearest.pop(OWN, None)
+    if own is None or own.x <= 0:
+        return ""
+    beside = _listed(f"{method_name(method)} {percent(point.y)}" for method, point in nearest.items())
+    return (
+        f"Of all possible offers, an item to a person each, the {percent(own.x)} that the model ranks first reach"
+        f" {percent(own.y)} of the purchases, {own.y / own.x:.1f} times as many as offers by chance"
+        + (f"; {beside}." if beside else ".")
+    )
 
 
 def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:
