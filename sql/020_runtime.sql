@@ -81,7 +81,7 @@ return GD["@RUNTIME@"].score(plpy, model_id, user_key, item_key)
 $pgvae$;
 
 create or replace function vae_private.last_run(model_id integer, view_name text)
-returns table (row_count bigint, version integer)
+returns table (row_count bigint, version integer, scored_count bigint, mode text)
 language plpython3u
 volatile
 called on null input
@@ -161,9 +161,10 @@ comment on function vae_private.score(integer, text, text) is
 comment on function vae_private.embedding(integer, text) is
     'Gives the latent position of one user of a model by key, for <model>.embedding.';
 comment on function vae_private.last_run(integer, text) is
-    'Gives how many rows the last complete run of this session gave for a prediction view, and with which version; once.';
+    'Gives what the last complete run of this session for a prediction view gave (rows, version, how many of them were scored anew, '
+    'and in which mode), once.';
 comment on function vae_private.recommend_all(integer, integer) is
-    'Scores all users of a model, a row per user with array literals, for <model>.recommendations_materialized.';
+    'Scores all users of a model, a row per user with array literals, for vae_private.refreshed_recommendations.';
 comment on function vae_private.demand(integer, text) is
     'Forecasts the demand of one item of a model by key, for <model>.demand.';
 comment on function vae_private.demand_all(integer) is

@@ -17,13 +17,15 @@ cross join lateral (values
     (3, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
     (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
     (5, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
+    (5, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
     (7, 'function', format('features(%s)', m.user_id_type), true, 'the columns of one user that the model reads as features'),
     (8, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
     (9, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
     (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
-    (11, 'materialized view', 'recommendations_materialized', false, 'what recommendations reads: a row per user'),
-    (12, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (11, 'materialized view', 'recommendations_materialized', false, 'the best items as of the last refresh that stored all users, a row per user'),
+    (12, 'materialized view', 'recommendations_changed', false, 'users scored since, who take the place of their row in recommendations_materialized'),
+    (13, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
     (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
     (40, 'function', format('because(%s, %s)', m.user_id_type, m.item_id_type), true, 'why an item is recommended to a user, as a sentence for people'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
@@ -339,7 +341,6 @@ declare
     invoker text := '';
     u text;
     i text;
-    missing boolean;
 begin
     select * into m from vae.models where models.model_id = build_model.model_id;
     u := m.user_id_type;
@@ -396,6 +397,8 @@ begin
         execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(model_id, 'items', 'all keys'));
     end if;
 
+    execute format('create or replace view %I.refresh_digests%s as %s', m.name, invoker, vae_private.digest_select(model_id));
+
     -- Bodies are quoted as literals: a column's name could hold any dollar quote.
     execute format(
         'create or replace function %I.history(user_id %s)'
@@ -430,23 +433,7 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
 
-    missing := to_regclass(format('%I.recommendations_materialized', m.name)) is null;
-    if missing then
-        execute format(
-            E'create materialized view %I.recommendations_materialized as'
-            '\nselect r.user_key::%s as user_id, r.item_keys::%s[] as item_ids, r.scores::real[] as scores,'
-            '\n    r.is_cold_start, r.model_version, now() as scored_at'
-            '\nfrom vae_private.recommend_all(%s, %s) r\nwith no data',
-            m.name, u, i, m.model_id, (m.options ->> 'recommendations')::integer);
-        execute format('create unique index recommendations_user_id on %I.recommendations_materialized (user_id)', m.name);
-    end if;
-    execute format(
-        E'create or replace view %1$I.recommendations as'
-        '\nselect r.user_id, l.rank::integer as rank, l.item_id, l.score, r.is_cold_start, r.model_version, r.scored_at'
-        '\nfrom %1$I.recommendations_materialized r'
-        '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)',
-        m.name);
-
+    perform vae_private.build_recommendations(m);
     perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
     perform vae_private.build_demand(m);
@@ -530,6 +517,8 @@ begin
                     '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
                 when made.object = 'recommendations' then
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
+                when made.object = 'recommendations_materialized' then
+                    '. Who reads it directly misses what recommendations_changed holds: read recommendations.'
                 else '.'
             end);
     end loop;
@@ -548,6 +537,8 @@ begin
             ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
             ('refresh_events', 'event_type', 'Standard event type.'),
             ('refresh_events', 'occurred_at', 'When it happened.'),
+            ('refresh_digests', 'user_id', 'Key of the user.'),
+            ('refresh_digests', 'digest', 'Sum of a hash of each event and of the features. Equal digests: nothing to score again.'),
             ('user_features', 'user_id', 'Key of the user.'),
             ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
             ('item_features', 'item_id', 'Key of the item.'),
@@ -558,6 +549,16 @@ begin
             ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
             ('recommendations_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('recommendations_materialized', 'scored_at', 'When the row was scored.'),
+            ('recommendations_materialized', 'digest', 'What refresh_digests gave for the user when the row was scored.'),
+            ('recommendations_materialized', 'context', 'Hash of version, code and options that the row was scored with.'),
+            ('recommendations_changed', 'user_id', 'Key of the user.'),
+            ('recommendations_changed', 'item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
+            ('recommendations_changed', 'scores', 'Scores of the items, in the same order.'),
+            ('recommendations_changed', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
+            ('recommendations_changed', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('recommendations_changed', 'scored_at', 'When the row was scored.'),
+            ('recommendations_changed', 'digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
+            ('recommendations_changed', 'context', 'Hash of version, code and options that the row was scored with.'),
             ('recommendations', 'user_id', 'Key of the user.'),
             ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
             ('recommendations', 'item_id', 'Key of the item.'),
@@ -595,7 +596,10 @@ begin
         select * from vae_private.model_objects(m.model_id) o
         where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
-        if made.kind = 'function' then
+        if made.object = 'recommendations_changed' then
+            -- Read through recommendations, with the owner's rights.
+            continue;
+        elsif made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
         elsif made.kind = 'materialized view'

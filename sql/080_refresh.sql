@@ -11,6 +11,7 @@ declare
     wanted text[];
     place integer;
     run bigint;
+    mode text;
     result record;
     failure text;
     failure_state text;
@@ -40,34 +41,43 @@ begin
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
     end if;
     perform vae_private.check_refresh(id);
-    run := vae_private.start_refresh(id, wanted[1]);
+    mode := vae_private.first_mode(id, wanted[1], refresh."full");
+    run := vae_private.start_refresh(id, wanted[1], mode);
     commit;
     for place in 1 .. pg_catalog.cardinality(wanted) loop
-        perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
-        if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
-            raise exception 'another session began to refresh model % at the same moment', model
-                using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
-        end if;
-        failure := null;
-        begin
-            perform vae_private.refresh_view(id, wanted[place]);
-            select * into result from vae_private.last_run(id, wanted[place]);
-        exception when others or query_canceled then
-            get stacked diagnostics
-                failure = message_text, failure_state = returned_sqlstate,
-                failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
-            -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
-            failure := pg_catalog.regexp_replace(
-                case when failure_detail like 'pgvae: %' then failure_detail
-                    when failure_detail <> '' then failure || ': ' || failure_detail
-                    else failure
-                end, '^pgvae: ', '');
-        end;
+        loop
+            perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
+            if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
+                raise exception 'another session began to refresh model % at the same moment', model
+                    using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
+            end if;
+            failure := null;
+            begin
+                perform vae_private.refresh_view(id, wanted[place], mode);
+                select * into result from vae_private.last_run(id, wanted[place]);
+            exception when others or query_canceled then
+                get stacked diagnostics
+                    failure = message_text, failure_state = returned_sqlstate,
+                    failure_detail = pg_exception_detail, failure_hint = pg_exception_hint;
+                -- Of an error between two rows PL/Python's message says only that; what happened stands in the detail.
+                failure := pg_catalog.regexp_replace(
+                    case when failure_detail like 'pgvae: %' then failure_detail
+                        when failure_detail <> '' then failure || ': ' || failure_detail
+                        else failure
+                    end, '^pgvae: ', '');
+            end;
+            exit when failure is not null;
+            exit when result.mode is null or result.mode not like 'needs %';
+            mode := pg_catalog.substr(result.mode, 7);
+            perform vae_private.continue_refresh(run, mode);
+            commit;
+        end loop;
         if failure is null then
             -- A function that could not fill its view said so in a notice, and remembers no run.
-            perform vae_private.finish_refresh(run, coalesce(result.row_count, 0), result.version, null);
+            perform vae_private.finish_refresh(
+                run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, null);
         else
-            perform vae_private.finish_refresh(run, null, null, failure);
+            perform vae_private.finish_refresh(run, null, null, null, null, failure);
             failed := failed || wanted[place];
             failures := failures || pg_catalog.format('%s: %s', wanted[place], failure);
             first_failure := coalesce(first_failure, failure);
@@ -77,7 +87,8 @@ begin
             exit when failure_state = '57014';
         end if;
         if place < pg_catalog.cardinality(wanted) then
-            run := vae_private.start_refresh(id, wanted[place + 1]);
+            mode := vae_private.first_mode(id, wanted[place + 1], refresh."full");
+            run := vae_private.start_refresh(id, wanted[place + 1], mode);
         end if;
         commit;
     end loop;
@@ -97,7 +108,8 @@ $$;
 
 comment on procedure vae.refresh(text, text[], boolean) is
     'Scores with the active version and refreshes the prediction views of a model, or those named, one after the other, without '
-    'locking readers out. Logged in vae.refreshes while it runs; a view whose refresh fails keeps its last good content, the others '
+    'locking readers out. Recommendations are scored again for those users for whom something changed, or for all with full => true. '
+    'Logged in vae.refreshes while it runs; a view whose refresh fails keeps its last good content, the others '
     'are refreshed, and the call ends with an error that names it. Call it outside a transaction block.';
 
 
@@ -114,7 +126,7 @@ declare
     known constant text[] := array(
         select regexp_replace(o.object, '_materialized$', '')
         from vae_private.model_objects(id) o
-        where o.kind = 'materialized view'
+        where o.kind = 'materialized view' and o.object like '%\_materialized'
         order by o.step);
     unknown text;
 begin
@@ -184,7 +196,26 @@ comment on function vae_private.check_refresh(integer) is
     'Refuses a refresh of a model without an active version, or whose views are gone; part of vae.refresh.';
 
 
-create or replace function vae_private.start_refresh(id integer, view_name text)
+create or replace function vae_private.first_mode(id integer, view_name text, "full" boolean)
+returns text
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select case
+    when not coalesce(first_mode."full", false)
+        and view_name || '_changed' in (select o.object from vae_private.model_objects(id) o) then 'incremental'
+    else 'full' end
+$$;
+
+comment on function vae_private.first_mode(integer, text, boolean) is
+    'Says how a refresh of a prediction view begins: incremental where it can be and nobody asks for a full one.';
+
+
+create or replace function vae_private.start_refresh(id integer, view_name text, mode text)
 returns bigint
 language plpgsql
 volatile
@@ -201,15 +232,35 @@ begin
     update vae.refreshes r
     set state = 'failed', phase = null, finished_at = clock_timestamp(), error = 'the session ended before the refresh did'
     where r.model_id = id and r.state = 'running';
-    insert into vae.refreshes (model_id, view, phase) values (id, view_name, 'scoring') returning refresh_id into run;
+    insert into vae.refreshes (model_id, view, phase)
+    values (id, view_name, case mode when 'incremental' then 'comparing' else 'scoring' end)
+    returning refresh_id into run;
     return run;
 end;
 $$;
 
-comment on function vae_private.start_refresh(integer, text) is 'Logs the start of a refresh; part of vae.refresh.';
+comment on function vae_private.start_refresh(integer, text, text) is 'Logs the start of a refresh; part of vae.refresh.';
 
 
-create or replace function vae_private.refresh_view(id integer, view_name text)
+create or replace function vae_private.continue_refresh(run bigint, mode text)
+returns void
+language sql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+update vae.refreshes r
+set phase = case continue_refresh.mode when 'merge' then 'storing' else 'scoring' end
+where r.refresh_id = run
+$$;
+
+comment on function vae_private.continue_refresh(bigint, text) is
+    'Logs that a refresh goes on in another way than it began; part of vae.refresh.';
+
+
+create or replace function vae_private.refresh_view(id integer, view_name text, mode text)
 returns void
 language plpgsql
 volatile
@@ -220,14 +271,19 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     model_name text;
+    sources text[];
     source text;
     populated boolean;
 begin
-    select m.name, o.object into model_name, source
+    select m.name, array_agg(o.object order by o.step) into model_name, sources
     from vae.models m
     cross join lateral vae_private.model_objects(m.model_id) o
-    where m.model_id = id and o.kind = 'materialized view' and o.object = view_name || '_materialized';
-    if source is null then
+    where m.model_id = id and o.kind = 'materialized view'
+        and o.object = any (array[
+            case when mode <> 'incremental' then view_name || '_materialized' end,
+            view_name || '_changed'])
+    group by m.name;
+    if sources is null then
         raise exception 'model % has no prediction view %', id, view_name
             using errcode = 'undefined_table', hint = 'see: select * from vae.models';
     end if;
@@ -239,25 +295,31 @@ begin
         raise exception 'no refresh of %.% was started in this session', model_name, view_name
             using errcode = 'insufficient_privilege', hint = format('refresh with: call vae.refresh(%L)', model_name);
     end if;
-    select c.relispopulated and exists (
-        select from pg_index i
-        where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null)
-    into populated
-    from pg_class c
-    join pg_namespace n on n.oid = c.relnamespace
-    where n.nspname = model_name and c.relname = source;
-    -- A view that holds something is refreshed concurrently: its readers go on reading. The refresh runs as the view's
-    -- owner; nothing else may touch the view here, since reading it would run its owner's code with this function's rights.
-    execute format('refresh materialized view %s %I.%I', case when populated then 'concurrently' else '' end, model_name, source);
+    perform set_config('vae.refresh_mode', mode, true);
+    -- In one transaction: readers see what both held before, or what both hold after.
+    foreach source in array sources loop
+        select c.relispopulated and exists (
+            select from pg_index i
+            where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null)
+        into populated
+        from pg_class c
+        join pg_namespace n on n.oid = c.relnamespace
+        where n.nspname = model_name and c.relname = source;
+        -- A view that holds something is refreshed concurrently: its readers go on reading. The refresh runs as the view's
+        -- owner; nothing else may touch the view here, since reading it would run its owner's code with this function's rights.
+        execute format('refresh materialized view %s %I.%I', case when populated then 'concurrently' else '' end, model_name, source);
+    end loop;
+    perform set_config('vae.refresh_mode', '', true);
 end;
 $$;
 
-comment on function vae_private.refresh_view(integer, text) is
-    'Refreshes one prediction view, for a refresh that was logged in this session. SECURITY DEFINER, since only its owner '
-    'may; the scoring itself runs with the rights of the model''s owner.';
+comment on function vae_private.refresh_view(integer, text, text) is
+    'Refreshes what one prediction view reads, for a refresh that was logged in this session: all of it, or in the mode incremental '
+    'only what changed. SECURITY DEFINER, since only its owner may; the scoring itself runs with the rights of the model''s owner.';
 
 
-create or replace function vae_private.finish_refresh(run bigint, rows_stored bigint, version_scored integer, failure text)
+create or replace function vae_private.finish_refresh(
+    run bigint, rows_stored bigint, version_scored integer, rows_scored bigint, mode text, failure text)
 returns void
 language sql
 volatile
@@ -271,10 +333,13 @@ set state = case when failure is null then 'succeeded' else 'failed' end,
     finished_at = clock_timestamp(),
     seconds = extract(epoch from clock_timestamp() - r.started_at),
     phase = null,
+    mode = finish_refresh.mode,
     row_count = rows_stored,
+    scored_count = rows_scored,
     version = version_scored,
     error = failure
 where r.refresh_id = run
 $$;
 
-comment on function vae_private.finish_refresh(bigint, bigint, integer, text) is 'Logs the end of a refresh; part of vae.refresh.';
+comment on function vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text) is
+    'Logs the end of a refresh; part of vae.refresh.';

@@ -22,6 +22,8 @@ grant execute on function
     vae_private.score(integer, text, text),
     vae_private.embedding(integer, text),
     vae_private.recommend_all(integer, integer),
+    vae_private.recommend_users(integer, integer, text[]),
+    vae_private.record_run(integer, text, bigint, integer, bigint, text),
     vae_private.last_run(integer, text),
     vae_private.demand(integer, text),
     vae_private.demand_all(integer),
@@ -44,7 +46,7 @@ grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
 grant insert (model_id, version, previous_version, action, forced, reason, overridden) on vae.activations to vae_operator;
 grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
-grant update (state, phase, version, finished_at, seconds, row_count, error) on vae.refreshes to vae_operator;
+grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
     vae.feature_columns(text),
@@ -65,9 +67,15 @@ grant execute on function
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
     vae_private.check_refresh(integer),
-    vae_private.start_refresh(integer, text),
-    vae_private.refresh_view(integer, text),
-    vae_private.finish_refresh(bigint, bigint, integer, text)
+    vae_private.start_refresh(integer, text, text),
+    vae_private.continue_refresh(bigint, text),
+    vae_private.first_mode(integer, text, boolean),
+    vae_private.refresh_view(integer, text, text),
+    vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text),
+    vae_private.scoring_context(integer),
+    vae_private.user_digests(integer),
+    vae_private.holds_changes(text),
+    vae_private.refreshed_recommendations(integer, text)
 to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean) to vae_operator;
 
@@ -95,6 +103,8 @@ grant execute on function
     vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
     vae_private.feature_select(integer, text, text),
+    vae_private.digest_select(integer),
+    vae_private.build_recommendations(vae.models),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),

@@ -246,7 +246,7 @@ def test_a_scorer_changes_neither_code_nor_weights_nor_views(trained: psycopg.Co
         "drop view shop.recommendations",
         "refresh materialized view shop.recommendations_materialized",
         "select * from shop.clean_events",
-        "select * from vae_private.refresh_view(1, 'recommendations')",
+        "select * from vae_private.refresh_view(1, 'recommendations', 'full')",
         "call vae.refresh('shop')",
         "select * from vae.activate('shop', 1, true)",
         "select * from vae.rollback('shop')",
@@ -309,8 +309,8 @@ def test_an_operator_acts_only_on_models_whose_schema_it_may_use(trained: psycop
         assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for model shop"), query
         assert refused.message_hint == "its owner can allow it: grant usage on schema shop to the_operator"
     for query in (
-        "select * from vae_private.refresh_view(1, 'recommendations')",
-        "select * from vae_private.start_refresh(1, 'recommendations')",
+        "select * from vae_private.refresh_view(1, 'recommendations', 'full')",
+        "select * from vae_private.start_refresh(1, 'recommendations', 'full')",
         "select * from vae_private.switch_version(1, 1, 'activate', true, null, null)",
         "insert into vae.activations (model_id, version, action, forced) values (1, 1, 'activate', true)",
         "insert into vae.refreshes (model_id, view) values (1, 'recommendations')",

@@ -103,7 +103,7 @@ def test_a_view_that_fails_keeps_its_content_and_no_other_from_its_own(more: Con
     # Two that fail are both named; the rest is refreshed.
     more.execute("set vae.device = 'x'")
     before = last(more)
-    refused = refusal(more, "call vae.refresh('shop', array['recommendations', 'numbers', 'empty'])")
+    refused = refusal(more, "call vae.refresh('shop', array['recommendations', 'numbers', 'empty'], full => true)")
     assert refused.message_primary == (
         "refresh of 2 of the 3 views of model shop failed:"
         " recommendations: vae.device is 'x'; numbers: division by zero"

@@ -421,7 +421,7 @@ def histories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], History]
     """Three batches of users, which a batch run reads."""
     generator = np.random.default_rng(5)
     batches = [([f"{b}-{u}" for u in range(20)], random_history(generator, 20, 6)) for b in range(3)]
-    monkeypatch.setattr(batch, "read_histories", lambda plpy, version, size: iter(batches))
+    monkeypatch.setattr(batch, "read_histories", lambda *_: iter(batches))
     monkeypatch.setattr(batch, "item_keys", lambda plpy, version: [f"item {i}" for i in range(ITEMS)])
     return batches
 

@@ -267,10 +267,18 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
 
 
 @_translated
-def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int]]:
-    """Gives (rows, version) of this session's last complete run for a prediction view, once; no row without one."""
+def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int | None, int, str]]:
+    """Gives this session's last complete run for a prediction view, see runs.Run, once; no row without one."""
     run = runs.take(model_id, view)
-    return [run] if run else []
+    return [(run.row_count, run.version, run.scored_count, run.mode)] if run else []
+
+
+@_translated
+def record_run(
+    plpy: Any, model_id: int, view: str, row_count: int, version: int | None, scored_count: int, mode: str
+) -> None:
+    """Remembers a run whose rows SQL put together, see runs.Run."""
+    runs.keep(model_id, view, runs.Run(row_count=row_count, version=version, scored_count=scored_count, mode=mode))
 
 
 @_translated
@@ -292,15 +300,18 @@ def release_gpu(plpy: Any) -> bool:
 
 
 @_translated
-def recommend_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, bool, int]]:
-    """Gives a row per user for a materialized view, see batch.recommend_all."""
+def recommend_all(
+    plpy: Any, model_id: int, k: int | None, chosen: list[str] | None = None
+) -> Iterator[tuple[str, str, str, bool, int]]:
+    """Gives a row per user, or per user of the chosen keys, for a materialized view, see batch.recommend_all."""
     k = checked_k(k)
     version = active_version(plpy, model_id)
     candidates = read_candidates(plpy, version, None)
     if candidates:
         version = restricted(version, candidates)
-    gpu = device.choose(plpy, Work.of(version.user_count, version.weights), k)
-    return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k))
+    count = version.user_count if chosen is None else len(chosen)
+    gpu = device.choose(plpy, Work.of(count, version.weights), k)
+    return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k, chosen))
 
 
 @_translated

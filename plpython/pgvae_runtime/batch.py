@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,12 @@ _MAX_BATCH = 4096
 Scored = tuple[Any, Any, Any]
 
 
-def recommend_all(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Iterator[tuple[str, str, str, bool, int]]:
+def recommend_all(
+    plpy: Any, gpu: Gpu | None, version: Version, k: int, chosen: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, str, bool, int]]:
     """Gives (user_key, item_keys, scores, is_cold_start, model_version) of each user, the lists as array literals.
+
+    `chosen` are the keys of the users to score; None scores all.
 
     One row per user with two array literals is the fastest way into a table that SQL can unpack. Without a GPU, and
     from where one fails on the way, the CPU scores.
@@ -34,7 +38,7 @@ def recommend_all(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Itera
     ranked = range(len(keys)) if version.ranked is None else version.ranked.tolist()
     literals = [array_element(keys[item]) for item in ranked]
     done = 0
-    for users, (items, values, flags) in _scored(plpy, gpu, version, k):
+    for users, (items, values, flags) in _scored(plpy, gpu, version, k, chosen):
         for user, row_items, row_values, is_cold in zip(
             users, items.tolist(), values.tolist(), flags.tolist(), strict=True
         ):
@@ -52,12 +56,14 @@ def recommend_all(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Itera
     runs.record(version, "recommendations", done)
 
 
-def _scored(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Iterator[tuple[list[str], Scored]]:
+def _scored(
+    plpy: Any, gpu: Gpu | None, version: Version, k: int, chosen: Sequence[str] | None
+) -> Iterator[tuple[list[str], Scored]]:
     """Gives the keys of some users and their best items, until all users are through."""
     size = batch_size(version)
     if gpu is None:
         score = _scorer(version, size, k)
-        for users, history in read_histories(plpy, version, size):
+        for users, history in read_histories(plpy, version, size, chosen):
             yield users, score(history)
         return
     # Imported here: a session that uses no GPU does not pay for it.
@@ -68,7 +74,7 @@ def _scored(plpy: Any, gpu: Gpu | None, version: Version, k: int) -> Iterator[tu
     def on_gpu() -> GpuScorer:
         return GpuScorer(used.cupy, version, k, memory=used.memory, precision=used.precision)
 
-    histories = read_histories(plpy, version, MAX_USERS)
+    histories = read_histories(plpy, version, MAX_USERS, chosen)
     yield from score_ahead(plpy, histories, on_gpu, lambda: _scorer(version, size, k), size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ select e.user_id::text as user_key,
     array_agg(extract(epoch from e.occurred_at)::float8) filter (where i.item_index is not null) as times
 from {schema}.refresh_events e
 left join vae_private.scoring_items i
-    on i.version_id = $1 and i.item_key = e.item_id::text and e.event_type = any ($2)
+    on i.version_id = $1 and i.item_key = e.item_id::text and e.event_type = any ($2){only}
 group by e.user_id
 """
 _ONE_USERS_FEATURES = "select f.features::text as document from {schema}.features($1::{key_type}) f"
@@ -39,7 +39,7 @@ select h.*, f.documents
 from ({histories}) h
 left join (
     select u.user_id::text as user_key, array_agg(u.features::text) as documents
-    from {schema}.user_features u
+    from {schema}.user_features u{only}
     group by u.user_id
 ) f using (user_key)
 """
@@ -76,15 +76,23 @@ def _read_features(plpy: Any, version: Version, user_key: str) -> FeatureBag | N
     return feature_bag(version.user_pipeline, [[row["document"] for row in rows]])
 
 
-def read_histories(plpy: Any, version: Version, batch_size: int) -> Iterator[tuple[list[str], History]]:
-    """Gives (user keys, events) of all users, `batch_size` users at a time; some may have no known events."""
+def read_histories(
+    plpy: Any, version: Version, batch_size: int, chosen: Sequence[str] | None = None
+) -> Iterator[tuple[list[str], History]]:
+    """Gives (user keys, events) of all users, or of those with the chosen keys, `batch_size` users at a time.
+
+    Some may have no known events.
+    """
     schema = plpy.quote_ident(version.model)
-    query = _ALL_USERS.format(schema=schema)
+    # Compared in the key's own type, so that an index of the shop is used.
+    only = "" if chosen is None else f"\nwhere {{alias}}.user_id = any ($3::{version.user_id_type}[])"
+    query = _ALL_USERS.format(schema=schema, only=only.format(alias="e"))
     pipeline = version.user_pipeline
     if pipeline.size:
-        query = _ALL_USERS_FEATURES.format(schema=schema, histories=query)
-    plan = plpy.prepare(query, ["bigint", "text[]"])
-    cursor = plpy.cursor(plan, [version.version_id, list(version.event_types)])
+        query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))
+    parameters = [version.version_id, list(version.event_types), *([list(chosen)] if chosen is not None else [])]
+    plan = plpy.prepare(query, ["bigint", "text[]", "text[]"][: len(parameters)])
+    cursor = plpy.cursor(plan, parameters)
     while rows := cursor.fetch(batch_size):
         counts = np.array([len(row["items"] or ()) for row in rows], dtype=np.int64)
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -19,15 +20,35 @@ class Numbered(Protocol):
         ...
 
 
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A complete run: rows that the view holds then, the version, how many rows were scored anew, and the mode.
+
+    The mode is `full` or `incremental`; of a run that changed nothing, because it would not do, it names what is needed:
+    `needs merge` or `needs full`.
+    """
+
+    row_count: int
+    version: int | None
+    scored_count: int
+    mode: str = "full"
+
+
 # Counting the rows of a materialized view would run the code of the view's owner with the rights of whoever refreshes.
-_last: dict[tuple[int, str], tuple[int, int]] = {}
+_last: dict[tuple[int, str], Run] = {}
 
 
 def record(version: Numbered, view: str, rows: int) -> None:
     """Remembers that a run for a prediction view (its name without `_materialized`) is complete, and its rows."""
-    _last[version.model_id, view] = (rows, version.version)
+    keep(version.model_id, view, Run(row_count=rows, version=version.version, scored_count=rows))
 
 
-def take(model_id: int, view: str) -> tuple[int, int] | None:
-    """Gives (rows, version) of the last complete run for a prediction view, once; None without one."""
+def keep(model_id: int, view: str, run: Run) -> None:
+    """Remembers a run as the last one for a prediction view."""
+    _last[model_id, view] = run
+
+
+def take(model_id: int, view: str) -> Run | None:
+    """Gives the last complete run for a prediction view, once; None without one."""
     return _last.pop((model_id, view), None)

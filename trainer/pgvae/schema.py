@@ -449,6 +449,8 @@ refreshes = Table(
     _timestamp("finished_at", "When it ended; null: it is running, or its session was killed."),
     Column("seconds", DOUBLE_PRECISION, comment="Seconds that it took."),
     Column("row_count", BigInteger, comment="Rows that the view holds afterwards; of recommendations: users."),
+    Column("scored_count", BigInteger, comment="Rows among them that this refresh computed anew."),
+    Column("mode", Text, comment="full: all rows were computed; incremental: only those of users that changed."),
     Column("error", Text, comment="Message of the failure; the view then still holds its last good content."),
     Column("started_by", Text, nullable=False, server_default=_user, comment="Role that started it."),
     Column(
