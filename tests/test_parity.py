@@ -298,7 +298,7 @@ def test_a_refresh_gives_the_same_again(shop: Connection, scored: Scored) -> Non
     before = recommendations(shop)
     shop.commit()
     with psycopg.connect(scored[0], autocommit=True) as other:
-        other.execute("call vae.refresh('shop')")
+        other.execute("call vae.refresh('shop', full => true)")
     assert recommendations(shop) == before
 
 
@@ -493,7 +493,7 @@ def test_cuda_without_a_gpu_gives_a_notice_and_the_answer_of_the_cpu(trained: Co
     trained.add_notice_handler(lambda diagnostic: notices.append(str(diagnostic.message_primary)))
     before = recommendations(trained)
     trained.execute("set vae.device = 'cuda'")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     assert len(notices) == 1
     assert notices[0].startswith("vae.device is cuda, but no GPU is usable (")
     assert notices[0].endswith("; the CPU scores")
@@ -506,7 +506,7 @@ def test_other_settings_say_nothing(trained: Connection, setting: str) -> None:
     trained.add_notice_handler(lambda diagnostic: notices.append(str(diagnostic.message_primary)))
     before = recommendations(trained)
     trained.execute(f"set vae.device = '{setting}'")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     assert notices == []
     assert recommendations(trained) == before
 
@@ -532,7 +532,7 @@ def test_a_refresh_on_a_device_gives_the_answer_of_the_cpu(
     before = recommendations(trained)
     put_into_sessions_python(trained, kernels_on_cpu)
     trained.execute(f"set vae.device = 'cuda'; set vae.gpu_memory = '100MB'; set vae.gpu_precision = '{precision}'")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     assert notices == []
     assert of_the_stand_in(trained, "cupy.state.computations") > 30
     assert 0 < of_the_stand_in(trained, "cupy.state.most") <= 100 * 2**20
@@ -552,7 +552,7 @@ def test_a_device_that_runs_out_of_memory_in_a_refresh_leaves_it_to_the_cpu(
     broken = "module.state.failure, module.state.countdown = module.OutOfMemoryError('out of memory'), 60"
     put_into_sessions_python(trained, kernels_on_cpu, broken)
     trained.execute("set vae.device = 'cuda'")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     assert notices == ["the GPU failed (out of memory); the CPU scores"]
     assert of_the_stand_in(trained, "cupy.state.computations") > 60
     assert of_the_stand_in(trained, "cupy.state.used") == 0
@@ -595,9 +595,9 @@ def test_a_wrong_device_is_refused_and_the_view_keeps_its_content(trained: Conne
     before = recommendations(trained)
     trained.execute("set vae.device = 'gpu'")
     with pytest.raises(psycopg.Error, match=r"failed: vae\.device is 'gpu'") as refused:
-        trained.execute("call vae.refresh('shop')")
+        trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     assert refused.value.sqlstate == "22023"
     assert refused.value.diag.message_hint == ("set it to one of auto, cpu, cuda; the view keeps its last good content")
     assert recommendations(trained) == before
     trained.execute("reset vae.device")
-    trained.execute("call vae.refresh('shop')")
+    trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")

@@ -99,7 +99,7 @@ def test_a_null_key_asks_for_nothing(shared_trained: psycopg.Connection) -> None
 
 def test_an_unknown_device_is_refused_by_name(shared_trained: psycopg.Connection) -> None:
     shared_trained.execute("set vae.device to 'tpu'")
-    refused = refusal(shared_trained, "call vae.refresh('shop')")
+    refused = refusal(shared_trained, "call vae.refresh('shop', full => true)")
     shared_trained.execute("reset vae.device")
     assert refused.sqlstate == "22023"
     assert refused.message_primary == "refresh of shop.recommendations failed: vae.device is 'tpu'"
@@ -351,7 +351,7 @@ def test_a_refresh_inside_a_transaction_block_is_refused(trained_database: str, 
 def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg.Connection, ask: Query) -> None:
     stored = ask("select * from shop.recommendations order by user_id, rank")
     tamper(trained, "delete from vae_private.tensors where name = 'mean_bias'")
-    refused = refusal(trained, "call vae.refresh('shop', array['recommendations'])")
+    refused = refusal(trained, "call vae.refresh('shop', array['recommendations'], full => true)")
     assert "refresh of shop.recommendations failed: tensor 'mean_bias' is missing" in str(refused.message_primary)
     assert str(refused.message_hint).endswith("the view keeps its last good content")
     assert ask("select * from shop.recommendations order by user_id, rank") == stored

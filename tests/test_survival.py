@@ -470,7 +470,7 @@ def test_a_refresh_shows_one_version_whatever_is_activated_meanwhile(trained_dat
 def test_a_failed_refresh_gives_its_lock_back(trained: Connection, trained_database: str) -> None:
     trained.execute("set vae.device = 'x'")
     with pytest.raises(psycopg.Error, match="'x'"):
-        trained.execute("call vae.refresh('shop', array['recommendations'])")
+        trained.execute("call vae.refresh('shop', array['recommendations'], full => true)")
     trained.execute("reset vae.device")
     assert last_refresh(trained) == ("failed", None, None, "vae.device is 'x'")
     assert no_lock_is_left(trained)

@@ -20,7 +20,9 @@ def upgrade() -> None:
     )
     op.add_column(
         "refreshes",
-        sa.Column("mode", sa.Text(), comment="full: all rows were computed; incremental: only those of users that changed."),
+        sa.Column(
+            "mode", sa.Text(), comment="full: all rows were computed; incremental: only those of users that changed."
+        ),
         schema="vae",
     )
     op.execute("update vae.refreshes set mode = 'full', scored_count = row_count where state = 'succeeded'")

@@ -20,12 +20,11 @@ class Numbered(Protocol):
         ...
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A complete run: rows that the view holds then, the version, how many rows were scored anew, and the mode.
 
-    The mode is `full` or `incremental`; of a run that changed nothing, because it would not do, it names what is needed:
+    The mode is `full` or `incremental`; of a run that changed nothing, since it would not do, it names what is needed:
     `needs merge` or `needs full`.
     """
 
