@@ -9,7 +9,8 @@ revoke all on all tables in schema vae, vae_private from public, vae_reader, vae
 -- Readers see the catalogue and, where they may use its schema, a model's prediction views.
 grant usage on schema vae to vae_reader;
 grant select on
-    vae.models, vae.event_types, vae.versions, vae.metrics, vae.curves, vae.epochs, vae.activations, vae.refreshes
+    vae.models, vae.event_types, vae.versions, vae.metrics, vae.curves, vae.epochs, vae.activations, vae.refreshes,
+    vae.freshness
 to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
@@ -49,6 +50,7 @@ grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
+    vae.check_freshness(text),
     vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),

@@ -404,3 +404,66 @@ def test_what_an_earlier_release_stored_is_read_until_the_next_refresh(trained: 
     assert stored(trained) == before
     relations = trained.execute("select to_regclass('shop.recommendations_before')").fetchone()
     assert relations == (None,)
+
+
+# Freshness
+
+
+def freshness(connection: Connection) -> Any:
+    """Gives version, users, stale users, since when and whether that is exact, of the recommendations."""
+    return connection.execute(
+        "select model_version, user_count, stale_users, stale_since, is_exact from vae.check_freshness('shop')"
+        " where prediction = 'recommendations'"
+    ).fetchone()
+
+
+def test_freshness_counts_the_users_who_changed_since(stage: Stage) -> None:
+    run = stage.connection.execute
+    assert freshness(stage.connection) == (1, USERS, 0, None, True)
+    refreshed_at = run("select refreshed_at from vae.freshness where prediction = 'recommendations'").fetchone()
+    assert refreshed_at
+    # Late and deleted: since when is not known.
+    run("insert into events values (%s, %s, 'view', '2024-01-05')", [stage.users[0], stage.items[0]])
+    run("delete from events where user_id = %s", [stage.users[1]])
+    assert freshness(stage.connection) == (1, USERS - 1, 2, *refreshed_at, True)
+    moment = run("select now()").fetchone()
+    assert moment
+    run("insert into events values (%s, %s, 'view', %s)", [stage.users[2], stage.items[0], *moment])
+    run("insert into events values (%s, %s, 'view', now())", [stage.strangers[0], stage.items[0]])
+    assert freshness(stage.connection) == (1, USERS, 4, *moment, True)
+    run(REFRESH)
+    assert freshness(stage.connection) == (1, USERS, 0, None, True)
+
+
+def test_freshness_of_a_view_without_digests_counts_users_with_new_events(trained: Connection) -> None:
+    trained.execute("insert into events select user_id, item_id, 'view', now() from events order by 1, 2 limit 1")
+    found = trained.execute(
+        "select prediction, stale_users, is_exact, stale_since > refreshed_at from vae.check_freshness('shop')"
+    ).fetchall()
+    assert ("recommendations", 1, True, True) in found
+    others = [row for row in found if row[0] != "recommendations"]
+    assert others
+    assert {row[1:] for row in others} == {(1, False, True)}
+
+
+def test_the_freshness_view_tells_version_age_and_the_last_failure(trained: Connection, trained_database: str) -> None:
+    version = publish_network(trained_database, "shop", QUICK, seed=1)[0]
+    trained.execute("select * from vae.activate('shop', %s, force => true)", [version])
+    trained.execute("set vae.device = 'x'")
+    refusal(trained, REFRESH)
+    trained.execute("reset vae.device")
+    query = (
+        "select model_version, active_version, is_active_version, row_count, last_state, last_error,"
+        " age between '0 s' and '1 hour' from vae.freshness where model = 'shop' and prediction = 'recommendations'"
+    )
+    users = len(Shop().users)
+    assert trained.execute(query).fetchone() == (1, 2, False, users, "failed", "vae.device is 'x'", True)
+    trained.execute(REFRESH.encode())
+    assert trained.execute(query).fetchone() == (2, 2, True, users, "succeeded", None, True)
+
+
+def test_freshness_of_a_model_that_was_never_refreshed_is_unknown(trained: Connection) -> None:
+    Shop().create_model(trained, "other")
+    found = trained.execute("select distinct model_version, stale_users, is_exact from vae.check_freshness('other')")
+    assert found.fetchall() == [(None, None, False)]
+    assert trained.execute("select count(*) from vae.freshness where model = 'other'").fetchone() == (0,)
