@@ -24,8 +24,9 @@ lint: bootstrap ## Style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: bootstrap ## Measure a refresh and live calls; writes benchmarks/results
+bench: bootstrap ## Measure refreshes and live calls; writes benchmarks/results
 	@.venv/bin/python -m benchmarks.scoring $(ARGS)
+	@.venv/bin/python -m benchmarks.refresh
 
 gpu: ## On a machine with a GPU, torch and cupy: parity with the CPU, then speed; PYTHON=… chooses the Python
 	@$(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)

@@ -307,6 +307,16 @@ def test_the_page_of_features_runs(server: Server, template: str, folder: Path, 
         drop_database(server, "features")
 
 
+def test_the_page_of_refreshes_runs(server: Server, trained_template: str, folder: Path, psql_folder: Path) -> None:
+    create_database(server, "refreshes", trained_template)
+    runner = Runner(dsn=server.dsn("refreshes"), bindir=psql_folder, folder=folder)
+    try:
+        for block in blocks(DOCS / "refresh.md"):
+            runner.run(block)
+    finally:
+        drop_database(server, "refreshes")
+
+
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
