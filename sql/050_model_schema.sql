@@ -40,7 +40,11 @@ cross join lateral (values
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
     (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
     (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
-    (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers')
+    (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
+    (21, 'function', format('segment(%s)', m.user_id_type), true, 'the segment of one user, now'),
+    (22, 'materialized view', 'user_segments_materialized', false, 'what user_segments and segments read: a row per user'),
+    (23, 'view', 'user_segments', true, 'the segment of every user, as of the last vae.refresh'),
+    (24, 'view', 'segments', true, 'groups of users with similar tastes: name, size and what they buy')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
@@ -437,6 +441,7 @@ begin
     perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
     perform vae_private.build_demand(m);
+    perform vae_private.build_segments(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
 end;
@@ -519,6 +524,10 @@ begin
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
                 when made.object = 'recommendations_materialized' then
                     '. Who reads it directly misses what recommendations_changed holds: read recommendations.'
+                when made.object like 'segment(%' then
+                    ': its number and name, and how typical of it the user is. Null for a user of whom nothing is known.'
+                when made.object = 'user_segments' then
+                    '. One row per user. Join on user_id; segment joins segments.'
                 else '.'
             end);
     end loop;
@@ -602,7 +611,7 @@ begin
         elsif made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
-        elsif made.kind = 'materialized view'
+        elsif made.kind = 'materialized view' or made.object = 'segments'
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then
             execute format('grant select on %I.%s to vae_reader', m.name, made.object);

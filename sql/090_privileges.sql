@@ -26,6 +26,8 @@ grant execute on function
     vae_private.recommend_users(integer, integer, text[]),
     vae_private.record_run(integer, text, bigint, integer, bigint, text),
     vae_private.last_run(integer, text),
+    vae_private.segment(integer, text),
+    vae_private.segment_all(integer),
     vae_private.demand(integer, text),
     vae_private.demand_all(integer),
     vae_private.looks_ahead_from(timestamptz, timestamptz, integer),
@@ -114,6 +116,7 @@ grant execute on function
     vae_private.build_explain(vae.models),
     vae_private.build_related(vae.models),
     vae_private.comment_column(text, text, text, text),
+    vae_private.build_segments(vae.models),
     vae_private.comment_model(vae.models),
     vae_private.grant_model(vae.models),
     vae_private.item_days_select(vae.models, text, text, text, text),
@@ -209,3 +212,13 @@ begin
     execute format('create policy delete_policy on vae.candidates for delete to vae_trainer using (%s)', owned);
 end;
 $$;
+
+-- Segments: as the metrics of a version, but written once.
+grant select on vae.segments to vae_reader;
+grant insert on vae.segments to vae_trainer;
+alter table vae.segments enable row level security;
+drop policy if exists select_policy on vae.segments;
+drop policy if exists insert_policy on vae.segments;
+create policy select_policy on vae.segments for select to vae_reader using (true);
+create policy insert_policy on vae.segments for insert to vae_trainer with check (exists (
+    select from vae.versions v where v.version_id = segments.version_id and vae_private.may_use(v.model_id)));

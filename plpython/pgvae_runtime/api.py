@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, device, forward, runs, sales
+from . import batch, device, forward, runs, sales, segments
 from .errors import INVALID_PARAMETER, NO_DEMAND, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
@@ -264,6 +264,20 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
         return None
     mean: list[float] = forward.encode(np, version.weights, history.tokens(version.max_history))[0].tolist()
     return mean
+
+
+@_translated
+def segment(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[Any, ...]]:
+    """Gives (segment, segment_name, similarity, is_cold_start, model_version) of one user, in one row."""
+    if user_key is None:
+        return []
+    return [segments.segment_one(plpy, active_version(plpy, model_id), user_key)[1:]]
+
+
+@_translated
+def segment_all(plpy: Any, model_id: int) -> Iterator[segments.Row]:
+    """Gives a row per user for a materialized view, see segments.segment_all."""
+    return _translated_rows(plpy, segments.segment_all(plpy, active_version(plpy, model_id)))
 
 
 @_translated

@@ -261,6 +261,13 @@ def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> 
                 sqlstate=CORRUPT_WEIGHTS,
                 hint="activate another version with vae.activate or vae.rollback, then train again",
             )
+    centroids = weights.get("segment_centroids")
+    if centroids is not None and (centroids.dtype != "<f4" or centroids.shape != (len(centroids), sizes["Z"])):
+        raise ScoringError(
+            f"tensor 'segment_centroids' has the wrong shape: {centroids.shape}",
+            sqlstate=CORRUPT_WEIGHTS,
+            hint="activate another version with vae.activate or vae.rollback, then train again",
+        )
     start, linked = weights["shortcut_start"], weights["shortcut_item"]
     items = len(weights["item_popularity"])
     in_order = len(start) == items + 1 and start[0] == 0 and start[-1] == len(linked) and (np.diff(start) >= 0).all()

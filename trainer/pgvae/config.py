@@ -32,7 +32,8 @@ class TrainingConfig:
     step for whom it sees what came before a moment and must guess what came after; `negatives` is how many items are
     drawn as wrong answers per step, beside the right ones of the whole batch; `neighbours` is how many items an item is
     linked with in the shortcut; `patience` is how many epochs without a better validation NDCG end the training;
-    `without` names MODEL_PARTS to leave out.
+    `segments` is the number of segments of users, 0 for none, None for the one that fits the data; `without` names
+    MODEL_PARTS to leave out.
     """
 
     latent: int = 256
@@ -48,6 +49,7 @@ class TrainingConfig:
     future_share: float = 0.5
     negatives: int = 4096
     neighbours: int = 64
+    segments: int | None = None
     without: tuple[str, ...] = ()
     device: str = "auto"
     precision: str = "auto"
@@ -59,6 +61,8 @@ class TrainingConfig:
                 raise PgvaeError(f"{name} is {getattr(self, name)}", hint="give 1 or more")
         if self.neighbours < 0:
             raise PgvaeError(f"neighbours is {self.neighbours}", hint="give 0 or more; 0 leaves the shortcut out")
+        if self.segments is not None and not 0 <= self.segments <= 100:
+            raise PgvaeError(f"segments is {self.segments}", hint="give 1 to 100, or 0 for none")
         for name in ("kl_weight", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise PgvaeError(f"{name} is {getattr(self, name)}", hint="give 0 or more, and less than 1")

@@ -15,6 +15,7 @@ from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric
 from pgvae.golden import GoldenUser, golden_users
+from pgvae.segments import NO_SEGMENTS, Segments
 from pgvae.training import Epoch, Fit, ShortcutChoice
 from pgvae_runtime import forward
 from pgvae_runtime.demand import Head
@@ -33,6 +34,7 @@ def publish(
     durations: dict[str, float],
     curves: Sequence[CurvePoint] = (),
     demand: Head | None = None,
+    segments: Segments = NO_SEGMENTS,
 ) -> int:
     """Gives the number of the new version, in the state ready.
 
@@ -50,14 +52,16 @@ def publish(
             "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"
         ) as copy:
             copy.set_types(["int8", "text", "int4", "text", "int4[]", "bytea", "bytea"])
-            for name in forward.SHAPES:
-                for chunk, dtype, shape, sha256, data in to_chunks(fit.weights[name]):
+            tensors = {name: fit.weights[name] for name in forward.SHAPES} | segments.tensors()
+            for name, tensor in tensors.items():
+                for chunk, dtype, shape, sha256, data in to_chunks(tensor):
                     copy.write_row((version_id, name, chunk, dtype, shape, sha256, data))
         with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
             for index, key in enumerate(dataset.item_keys):
                 copy.write_row((version_id, index, key))
         golden = golden_users(dataset, config, fit.weights, max_history=definition.max_history)
         insert_golden_users(cursor, version_id, golden)
+        _insert_segments(cursor, version_id, segments)
         _insert_metrics(cursor, version_id, metrics)
         _insert_curves(cursor, version_id, curves)
         cursor.executemany(
@@ -90,6 +94,16 @@ def replace_metrics(connection: psycopg.Connection, version_id: int, metrics: li
             [version_id, list({metric.split for metric in metrics})],
         )
         _insert_metrics(cursor, version_id, metrics)
+
+
+def _insert_segments(cursor: psycopg.Cursor, version_id: int, segments: Segments) -> None:
+    cursor.executemany(
+        "insert into vae.segments"
+        " (version_id, segment, place, name, share, mean_events, top_categories, similarity, overlap)"
+        " values (%(version_id)s, %(segment)s, %(place)s, %(name)s, %(share)s, %(mean_events)s, %(top_categories)s,"
+        " %(similarity)s, %(overlap)s)",
+        [{"version_id": version_id, "place": place, **asdict(row)} for place, row in enumerate(segments.rows)],
+    )
 
 
 def _insert_metrics(cursor: psycopg.Cursor, version_id: int, metrics: list[Metric]) -> None:

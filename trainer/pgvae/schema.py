@@ -355,6 +355,51 @@ curves = Table(
     comment="Points of the pictures about each version: what it predicted against what happened on held-out events.",
 )
 
+segments = Table(
+    "segments",
+    metadata,
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column(
+        "segment",
+        Integer,
+        nullable=False,
+        comment="Number of the segment, the same from one version to the next as long as most of its users stay.",
+    ),
+    Column("place", Integer, nullable=False, comment="Row of its centre in the version's tensor, from 0."),
+    Column("name", Text, nullable=False, comment="Name, by what its users buy more often than others do."),
+    Column("share", REAL, nullable=False, comment="Share of the users when the version was trained."),
+    Column("mean_events", REAL, nullable=False, comment="Mean number of events of its users, then."),
+    Column(
+        "top_categories",
+        Text,
+        nullable=False,
+        comment="What its users buy more often than others do, and by which factor: values of a column of the items,"
+        " else keys of items.",
+    ),
+    Column(
+        "similarity",
+        REAL,
+        nullable=False,
+        comment="Mean cosine of its users and its centre: how much they resemble each other.",
+    ),
+    Column(
+        "overlap",
+        REAL,
+        comment="Users in common with the segment of this number in the version that was active before, of those in"
+        " either; null: it is new.",
+    ),
+    PrimaryKeyConstraint("version_id", "segment"),
+    UniqueConstraint("version_id", "place"),
+    schema=PUBLIC,
+    comment="Segments of each version: groups of users with similar tastes.",
+)
+
 epochs = Table(
     "epochs",
     metadata,
@@ -630,6 +675,7 @@ __all__ = [
     "metrics",
     "models",
     "refreshes",
+    "segments",
     "tensors",
     "verifications",
     "versions",

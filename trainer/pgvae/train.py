@@ -19,6 +19,7 @@ from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Metric, evaluate
 from pgvae.publish import publish
+from pgvae.segments import find_segments, read_previous
 from pgvae.training import DEFAULT_SHORTCUT, Epoch, fit
 
 # Passes over the data where no validation could choose their number.
@@ -57,10 +58,10 @@ def train(
     """Trains a model on its cleaned events and publishes the result as a version in the state ready.
 
     The network is first trained without the newest events, or without a share of each user's items, and measured on
-    them, then trained again on all events for as many epochs as were best; beside it the forecast of demand is fitted.
-    No connection is open meanwhile, so a long training holds back no vacuum. PgvaeError where the quality gate fails
-    and `force` is not given; nothing is then published. A training that was interrupted goes on from its checkpoint in
-    the folder `checkpoints`.
+    them, then trained again on all events for as many epochs as were best; beside it the forecast of demand is fitted,
+    and the users are divided into segments. No connection is open meanwhile, so a long training holds back no vacuum.
+    PgvaeError where the quality gate fails and `force` is not given; nothing is then published. A training that was
+    interrupted goes on from its checkpoint in the folder `checkpoints`.
     """
     config = config or TrainingConfig()
     kept = Checkpoints(checkpoints or default_folder())
@@ -86,6 +87,10 @@ def train(
             checkpoints=kept,
             on_epoch=listener.on_epoch,
         )
+    with _timed("segments", durations, listener):
+        with connect(dsn) as connection:
+            previous = read_previous(connection, model)
+        segments = find_segments(dataset, final.weights, config, max_history=definition.max_history, previous=previous)
     with _timed("publish", {}, listener), connect(dsn) as connection:
         version = publish(
             connection,
@@ -98,6 +103,7 @@ def train(
             durations=durations,
             curves=demand.curve,
             demand=demand.head,
+            segments=segments,
         )
     kept.remove()
     return Training(version=version, metrics=evaluation.metrics, demand=demand, durations=durations)

@@ -27,6 +27,7 @@ _PHASES = {
     "demand": "forecasting demand",
     "evaluate": "training without the newest events, to measure",
     "train": "training on all events, to publish",
+    "segments": "dividing users into segments",
     "publish": "publishing",
 }
 
@@ -65,6 +66,10 @@ def train(
     neighbours: Annotated[
         int, typer.Option(help="Items that the shortcut links an item with; 0: no shortcut.")
     ] = _DEFAULTS.neighbours,
+    segments: Annotated[
+        int | None,
+        typer.Option(help="Segments to divide the users into; 0: none; by default as many as fit the data."),
+    ] = _DEFAULTS.segments,
     without: Annotated[
         list[str] | None,
         typer.Option(help=f"Part of the model to leave out, may be repeated: {', '.join(MODEL_PARTS)}."),
@@ -101,6 +106,7 @@ def train(
         temperature=temperature,
         negatives=negatives,
         neighbours=neighbours,
+        segments=segments,
         without=tuple(without or ()),
         device=device,
         precision=precision,
