@@ -36,9 +36,12 @@ from shop import Shop
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS, ERRORS = (
+ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS, SEGMENTS, ERRORS = (
     DOCS / f"{name}.md"
-    for name in ("tutorial-analyst", "tutorial-dba", "sql-reference", "features", "lifecycle", "filters", "errors")
+    for name in (
+        *("tutorial-analyst", "tutorial-dba", "sql-reference", "features", "lifecycle", "filters", "segments"),
+        "errors",
+    )
 )
 PAGES = sorted(
     path
@@ -272,7 +275,7 @@ def test_the_examples_of_the_reference_run(practice: Runner) -> None:
         practice.run(block)
 
 
-@pytest.mark.parametrize("page", [FILTERS, LIFECYCLE], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FILTERS, SEGMENTS, LIFECYCLE], ids=lambda page: page.stem)
 def test_a_page_about_a_subject_runs(practice: Runner, page: Path) -> None:
     for block in blocks(page):
         practice.run(block)
@@ -320,7 +323,7 @@ def test_the_page_of_refreshes_runs(server: Server, trained_template: str, folde
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
-        for path in (ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS)
+        for path in (ANALYST, DBA, REFERENCE, FEATURES, LIFECYCLE, FILTERS, SEGMENTS)
         for block in blocks(path)
         if block.language in ("sql", "sh") and block.mark and not re.match(r"(not run|fails|run): \S", block.mark)
     ]

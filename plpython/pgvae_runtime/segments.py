@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import batch, forward, runs
-from .errors import CORRUPT_WEIGHTS, INCOMPATIBLE_VERSION, ScoringError
+from .errors import CORRUPT_WEIGHTS, NO_SEGMENTS, ScoringError
 from .forward import Array, Weights
 from .history import read_histories, read_history
 from .store import Version, execute
@@ -38,7 +38,7 @@ def segment_one(plpy: Any, version: Version, user_key: str) -> Row:
     if CENTROIDS not in version.weights:
         raise ScoringError(
             f"version {version.version} of model {version.model} has no segments",
-            sqlstate=INCOMPATIBLE_VERSION,
+            sqlstate=NO_SEGMENTS,
             hint=f"train one that has: pgvae train {version.model}, without --segments 0",
         )
     return _rows(version, _names(plpy, version), [user_key], read_history(plpy, version, user_key))[0]

@@ -182,8 +182,8 @@ def nearest(own: NDArray[np.float32], centroids: NDArray[np.float32]) -> tuple[N
 
 
 def silhouette(own: NDArray[np.float32], centroids: NDArray[np.float32]) -> float:
-    """Gives the mean over users of (b - a) / b: a and b are the distances, 1 - cosine, to the nearest centroid and to the
-    second nearest; 0 for a single one.
+    """Gives the mean over users of (b - a) / b, where a and b are the distances, 1 - cosine, to the nearest centroid
+    and to the second nearest; 0 for a single one.
     """
     if len(centroids) < 2:
         return 0.0
@@ -219,27 +219,36 @@ def _cluster(
     most = min(_MOST, len(own) // _MIN_USERS)
     counts = [config.segments] if config.segments else range(max(1, min(_FEWEST, most)), max(1, most) + 1)
     judges = own[_sample(len(own), _MAX_JUDGES, config.seed)]
-    best, best_value = None, -np.inf
-    for count in counts:
-        for restart in range(_RESTARTS):
-            centroids = _lloyd(own, min(count, len(own)), seed=(config.seed + restart) % 2**32)
-            value = silhouette(judges, centroids)
-            if value > best_value:
-                best, best_value = centroids, value
-    assert best is not None  # There is at least one number of segments.
-    return best
+    generator = np.random.default_rng(config.seed)
+    tried = [_lloyd(judges, _seeds(judges, count, generator)) for count in counts for _ in range(_RESTARTS)]
+    return _lloyd(own, max(tried, key=lambda centroids: silhouette(judges, centroids)))
 
 
-def _lloyd(own: NDArray[np.float32], start: NDArray[np.float32] | int, seed: int = 0) -> NDArray[np.float32]:
-    """Gives the centroids of k-means, of length 1, without those that no user is nearest to."""
+def _seeds(own: NDArray[np.float32], count: int, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Gives the centroids that k-means begins with, after k-means++ and a first step."""
     with warnings.catch_warnings():
-        # Of an empty cluster, which is left out below.
-        warnings.simplefilter("ignore", UserWarning)
-        minit = "++" if isinstance(start, int) else "matrix"
-        found, _ = kmeans2(own, start, iter=_ITERATIONS, minit=minit, seed=np.random.default_rng(seed))
-    centroids = (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)).astype(np.float32)
-    places, _ = nearest(own, centroids)
-    return np.asarray(centroids[np.bincount(places, minlength=len(centroids)) > 0])
+        # Of clusters without users, where users are alike.
+        warnings.simplefilter("ignore")
+        found, _ = kmeans2(own, min(count, len(own)), iter=1, minit="++", seed=generator)
+    return np.asarray(found, dtype=np.float32)
+
+
+def _lloyd(own: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gives the centroids of k-means by cosine, of length 1, without those that no user is nearest to.
+
+    By cosine, as scoring does: SciPy's goes by distances, and at its end a user may be nearer to another centroid.
+    """
+    before = None
+    for _ in range(_ITERATIONS):
+        centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+        places, _ = nearest(own, centroids)
+        if before is not None and (places == before).all():
+            break
+        filled = np.unique(places)
+        centroids = np.stack([own[places == place].mean(axis=0) for place in filled])
+        before = np.searchsorted(filled, places)
+    centroids = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    return np.asarray(centroids[np.unique(nearest(own, centroids)[0])], dtype=np.float32)
 
 
 def _places_before(
