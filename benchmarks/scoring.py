@@ -114,12 +114,19 @@ def _make_model(dsn: str, users: int, items: int, events: int, width: int, neigh
 
 
 def _links(items: int, neighbours: int) -> Links:
+    """Gives links as pgvae.shortcut makes them: popular items, whose numbers are small, have the most, four times
+    `neighbours` at most.
+    """
     generator = np.random.default_rng(1)
-    # Popular items, whose numbers are small, have the most links.
-    owner = np.sort((items * generator.random(items * neighbours) ** 2).astype(np.int64))
+    drawn = np.bincount((items * generator.random(items * neighbours) ** 2).astype(np.int64), minlength=items)
+    counts = np.minimum(drawn, min(4 * neighbours, items // 2))
+    owner = np.repeat(np.arange(items), counts)
+    # Different items: a stride from a random one.
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first, stride = generator.integers(0, items, items), generator.integers(1, 3, items)
     return Links(
-        start=np.searchsorted(owner, np.arange(items + 1)).astype(np.int32),
-        item=generator.integers(0, items, len(owner)).astype(np.int32),
+        start=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+        item=((first[owner] + place * stride[owner]) % items).astype(np.int32),
         weight=generator.normal(0, 0.5, len(owner)).astype(np.float32),
     )
 

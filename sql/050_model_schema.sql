@@ -384,11 +384,12 @@ begin
             else format('e.%I::date', m.occurred_at_column) end,
         (m.options -> 'outlier_events_per_day')::text::float8);
     execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, 'training'));
-    -- Outliers are asked about like everybody else: leaving them out keeps them from the training alone.
+    -- Outliers are asked about like everybody else: leaving them out keeps them from the training alone. An event that stands
+    -- twice is left to the runtime: "distinct" would sort all events.
     execute format(
         E'create or replace view %I.refresh_events%s as'
         '\nselect c.user_id, c.item_id, c.event_type, c.occurred_at from (\n%s\n) c%s',
-        m.name, invoker, vae_private.clean_select(model_id, 'all users'),
+        m.name, invoker, vae_private.clean_select(model_id, 'admitted rows'),
         case when m.users_table is not null then format(
             E'\nunion all\nselect k.%1$I%2$s, null, null, null from %3$I.%4$I k where k.%1$I is not null%5$s',
             m.users_key_column, case u when 'text' then '::text' else '' end, m.users_schema, m.users_table,

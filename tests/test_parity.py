@@ -196,7 +196,7 @@ def scored(server: Server, template: str) -> Iterator[Scored]:
     version, network, dataset, links = publish_network(dsn, "shop", TINY, seed=5)
     assert dataset.user_pipeline.size > 3
     assert dataset.item_pipeline.size > 3
-    install_variant(dsn, "batch", ("_MAX_BATCH = 4096", "_MAX_BATCH = 7"))
+    install_variant(dsn, "batch", ("_MAX_BATCH = 512", "_MAX_BATCH = 7"))
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("select * from vae.activate('shop', %s, force => true)", [version])
         connection.execute("call vae.refresh('shop')")

@@ -299,12 +299,15 @@ def test_a_full_disk_ends_a_publication_and_the_last_good_version_serves(
 # Refreshes that take their time
 
 # One user in a batch, 60 ms each: thirty users take two seconds.
-SLOW = "        done += len(users)\n", "        done += len(users)\n        import time\n\n        time.sleep(0.06)\n"
+SLOW = (
+    "            yield from rows\n",
+    "            import time\n\n            time.sleep(0.06)\n            yield from rows\n",
+)
 
 
 def make_slow(dsn: str) -> None:
     """Gives a database code whose refresh can be met while it runs."""
-    install_variant(dsn, "batch", SLOW, ("_MAX_BATCH = 4096", "_MAX_BATCH = 1"))
+    install_variant(dsn, "batch", SLOW, ("_MAX_BATCH = 512", "_MAX_BATCH = 1"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -22,14 +23,14 @@ from {schema}.history($1::{key_type}) h
 join vae_private.scoring_items i on i.version_id = $2 and i.item_key = h.item_id::text
 where h.event_type = any ($3)
 """
+# No join with the catalogue, whose size the planner cannot know beneath the views: it sorted all events by item for it.
 _ALL_USERS = """
 select e.user_id::text as user_key,
-    array_agg(i.item_index) filter (where i.item_index is not null) as items,
-    array_agg(array_position($2, e.event_type) - 1) filter (where i.item_index is not null) as event_types,
-    array_agg(extract(epoch from e.occurred_at)::float8) filter (where i.item_index is not null) as times
-from {schema}.refresh_events e
-left join vae_private.scoring_items i
-    on i.version_id = $1 and i.item_key = e.item_id::text and e.event_type = any ($2){only}
+    array_agg(e.item_id) filter (where e.item_id is not null) as items,
+    array_agg(coalesce(pg_catalog.array_position($1, e.event_type) - 1, -1))
+        filter (where e.item_id is not null) as event_types,
+    array_agg(pg_catalog.date_part('epoch', e.occurred_at)) filter (where e.item_id is not null) as times
+from {schema}.refresh_events e{only}
 group by e.user_id
 """
 _ONE_USERS_FEATURES = "select f.features::text as document from {schema}.features($1::{key_type}) f"
@@ -77,34 +78,70 @@ def _read_features(plpy: Any, version: Version, user_key: str) -> FeatureBag | N
 
 
 def read_histories(
-    plpy: Any, version: Version, batch_size: int, chosen: Sequence[str] | None = None
+    plpy: Any,
+    version: Version,
+    batch_size: int,
+    keys: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[str], History]]:
     """Gives (user keys, events) of all users, or of those with the chosen keys, `batch_size` users at a time.
 
-    Some may have no known events.
+    Some may have no known events. The events are those of the table, where one may stand twice: History.distinct has
+    each once. `keys` are the item keys of the version, if the caller has them.
     """
     schema = plpy.quote_ident(version.model)
     # Compared in the key's own type, so that an index of the shop is used.
-    only = "" if chosen is None else f"\nwhere {{alias}}.user_id = any ($3::{version.user_id_type}[])"
+    only = "" if chosen is None else f"\nwhere {{alias}}.user_id = any ($2::{version.user_id_type}[])"
     query = _ALL_USERS.format(schema=schema, only=only.format(alias="e"))
     pipeline = version.user_pipeline
     if pipeline.size:
         query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))
-    parameters = [version.version_id, list(version.event_types), *([list(chosen)] if chosen is not None else [])]
-    plan = plpy.prepare(query, ["bigint", "text[]", "text[]"][: len(parameters)])
+    numbers = _ItemNumbers(item_keys(plpy, version) if keys is None else keys)
+    parameters = [list(version.event_types), *([list(chosen)] if chosen is not None else [])]
+    plan = plpy.prepare(query, ["text[]", "text[]"][: len(parameters)])
     cursor = plpy.cursor(plan, parameters)
     while rows := cursor.fetch(batch_size):
-        counts = np.array([len(row["items"] or ()) for row in rows], dtype=np.int64)
+        user = np.repeat(np.arange(len(rows)), [len(row["items"] or ()) for row in rows])
+        item = numbers.of(list(chain.from_iterable(row["items"] or () for row in rows)))
+        event_type = _joined(rows, "event_types", np.int64)
+        # An item or event type that the version does not know is left out.
+        known = (item >= 0) & (event_type >= 0)
         yield (
             [row["user_key"] for row in rows],
             History(
-                counts=counts,
-                item=_joined(rows, "items", np.int64),
-                event_type=_joined(rows, "event_types", np.int64),
-                occurred_at=_joined(rows, "times", np.float64),
+                counts=np.bincount(user[known], minlength=len(rows)),
+                item=item[known],
+                event_type=event_type[known],
+                occurred_at=_joined(rows, "times", np.float64)[known],
                 features=feature_bag(pipeline, (row["documents"] or () for row in rows)) if pipeline.size else None,
             ),
         )
+
+
+class _ItemNumbers:
+    """The rows of items in the tensors by their keys, as PL/Python gives them: integers, or texts."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+
+    @cached_property
+    def _of_texts(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self._keys)}
+
+    @cached_property
+    def _of_integers(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        integers = np.array(self._keys, dtype=np.int64)
+        order = np.argsort(integers)
+        return integers[order], order
+
+    def of(self, keys: list[Any]) -> NDArray[np.int64]:
+        """Gives the number of each key, [N]; -1 for an item outside the catalogue."""
+        if not keys or not isinstance(keys[0], int):
+            return np.fromiter((self._of_texts.get(key, -1) for key in keys), np.int64, count=len(keys))
+        known, numbers = self._of_integers
+        given = np.fromiter(keys, np.int64, count=len(keys))
+        place = np.minimum(np.searchsorted(known, given), len(known) - 1)
+        return np.where(known[place] == given, numbers[place], -1)
 
 
 def _joined(rows: Any, column: str, dtype: type) -> NDArray[Any]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from . import batch, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
 from .history import item_keys
+from .literals import array_element
 from .scoring import score_users
 from .session import default_type, not_in_catalogue
 from .store import Version, execute
@@ -34,6 +35,8 @@ _SAMPLE_BATCH = 64
 # Support is counted for this many of the best before those below min_support are left out.
 _COUNTED = 200
 _KEPT_BASELINES = 4
+# The shares of a batch of items take at most this much memory.
+_SHARES_BYTES = 64 * 1024 * 1024
 
 _SUPPORT = """
 select i.item_index, s.support
@@ -199,11 +202,11 @@ def _target_names(version: Version) -> list[str]:
 def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, str, str, int]]:
     """Gives (item_key, item_keys, scores, lifts, supports, model_version) of each item, the lists as array literals."""
     keys = item_keys(plpy, version)
-    literals = [batch.array_element(key) for key in keys]
+    literals = [array_element(key) for key in keys]
     base = baseline(version)
     start, users, user_count = _buyers(plpy, version)
     bought = np.zeros(user_count, dtype=bool)
-    size = batch.batch_size(version)
+    size = max(1, _SHARES_BYTES // (4 * version.item_count))
     for first in range(0, len(keys), size):
         items = np.arange(first, min(first + size, len(keys)))
         shares = _shares(np, version, version.weights, items)

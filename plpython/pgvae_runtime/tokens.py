@@ -55,7 +55,7 @@ class History:
 
     `counts` [U] says how many of the N events belong to each user. `item` and `event_type` [N] are rows of the
     embeddings of that name; `occurred_at` [N] is in seconds since 1970. `features` are the users' own, known without
-    any event; None: they have none.
+    any event; None: they have none. `is_ordered` says that a user's events are in the order of the tokens already.
     """
 
     counts: NDArray[np.int64]
@@ -63,6 +63,7 @@ class History:
     event_type: NDArray[np.int64]
     occurred_at: NDArray[np.float64]
     features: FeatureBag | None = None
+    is_ordered: bool = False
 
     def users(self) -> NDArray[np.int64]:
         """Gives the user's number of each event, shape [N]."""
@@ -72,6 +73,32 @@ class History:
         """Gives the (user, item) pairs of the events whose type is one of `targets`, as two arrays."""
         chosen = np.isin(self.event_type, targets)
         return self.users()[chosen], self.item[chosen]
+
+    def distinct(self) -> History:
+        """Gives the history with each event once, in the order of the tokens: a table may hold an event twice."""
+        order, user = self._order(), self.users()
+        user, item, event_type, at = user[order], self.item[order], self.event_type[order], self.occurred_at[order]
+        is_new = np.ones(len(user), dtype=bool)
+        is_new[1:] = (
+            (at[1:] != at[:-1])
+            | (item[1:] != item[:-1])
+            | (event_type[1:] != event_type[:-1])
+            | (user[1:] != user[:-1])
+        )
+        return History(
+            counts=np.bincount(user[is_new], minlength=len(self.counts)),
+            item=item[is_new],
+            event_type=event_type[is_new],
+            occurred_at=at[is_new],
+            features=self.features,
+            is_ordered=True,
+        )
+
+    def _order(self) -> NDArray[np.int64]:
+        """Gives the events' order by user, time, item and event type."""
+        if self.is_ordered:
+            return np.arange(len(self.item))
+        return np.lexsort((self.event_type, self.item, self.occurred_at, self.users()))
 
     def tokens(self, max_history: int) -> Tokens:
         """Gives the tokens of the latest `max_history` events of each user.
@@ -83,7 +110,7 @@ class History:
         model that is a month old, then looks to the model as it did in training.
         """
         counts = self.counts
-        order = np.lexsort((self.event_type, self.item, self.occurred_at, self.users()))
+        order = self._order()
         start = _starts(counts)
         if counts.max(initial=0) > max_history:
             # Sorting keeps users in place, so the distance to a user's end says whether a token is among the latest.

@@ -1,0 +1,299 @@
+"""Scores many users on the CPU: what scoring.py specifies, arranged for the caches.
+
+A tile of users × items is small enough to stay in the cache from the matrix product to its best items. Where the time
+goes and what was tried: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .forward import decode_direction, mean_of_features, mean_of_latent
+from .scoring import seen_columns
+from .store import Version
+from .tokens import History, Tokens
+
+Floats = NDArray[np.float32]
+# Best items [U, k], their scores [U, k] (-1 behind the last one), and which users are cold starts [U].
+Scored = tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]
+
+# Logits of a tile. A third of the third-level cache of a server's core and more costs nothing that was measured.
+_TILE_BYTES = 10 * 1024 * 1024
+_MAX_TILE = 256
+# Columns of a tile that are finished one after the other, while they are in the second-level cache.
+_PANEL = 1024
+# Links are kept in segments of so many: one of them is gathered as one cache line.
+_SEGMENT = 16
+# Segments that are added at once, 16 * 20 bytes each.
+_SEGMENTS_AT_ONCE = 16_384
+# Tokens whose embeddings are gathered at once, and then added up by one dense product with their gates.
+_TOKENS_AT_ONCE = 256
+_LOWEST = np.finfo(np.float32).min
+# The sum of exponentials is taken of the logits as they are, unless it falls out of this range.
+_SMALLEST_SUM, _LARGEST_SUM = 1e-20, 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Links:
+    """The shortcut in S segments: item i of the catalogue owns start[i] to start[i + 1] of `item`, `weight` [S, 16].
+
+    A segment's empty places have weight 0 and the item number I, a column that is no item.
+    """
+
+    start: NDArray[np.int64]
+    item: NDArray[np.int32]
+    weight: Floats
+
+    @staticmethod
+    def of(weights: dict[str, Any]) -> _Links | None:
+        linked, weight = weights["shortcut_item"], weights["shortcut_weight"]
+        items = len(weights["item_popularity"])
+        if not len(linked):
+            return None
+        counts = np.diff(weights["shortcut_start"]).astype(np.int64)
+        # The catalogue may be larger than what is ranked.
+        known = len(counts)
+        owner = np.repeat(np.arange(known), counts)
+        cells = owner * items + linked
+        # Links of one item must lead to different items to be added at once.
+        unique, place = np.unique(cells, return_inverse=True)
+        if len(unique) < len(cells):
+            weight = np.bincount(place, weights=weight).astype(np.float32)
+            owner, linked = unique // items, (unique % items).astype(np.int32)
+            counts = np.bincount(owner, minlength=known)
+        start = _starts(-(-counts // _SEGMENT))
+        segments = int(start[-1])
+        padded_item = np.full((segments, _SEGMENT), items, dtype=np.int32)
+        padded_weight = np.zeros((segments, _SEGMENT), dtype=np.float32)
+        place = np.arange(len(linked)) + np.repeat(start[:-1] * _SEGMENT - _starts(counts)[:-1], counts)
+        padded_item.reshape(-1)[place] = linked
+        padded_weight.reshape(-1)[place] = weight
+        return _Links(start=start, item=padded_item, weight=padded_weight)
+
+
+class CpuScorer:
+    """Gives the best items of users, as scoring.py and top_k do.
+
+    A thread needs a scorer of its own: `fork` gives another one, which shares what is only read.
+    """
+
+    def __init__(self, version: Version, k: int) -> None:
+        weights = version.weights
+        self._version = version
+        self._weights = weights
+        self._items = version.item_count
+        self._k = min(k, self._items)
+        self._links = _Links.of(weights)
+        gate = weights["encoder_gate_weight"]
+        # The gate of a token is a sum of numbers of its parts, so it needs no embedding of the token.
+        self._gates = {
+            "item": weights["item_embedding"] @ gate + weights["encoder_gate_bias"],
+            "event_type": weights["event_type_embedding"] @ gate + weights["event_type_gate"],
+            "age": weights["age_embedding"] @ gate + weights["age_gate"],
+            "order": weights["order_embedding"] @ gate + weights["order_gate"],
+        }
+        # Groups of 2 ** halvings columns: there should be at least four times k, whose maxima give the threshold.
+        self._halvings = min(6, max(0, (self._items // (4 * self._k)).bit_length() - 1))
+        # Whole panels, and at least one column more than items: the links' empty places.
+        self._columns = -(-(self._items + 1) // _PANEL) * _PANEL
+        popularity = weights["item_popularity"]
+        order = np.argsort(-popularity, kind="stable")[: self._k]
+        self._popular = order, popularity[order]
+        self._make_buffers()
+
+    def fork(self) -> CpuScorer:
+        """Gives a scorer with buffers of its own."""
+        other = object.__new__(CpuScorer)
+        vars(other).update(vars(self))
+        other._make_buffers()
+        return other
+
+    def _make_buffers(self) -> None:
+        self._tile = max(1, min(_MAX_TILE, _TILE_BYTES // (4 * self._columns)))
+        self._logits = np.empty((self._tile, self._columns), dtype=np.float32)
+        self._panel = np.empty((self._tile, _PANEL), dtype=np.float32)
+        self._maxima = np.empty((self._tile, self._columns >> self._halvings), dtype=np.float32)
+
+    def __call__(self, history: History) -> Scored:
+        """Gives the best items of these users, whose events may repeat."""
+        history = history.distinct()
+        tokens = history.tokens(self._version.max_history)
+        direction = decode_direction(np, self._weights, mean_of_latent(np, self._weights, self._pool(tokens)))
+        users = tokens.user_count
+        items = np.empty((users, self._k), dtype=np.int64)
+        scores = np.empty((users, self._k), dtype=np.float32)
+        links = self._links_of(tokens) if self._links is not None else None
+        # What was bought twice is left out once.
+        seen_user, seen_item = seen_columns(history, self._version.targets, self._version.columns)
+        seen_user, seen_item = np.divmod(np.unique(seen_user * self._items + seen_item), self._items)
+        for first in range(0, users, self._tile):
+            last = min(first + self._tile, users)
+            logits = self._logits[: last - first]
+            logits[:, : self._items] = self._weights["output_bias"]
+            logits[:, self._items :] = -np.inf
+            if links is not None:
+                self._add_links(logits, links, first, last)
+            seen = slice(*np.searchsorted(seen_user, (first, last)))
+            items[first:last], scores[first:last] = self._best(
+                direction[first:last], logits, seen_user[seen] - first, seen_item[seen]
+            )
+        cold = history.counts == 0
+        unknown = cold if history.features is None else cold & (history.features.counts() == 0)
+        items[unknown], scores[unknown] = self._popular
+        return items, scores, cold
+
+    def _pool(self, tokens: Tokens) -> Floats:
+        """Gives forward.pool without an embedding of each token: the parts that take few values are counted first."""
+        weights = self._weights
+        users, width = tokens.user_count, weights["item_embedding"].shape[1]
+        gates = self._gates["item"][tokens.item]
+        for name in ("event_type", "age", "order"):
+            gates += self._gates[name][getattr(tokens, name)]
+        gates = 0.5 * (1.0 + np.tanh(0.5 * gates))
+        user = np.repeat(np.arange(users), np.diff(tokens.start))
+        pooled = np.zeros((users, width), dtype=np.float32)
+        for first, last in _pieces(tokens.start, _TOKENS_AT_ONCE):
+            begin, end = tokens.start[first], tokens.start[last]
+            own = np.zeros((last - first, end - begin), dtype=np.float32)
+            own[user[begin:end] - first, np.arange(end - begin)] = gates[begin:end]
+            np.matmul(own, weights["item_embedding"].take(tokens.item[begin:end], axis=0), out=pooled[first:last])
+        for name in ("event_type", "age", "order"):
+            embedding = weights[f"{name}_embedding"]
+            cells = user * len(embedding) + getattr(tokens, name)
+            sums = np.bincount(cells, weights=gates, minlength=users * len(embedding)).astype(np.float32)
+            pooled += sums.reshape(users, -1) @ embedding
+        norms = np.sqrt(np.bincount(user, weights=gates * gates, minlength=users)).astype(np.float32)
+        pooled /= np.maximum(norms, np.float32(1e-12))[:, None]
+        if tokens.features is not None:
+            pooled += mean_of_features(np, weights["user_feature_embedding"], tokens.features)
+        pooled *= np.float32(np.sqrt(width))
+        return pooled
+
+    def _links_of(self, tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+        """Gives the user, item and share of each different (user, item) pair."""
+        user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+        known = len(self._weights["item_embedding"])
+        user, item = np.divmod(np.unique(user * known + tokens.item), known)
+        count = np.bincount(user, minlength=tokens.user_count)
+        share = (np.maximum(count, 1) ** -0.5).astype(np.float32)
+        return user, item, share
+
+    def _add_links(self, logits: Floats, links: Any, first: int, last: int) -> None:
+        """Adds the shortcut to the logits of a tile.
+
+        The n-th items of the users of a tile are added at once: no two of these links meet in one cell, so adding by
+        index loses nothing.
+        """
+        assert self._links is not None
+        user, item, share = links
+        own = slice(*np.searchsorted(user, (first, last)))
+        user, item = user[own] - first, item[own]
+        share = share[first:last]
+        count = np.bincount(user, minlength=last - first)
+        place = np.arange(len(user)) - np.repeat(_starts(count)[:-1], count)
+        order = np.argsort(place, kind="stable")
+        user, item, place = user[order], item[order], place[order]
+        segments = self._links.start[item + 1] - self._links.start[item]
+        end = _starts(segments)
+        # Cut after each place, and within a place where it would be too much at once.
+        cuts = np.append(np.flatnonzero(np.diff(place, prepend=-1)), len(place))
+        cells = logits.reshape(-1)
+        for begin, finish in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            total = int(end[finish] - end[begin])
+            if not total:
+                continue
+            own_segments = segments[begin:finish]
+            segment = np.arange(total) + np.repeat(
+                self._links.start[item[begin:finish]] - (end[begin:finish] - end[begin]), own_segments
+            )
+            row = np.repeat(user[begin:finish], own_segments)
+            cell = self._links.item.take(segment, axis=0) + (row * self._columns)[:, None]
+            weight = self._links.weight.take(segment, axis=0) * share[row][:, None]
+            cells[cell] += weight
+
+    def _best(
+        self, direction: Floats, logits: Floats, seen_user: NDArray[np.int64], seen_item: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """Gives the best items of a tile that are not seen, and their shares; `logits` lack the matrix product."""
+        users = len(logits)
+        # No maximum may be that of a seen item; but their probability counts.
+        seen = logits[seen_user, seen_item] + np.einsum(
+            "nz,nz->n", direction[seen_user], self._weights["output_weight"][seen_item]
+        )
+        logits[seen_user, seen_item] = -np.inf
+        with np.errstate(over="ignore"):
+            total = self._multiply(direction, logits)
+            total += np.bincount(seen_user, weights=np.exp(seen), minlength=users)
+        shift = np.zeros(users, dtype=np.float32)
+        for row in np.flatnonzero(~((total > _SMALLEST_SUM) & (total < _LARGEST_SUM))).tolist():
+            whole = np.append(logits[row, : self._items], seen[seen_user == row])
+            shift[row] = whole.max()
+            total[row] = np.exp(whole - shift[row]).sum()
+        maxima = self._maxima[:users]
+        place = maxima.shape[1] - self._k
+        # k groups have a logit that large.
+        threshold = np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
+        cell = np.flatnonzero(logits >= threshold[:, None])
+        user, item = np.divmod(cell, self._columns)
+        count = np.bincount(user, minlength=users)
+        value = logits.reshape(-1)[cell]
+        # One number that sorts by falling value and then by rising item: the bits of a float, made to rise with it.
+        bits = value.view(np.uint32)
+        rising = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
+        keys = np.full((users, max(int(count.max(initial=0)), self._k)), np.uint64(2**64 - 1))
+        keys[user, np.arange(len(cell)) - np.repeat(_starts(count)[:-1], count)] = (
+            (~rising).astype(np.uint64) << np.uint64(32)
+        ) | item.astype(np.uint64)
+        keys.sort(axis=1)
+        keys = keys[:, : self._k]
+        is_left = keys == np.uint64(2**64 - 1)
+        best = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        best[is_left] = 0
+        values = np.take_along_axis(logits, best, axis=1) - shift[:, None]
+        np.exp(values, out=values)
+        values /= total[:, None]
+        values[is_left] = -1.0
+        return best, values
+
+    def _multiply(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
+        """Adds the matrix product to the logits, writes the maxima of groups of columns, and gives sum exp(logit), [U].
+
+        Nothing is taken off the logits first, as it would cost a pass to find their peak: a sum may overflow or vanish.
+        """
+        users = len(logits)
+        output = self._weights["output_weight"]
+        total = np.zeros(users)
+        ones = np.ones(_PANEL, dtype=np.float32)
+        groups = _PANEL >> self._halvings
+        for number, first in enumerate(range(0, self._columns, _PANEL)):
+            own = logits[:, first : first + _PANEL]
+            panel = self._panel[:users]
+            rows = output[first : first + _PANEL]
+            np.matmul(direction, rows.T, out=panel[:, : len(rows)])
+            panel[:, len(rows) :] = 0.0
+            np.add(own, panel, out=own)
+            np.exp(own, out=panel)
+            # As exact as a pairwise sum: a panel at a time, and then in double precision.
+            total += panel @ ones
+            maxima = own
+            for _ in range(self._halvings):
+                half = maxima.shape[1] // 2
+                maxima = np.maximum(maxima[:, :half], maxima[:, half:])
+            self._maxima[:users, number * groups : (number + 1) * groups] = maxima
+        return total
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    start = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=start[1:])
+    return start
+
+
+def _pieces(start: NDArray[np.int64], size: int) -> list[tuple[int, int]]:
+    """Cuts users into runs of about `size` tokens, or of one user who has more; gives (first, last) of each."""
+    cuts = np.flatnonzero(np.diff(start[:-1] // size, append=-1)) + 1
+    return list(zip([0, *cuts[:-1].tolist()], cuts.tolist(), strict=True))
