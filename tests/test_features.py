@@ -534,7 +534,7 @@ def test_all_users_are_read_by_one_query_which_joins_features_only_where_there_a
         cursor=lambda plan, values: SimpleNamespace(fetch=lambda count: []),
     )
     version: Any = SimpleNamespace(model="shop", version_id=1, event_types={}, user_pipeline=pipeline)
-    assert list(read_histories(plpy, version, 10)) == []
+    assert list(read_histories(plpy, version, 10, keys=["an item"])) == []
     assert len(prepared) == 1
     assert ("user_features" in prepared[0]) == bool(values)
 

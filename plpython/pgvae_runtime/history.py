@@ -136,7 +136,7 @@ class _ItemNumbers:
 
     def of(self, keys: list[Any]) -> NDArray[np.int64]:
         """Gives the number of each key, [N]; -1 for an item outside the catalogue."""
-        if not keys or not isinstance(keys[0], int):
+        if not keys or not self._keys or not isinstance(keys[0], int):
             return np.fromiter((self._of_texts.get(key, -1) for key in keys), np.int64, count=len(keys))
         known, numbers = self._of_integers
         given = np.fromiter(keys, np.int64, count=len(keys))
