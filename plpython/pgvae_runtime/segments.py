@@ -16,6 +16,8 @@ from .tokens import History
 
 # A tensor [S, Z] of a version that has segments, its rows of length 1.
 CENTROIDS = "segment_centroids"
+# Users of a batch.
+_USERS = 512
 
 # (user_key, segment, segment_name, similarity, is_cold_start, model_version)
 Row = tuple[str, int | None, str | None, float | None, bool, int]
@@ -51,8 +53,8 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
         return
     names = _names(plpy, version)
     done = 0
-    for users, history in read_histories(plpy, version, batch.batch_size(version)):
-        yield from _rows(version, names, users, history)
+    for users, history in read_histories(plpy, version, _USERS):
+        yield from _rows(version, names, users, history.distinct())
         done += len(users)
         batch.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")
     runs.record(version, "user_segments", done)
