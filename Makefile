@@ -4,7 +4,7 @@ PGVAE := .venv/bin/pgvae
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test lint bench accuracy gpu wheel clean
+.PHONY: help bootstrap demo test survival lint bench accuracy gpu wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -18,6 +18,10 @@ demo: bootstrap ## A shop from nothing to recommendations on a private server, i
 
 test: bootstrap ## The whole test suite on a throwaway server; ARGS='-k word' selects
 	@.venv/bin/python -m pytest $(ARGS)
+
+survival: bootstrap ## Kills at random moments and many sessions while versions change, for a quarter of an hour; prints counts
+	@.venv/bin/python -m pytest tests/test_drills.py tests/test_survival.py tests/test_topologies.py -q -s \
+		--drill-sessions 50 --drill-seconds 180 --drill-kills 30 --drill-trainers 20 $(ARGS)
 
 lint: bootstrap ## Style and types
 	.venv/bin/ruff check .

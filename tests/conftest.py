@@ -34,6 +34,12 @@ _numbers = itertools.count(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Rewrite the files of tests/golden from what is.")
+    drills = parser.getgroup("drills", "how long the drills of tests/test_drills.py are; make survival makes them long")
+    drills.addoption("--drill-sessions", type=int, default=8, help="Sessions that score while versions change.")
+    drills.addoption("--drill-seconds", type=float, default=4, help="Seconds that they do.")
+    drills.addoption("--drill-kills", type=int, default=2, help="Kills in each kind of act.")
+    drills.addoption("--drill-trainers", type=int, default=0, help="Trainers that are killed.")
+    drills.addoption("--drill-report", help="File for the counts.")
 
 
 @pytest.fixture(scope="session")
