@@ -154,17 +154,40 @@ def _tmall(folder: Path) -> Task:
         event_type=np.full(len(bought), 2),
         event_types=types,
     )
-    cut = float(np.quantile(events.occurred_at, 0.9))
-    part = events.between(-np.inf, cut)
+    part, last = _without_last_purchase(events)
     return Task(
         name=folder.name,
         k=20,
-        protocol="each user's last purchase is the test; validation: the newest tenth of the other events",
+        protocol="leave one out: each user's last purchase is the test, the one before it validation; all items of the"
+        " history masked",
         part=part,
-        validation=make_holdout(part, events.between(cut, np.inf)),
+        # No item of the test is in the user's history, of whatever type: the split masks all of it.
+        validation=make_holdout(part, last, seen=range(len(types))),
         whole=events,
-        test=make_holdout(events, after),
+        test=make_holdout(events, after, seen=range(len(types))),
         published=[],
+    )
+
+
+def _without_last_purchase(events: Dataset) -> tuple[Dataset, Dataset]:
+    """Gives the events without each user's last purchase, and these; a user with a single purchase keeps it."""
+    bought = np.flatnonzero(np.isin(events.event_type, events.targets))
+    users, counts = np.unique(events.user[bought], return_counts=True)
+    # Events lie in the order of users and times.
+    last = bought[np.cumsum(counts) - 1][counts > 1]
+    chosen = np.zeros(len(events.user), dtype=bool)
+    chosen[last] = True
+    return _subset(events, ~chosen), _subset(events, chosen)
+
+
+def _subset(events: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
+    return replace(
+        events,
+        user=events.user[chosen],
+        item=events.item[chosen],
+        event_type=events.event_type[chosen],
+        occurred_at=events.occurred_at[chosen],
+        weight=events.weight[chosen],
     )
 
 

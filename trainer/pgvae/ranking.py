@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,9 @@ class Holdout:
     """What a list is judged by: users with a history, and the new items of their held-out target events.
 
     `before` holds the histories that a scorer sees. `users` [U] are the users; `truth_start` [U + 1] and `truth_item`
-    list the items of each. An item that the user already had a target event on is not in the truth, and is masked in
-    the ranking; an earlier event of another type, say a view, leaves it in both. `item_share` [I] is each item's share
-    of the users that methods learn from; an item without any is neither in the truth nor in a list.
+    list the items of each. An item that the user already had an event of one of the types `seen` on is not in the truth,
+    and is masked in the ranking; an earlier event of another type leaves it in both. `item_share` [I] is each item's
+    share of the users that methods learn from; an item without any is neither in the truth nor in a list.
     """
 
     before: Dataset
@@ -34,6 +34,7 @@ class Holdout:
     truth_start: NDArray[np.int64]
     truth_item: NDArray[np.int64]
     item_share: NDArray[np.float64]
+    seen: tuple[int, ...]
 
     def truth(self, part: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Gives the (user within the part, item) pairs of a part of the users, as two arrays, users in order."""
@@ -44,14 +45,18 @@ class Holdout:
         ]
 
 
-def make_holdout(before: Dataset, after: Dataset, *, learned: Dataset | None = None) -> Holdout:
+def make_holdout(
+    before: Dataset, after: Dataset, *, learned: Dataset | None = None, seen: Sequence[int] | None = None
+) -> Holdout:
     """Gives the holdout of the users who have events in `before` and a target event on a new item in `after`.
 
-    Methods learn from `learned`, or from `before` where that is not given.
+    Methods learn from `learned`, or from `before` where that is not given. An item is new to a user without an earlier
+    event of a type in `seen`, which are the target types where they are not given.
     """
     items = len(before.item_keys)
     item_share = _item_share(learned or before)
-    pairs = np.setdiff1d(target_pairs(after), target_pairs(before), assume_unique=True)
+    seen = before.targets if seen is None else tuple(seen)
+    pairs = np.setdiff1d(target_pairs(after), pairs_of(before, seen), assume_unique=True)
     # No method here can know an item that nobody had an event on; it is left out of the truth for all.
     pairs = pairs[item_share[pairs % items] > 0]
     pairs = pairs[np.isin(pairs // items, before.user)]
@@ -62,12 +67,18 @@ def make_holdout(before: Dataset, after: Dataset, *, learned: Dataset | None = N
         truth_start=np.concatenate(([0], np.cumsum(counts))),
         truth_item=pairs % items,
         item_share=item_share,
+        seen=seen,
     )
 
 
 def target_pairs(dataset: Dataset) -> NDArray[np.int64]:
     """Gives user · I + item of each (user, item) pair with a target event, once each, in ascending order."""
-    chosen = np.isin(dataset.event_type, dataset.targets)
+    return pairs_of(dataset, dataset.targets)
+
+
+def pairs_of(dataset: Dataset, types: Sequence[int]) -> NDArray[np.int64]:
+    """Gives user · I + item of each (user, item) pair with an event of these types, once each, in ascending order."""
+    chosen = np.isin(dataset.event_type, types)
     return np.unique(dataset.user[chosen] * len(dataset.item_keys) + dataset.item[chosen])
 
 
@@ -87,7 +98,7 @@ def ranked_batches(holdout: Holdout, scorer: Scorer) -> Iterator[tuple[slice, ND
         part = slice(begin, begin + size)
         history = holdout.before.history(holdout.users[part])
         scores = scorer(history)
-        scores[history.seen(holdout.before.targets)] = -np.inf
+        scores[history.seen(holdout.seen)] = -np.inf
         scores[:, unknown] = -np.inf
         yield part, scores
 
@@ -152,4 +163,5 @@ def some_users(holdout: Holdout, most: int, seed: int) -> Holdout:
         truth_start=np.concatenate(([0], np.cumsum(lengths[kept]))),
         truth_item=holdout.truth_item[chosen],
         item_share=holdout.item_share,
+        seen=holdout.seen,
     )

@@ -252,6 +252,7 @@ def _since(version: PublishedVersion, weights: forward.Weights, before: Dataset,
         truth_item=pairs % items,
         # The version knows its whole catalogue, whatever the sample bought.
         item_share=np.ones(items),
+        seen=before.targets,
     )
     measured = measure(holdout, scorer(dict(weights), version.max_history), (K,), are_probabilities=True)
     assert measured.reliability is not None
