@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.optim.swa_utils import AveragedModel
 
 from pgvae.batches import Batch, Batches
 from pgvae.checkpoints import Checkpoints, State
@@ -30,6 +31,8 @@ _VALIDATION_USERS = 5000
 _SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
+# Share of the past epochs in the averaged network, after the first few. 0.7 is a mean over the last three or so.
+_AVERAGE_DECAY = 0.7
 # A loss that is so many times one nat more than that of the first epoch will not come down again.
 _EXPLODED = 100.0
 
@@ -108,7 +111,7 @@ def fit(
         begun = time.perf_counter()
         number = len(run.curve) + 1
         loss, reconstruction, kl = run.pass_over_users()
-        weights = run.network.weights()
+        weights = run.averaged.module.weights()
         # A last step that is too wide leaves no loss to tell of it.
         exploded = run.curve and loss > _EXPLODED * (1.0 + run.curve[0].loss)
         if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
@@ -142,6 +145,8 @@ class _Run:
         self.device = choose_device(config)
         torch.manual_seed(config.seed)
         self.network = AttentionVae(dataset, config).to(self.device)
+        # What is ranked and published: epochs differ by chance more than by what they learned (Izmailov et al. 2018).
+        self.averaged = AveragedModel(self.network, multi_avg_fn=_average)
         self.batches = Batches(dataset, config, max_history=max_history)
         self.optimizer = torch.optim.Adam(_parameter_groups(self.network, config), fused=True)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -166,6 +171,7 @@ class _Run:
             self.optimizer.step()
             sums += batch.tokens.user_count * torch.stack((loss, reconstruction, kl)).detach()
             step += 1
+        self.averaged.update_parameters(self.network)
         loss, reconstruction, kl = (sums / self.batches.user_count).tolist()
         return loss, reconstruction, kl
 
@@ -173,6 +179,7 @@ class _Run:
         """Gives what a checkpoint holds."""
         return {
             "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "batches": self.batches.state(),
@@ -185,12 +192,22 @@ class _Run:
     def restore(self, state: State) -> None:
         """Goes back to a state: what follows is the same as if nothing had been interrupted."""
         self.network.load_state_dict(state["network"])
+        self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.batches.restore(state["batches"])
         self.curve = [Epoch(**epoch) for epoch in state["curve"]]
         self.best_weights = {name: tensor.numpy() for name, tensor in state["best_weights"].items()}
         self.best_epoch, self.best_ndcg = state["best_epoch"], state["best_ndcg"]
+
+
+@torch.no_grad()
+def _average(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
+    """Moves the averaged parameters towards the current ones, in place: the plain mean of the first few epochs, then an
+    exponential one.
+    """
+    decay = min(_AVERAGE_DECAY, int(count) / (int(count) + 1))
+    torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
 
 def _diverged(number: int, loss: float, run: _Run, config: TrainingConfig) -> PgvaeError:
