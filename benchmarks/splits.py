@@ -172,7 +172,7 @@ def _tmall(folder: Path) -> Task:
 def _without_last_purchase(events: Dataset) -> tuple[Dataset, Dataset]:
     """Gives the events without each user's last purchase, and these; a user with a single purchase keeps it."""
     bought = np.flatnonzero(np.isin(events.event_type, events.targets))
-    users, counts = np.unique(events.user[bought], return_counts=True)
+    counts = np.unique(events.user[bought], return_counts=True)[1]
     # Events lie in the order of users and times.
     last = bought[np.cumsum(counts) - 1][counts > 1]
     chosen = np.zeros(len(events.user), dtype=bool)

@@ -24,9 +24,9 @@ class Holdout:
     """What a list is judged by: users with a history, and the new items of their held-out target events.
 
     `before` holds the histories that a scorer sees. `users` [U] are the users; `truth_start` [U + 1] and `truth_item`
-    list the items of each. An item that the user already had an event of one of the types `seen` on is not in the truth,
-    and is masked in the ranking; an earlier event of another type leaves it in both. `item_share` [I] is each item's
-    share of the users that methods learn from; an item without any is neither in the truth nor in a list.
+    list the items of each. An item on which the user already had an event of a type in `seen` is not in the truth, and
+    is masked in the ranking; an earlier event of another type leaves it in both. `item_share` [I] is each item's share
+    of the users that methods learn from; an item without any is neither in the truth nor in a list.
     """
 
     before: Dataset
