@@ -111,7 +111,7 @@ def fit(
         begun = time.perf_counter()
         number = len(run.curve) + 1
         loss, reconstruction, kl = run.pass_over_users()
-        weights = run.averaged.module.weights()
+        weights = run.published_weights()
         # A last step that is too wide leaves no loss to tell of it.
         exploded = run.curve and loss > _EXPLODED * (1.0 + run.curve[0].loss)
         if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
@@ -175,6 +175,12 @@ class _Run:
         loss, reconstruction, kl = (sums / self.batches.user_count).tolist()
         return loss, reconstruction, kl
 
+    def published_weights(self) -> dict[str, NDArray[np.float32]]:
+        """Gives the averaged network's weights."""
+        network = self.averaged.module
+        assert isinstance(network, AttentionVae)
+        return network.weights()
+
     def state(self) -> State:
         """Gives what a checkpoint holds."""
         return {
@@ -201,8 +207,11 @@ class _Run:
         self.best_epoch, self.best_ndcg = state["best_epoch"], state["best_ndcg"]
 
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+
 @torch.no_grad()
-def _average(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
+def _average(averaged: Tensors, current: Tensors, count: torch.Tensor | int) -> None:
     """Moves the averaged parameters towards the current ones, in place: the plain mean of the first few epochs, then an
     exponential one.
     """
