@@ -166,8 +166,9 @@ def network_of_active_version(
     config = TrainingConfig(hidden=hidden, latent=latent, temperature=1 / float(length.mean()))
     np.testing.assert_allclose(length, length.mean(), rtol=1e-5)
     network = AttentionVae(dataset, config)
+    beside = ("item_popularity", "segment_centroids")
     network.load_state_dict(
-        {name: torch.tensor(array) for name, array in weights.items() if name != "item_popularity"}
+        {name: torch.tensor(array) for name, array in weights.items() if name not in beside}
         | {name: torch.zeros(0, latent) for name in ("item_feature_embedding", "item_feature_output")}
     )
     # The rows of the cold items are filled, too.
