@@ -57,7 +57,9 @@ select
     m.name,
     m.user_id_type,
     (m.options ->> 'max_history')::integer as max_history,
-    v.features
+    v.features,
+    v.created_at,
+    v.window_end
 from vae.versions v
 join vae.models m on m.model_id = v.model_id
 join pg_catalog.pg_namespace n on n.nspname = m.name

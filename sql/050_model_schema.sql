@@ -23,9 +23,19 @@ cross join lateral (values
     (8, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
     (9, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
     (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
+    -- Before recommendations, which reads it.
+    (10, 'materialized view', 'churn_materialized', false, 'what churn reads: a row per user'),
     (11, 'materialized view', 'recommendations_materialized', false, 'the best items as of the last refresh that stored all users, a row per user'),
     (12, 'materialized view', 'recommendations_changed', false, 'users scored since, who take the place of their row in recommendations_materialized'),
     (13, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (30, 'view', 'churn', true, 'who is leaving and who will buy: every user, as of the last vae.refresh'),
+    (31, 'function', format('churn(%s)', m.user_id_type), true, 'whether one user will buy anything within the horizon, from now on'),
+    (32, 'function', format('explain_churn(%s)', m.user_id_type), true, 'what speaks for and against one user''s leaving'),
+    (33, 'function', format('response(%s, %s)', m.user_id_type, m.item_id_type), true, 'the probability that a user buys an item within the horizon'),
+    (34, 'function', format('response(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
+    (35, 'function', format('audience(%s, integer, jsonb)', m.item_id_type), true, 'whom to send an offer of an item: the users who are likeliest to buy it'),
+    (36, 'function', format('audience(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
+    (37, 'function', 'audience_of_category(text, integer, jsonb, text)', true, 'whom to send an offer of a category: the users who are likeliest to buy one of its items'),
     (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
     (40, 'function', format('because(%s, %s)', m.user_id_type, m.item_id_type), true, 'why an item is recommended to a user, as a sentence for people'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
@@ -48,7 +58,7 @@ cross join lateral (values
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
-    and (m.items_table is not null or o.object not in ('item_features', 'demand_by_category(text)'))
+    and (m.items_table is not null or o.object not in ('item_features', 'demand_by_category(text)', 'audience_of_category(text, integer, jsonb, text)'))
 $$;
 
 comment on function vae_private.model_objects(integer) is
@@ -418,13 +428,15 @@ begin
             ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
             m.name, u, format(E'\nselect s.features from (\n%s\n) s\n', vae_private.feature_select(model_id, 'users', 'one key')));
     end if;
+    perform vae_private.drop_changed(format('%I.recommend(%s, integer, jsonb)', m.name, u), 'probability');
     execute format(
         'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
-        ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer)'
+        ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer,'
+        ' probability real)'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(
-            E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version'
+            E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
             '\njoin vae_private.scoring_items i on i.version_id = r.version_id and i.item_index = r.item_index'
             '\norder by r.rank\n',
@@ -438,6 +450,8 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
 
+    -- Before recommendations, whose view reads churn_materialized.
+    perform vae_private.build_outcomes(m);
     perform vae_private.build_recommendations(m);
     perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
@@ -474,8 +488,9 @@ begin
         execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object,
             upper(left(made.purpose, 1)) || substr(made.purpose, 2) || case
                 when made.object like 'recommend(%' then
-                    '. The score is the item''s share of the model''s probability over the catalogue: relative, not a calibrated'
-                    ' probability of purchase. Items already bought are left out unless options is {"exclude_seen": false}.'
+                    '. The score is the item''s share of the model''s probability over the catalogue: relative. probability is the'
+                    ' calibrated one that the user buys the item within the horizon, in the same order; null for a cold start and where'
+                    ' the version has none (see docs/outcomes.md). Items already bought are left out unless options is {"exclude_seen": false}.'
                     ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
                     ' the popular items.'
                 when made.object like 'explain(%' then
@@ -521,6 +536,21 @@ begin
                     ' the sum, which strays less than its items do, but all of them may be off together.'
                 when made.object = 'demand' then
                     '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
+                when made.object like 'churn(%' then
+                    ', and how much. "Now" is the end of the training window, or the user''s last event, where a version was made of old'
+                    ' events. Null but for user_id, is_cold_start and model_version for a user without known events.'
+                when made.object = 'churn' then
+                    '. A row per user. Join on user_id; model_version joins vae.versions. Probabilities are null for a user without known'
+                    ' events. Empty where the version has none (see docs/outcomes.md).'
+                when made.object like 'explain_churn(%' then
+                    ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
+                    ' leaving, compared to the average user.'
+                when made.object like 'response(%' then
+                    ', from now on. Null for a user without known events; it is not said how many buy because of the offer.'
+                when made.object like 'audience%' then
+                    ' within the horizon. Their response_probability may be added up to the expected number of buyers; how many buy'
+                    ' because of the offer is not known. Options: exclude_buyers leaves out who bought one of the items before,'
+                    ' min_probability who is less likely to buy.'
                 when made.object = 'recommendations' then
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
                 when made.object = 'recommendations_materialized' then
@@ -572,13 +602,16 @@ begin
             ('recommendations', 'user_id', 'Key of the user.'),
             ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
             ('recommendations', 'item_id', 'Key of the item.'),
-            ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, not a calibrated probability of purchase.'),
+            ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, see probability.'),
             ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
             ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
-            ('recommendations', 'scored_at', 'When the row was scored.')
+            ('recommendations', 'scored_at', 'When the row was scored.'),
+            ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a cold start, where the version has no probabilities, and where refreshes rank candidates only.')
         ) as c (relation, column_name, comment)
         union all
         select * from vae_private.demand_comments()
+        union all
+        select * from vae_private.outcome_comments()
     loop
         continue when to_regclass(format('%I.%I', m.name, line.relation)) is null;
         execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
@@ -617,7 +650,9 @@ begin
         then
             execute format('grant select on %I.%s to vae_reader', m.name, made.object);
         elsif current_setting('server_version_num')::integer >= 150000 then
-            execute format('grant select on %I.%s to vae_operator', m.name, made.object);
+            -- They run with the rights of whoever reads them; an audience is found among all users.
+            execute format('grant select on %I.%s to %s', m.name, made.object,
+                case when made.object in ('refresh_events', 'user_features', 'item_features') then 'vae_scorer' else 'vae_operator' end);
         end if;
     end loop;
 end;

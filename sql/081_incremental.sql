@@ -349,7 +349,9 @@ begin
     end loop;
     execute format(
         E'create or replace view %1$I.recommendations as'
-        '\nselect r.user_id, l.rank::integer as rank, l.item_id, l.score, r.is_cold_start, r.model_version, r.scored_at'
+        '\nselect r.user_id, l.rank::integer as rank, l.item_id, l.score, r.is_cold_start, r.model_version, r.scored_at,'
+        '\n    (p.purchase_probability * (1 - exp(-exp(greatest(-500, least(6,'
+        '\n        p.item_offset + p.item_slope * ln(nullif(l.score, 0)::float8)))))))::real as probability'
         '\nfrom ('
         '\n    select c.user_id, c.item_ids, c.scores, c.is_cold_start, c.model_version, c.scored_at'
         '\n    from %1$I.recommendations_changed c'
@@ -358,8 +360,11 @@ begin
         '\n    from %1$I.recommendations_materialized m'
         '\n    where not exists (select from %1$I.recommendations_changed c where c.user_id = m.user_id)'
         '\n) r'
-        '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)',
-        m.name);
+        '\ncross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank)'
+        -- Scores among the candidates of a refresh are no shares of the catalogue.
+        '\nleft join %1$I.churn_materialized p on p.user_id = r.user_id and p.model_version = r.model_version'
+        '\n    and not exists (select from vae.candidates s where s.model_id = %2$s and s.for_refresh)',
+        m.name, m.model_id);
     if is_outdated then
         execute format('drop materialized view %I.recommendations_before', m.name);
         perform set_config('vae.refresh_mode', '', true);

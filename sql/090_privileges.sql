@@ -31,7 +31,12 @@ grant execute on function
     vae_private.demand(integer, text),
     vae_private.demand_all(integer),
     vae_private.looks_ahead_from(timestamptz, timestamptz, integer),
-    vae_private.item_column(integer, text)
+    vae_private.item_column(integer, text),
+    vae_private.churn(integer, text),
+    vae_private.churn_all(integer),
+    vae_private.explain_churn(integer, text),
+    vae_private.response(integer, text, text[]),
+    vae_private.audience(integer, text[], integer, jsonb)
 to vae_scorer;
 
 grant execute on function
@@ -121,7 +126,10 @@ grant execute on function
     vae_private.grant_model(vae.models),
     vae_private.item_days_select(vae.models, text, text, text, text),
     vae_private.build_demand(vae.models),
-    vae_private.demand_comments()
+    vae_private.demand_comments(),
+    vae_private.drop_changed(text, text),
+    vae_private.build_outcomes(vae.models),
+    vae_private.outcome_comments()
 to vae_trainer;
 
 -- Lifecycle: parity, gates, retention.

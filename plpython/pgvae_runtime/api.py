@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, device, forward, runs, sales, segments
-from .errors import INVALID_PARAMETER, NO_DEMAND, ScoringError
+from . import audience as audiences
+from . import batch, churn, device, forward, outcomes, runs, sales, segments
+from .errors import INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, read_history
-from .options import one_of, read_options, whole_number
+from .options import Option, one_of, read_options, whole_number
 from .related import ORDERS, given_items, unknown_items
 from .related import related as find_related
 from .related import related_all as relate_all
@@ -86,31 +87,45 @@ def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
 @_translated
 def recommend(
     plpy: Any, model_id: int, user_key: str | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, bool, int, int]]:
-    """Gives (rank, item_index, score, is_cold_start, model_version, version_id) of the k best items for one user."""
+) -> list[tuple[int, int, float, bool, int, int, float | None]]:
+    """Gives (rank, item_index, score, is_cold_start, model_version, version_id, probability) of one user's best items.
+
+    The probability is None where the version has no heads, and for a cold start.
+    """
     k = checked_k(k)
     filters = Filters(**checked_options(options))
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(plpy, version, read_history(plpy, version, user_key), k, filters)
+    history = read_history(plpy, version, user_key)
+    rows, shares = _best(plpy, version, history, k, filters)
+    probabilities: list[float | None] = [None] * len(rows)
+    if outcomes.has_heads(version.weights) and history.counts[0]:
+        found, _ = churn.look_ahead(version, history)
+        own = shares[:, [row[1] for row in rows]]
+        probabilities = outcomes.item_probability(version.weights, found, own)[0].tolist()
+    return [(*row, probability) for row, probability in zip(rows, probabilities, strict=True)]
 
 
 def _best(
     plpy: Any, version: Version, history: History, k: int, filters: Filters
-) -> list[tuple[int, int, float, bool, int, int]]:
-    """Gives the rows of `recommend` for the history of one user."""
+) -> tuple[list[tuple[int, int, float, bool, int, int]], Any]:
+    """Gives the rows of `recommend` without the probability, for the history of one user, and the shares of the whole
+    catalogue, [1, I]; of items that are left out they may be -1.
+    """
     scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
+    shares = scores.copy() if filters.candidates is not None else scores
     if filters.candidates is not None:
         candidates = read_candidates(plpy, version, filters.candidates)
         assert candidates is not None  # A name gives a set, or an error.
         keep_candidates(scores, candidates)
     if filters.exclude_seen:
         mask_seen(np, scores, history, version.targets)
-    return [
+    rows = [
         (rank, item, value, bool(cold[0]), version.version, version.version_id)
         for rank, (item, value) in enumerate(best_items(plpy, version, scores, k, filters), start=1)
     ]
+    return rows, shares
 
 
 @_translated
@@ -145,7 +160,7 @@ def _recommend_session(
     if events is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)
+    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)[0]
 
 
 _EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
@@ -347,6 +362,87 @@ def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
         plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
         return iter(())
     return _translated_rows(plpy, sales.demand_of_all(plpy, found))
+
+
+@_translated
+def churn_of_user(plpy: Any, model_id: int, user_key: str | None) -> list[churn.Row]:
+    """Gives what one user will do within the horizon, see churn.Row; none for null."""
+    if user_key is None:
+        return []
+    return [churn.churn_of_user(plpy, churn.version_with_heads(plpy, model_id), user_key)]
+
+
+@_translated
+def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[int, str, float, int]]:
+    """Gives (rank, reason, contribution, model_version) of what speaks most for no purchase of one user."""
+    if user_key is None:
+        return []
+    version = churn.version_with_heads(plpy, model_id)
+    return churn.explained(version, read_history(plpy, version, user_key))
+
+
+@_translated
+def churn_all(plpy: Any, model_id: int) -> Iterator[churn.Row]:
+    """Gives the same of all users, for a materialized view; none where the version has no heads, and a notice."""
+    version = _version_with_heads(plpy, model_id)
+    return iter(()) if version is None else _translated_rows(plpy, churn.churn_of_all(plpy, version))
+
+
+def _version_with_heads(plpy: Any, model_id: int) -> Version | None:
+    try:
+        return churn.version_with_heads(plpy, model_id)
+    except ScoringError as error:
+        if error.sqlstate != NO_OUTCOMES:
+            raise
+        plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
+        return None
+
+
+@_translated
+def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str | None] | None) -> float | None:
+    """Gives P(a user buys one of the items within the horizon); None for null, and for a user without known events."""
+    if user_key is None or item_keys is None or item_keys == [None]:
+        return None
+    version = churn.version_with_heads(plpy, model_id)
+    items = audiences.offered_items(plpy, version, "items", item_keys)
+    return audiences.response_of(plpy, version, user_key, items)
+
+
+_AUDIENCE_OPTIONS = {
+    "exclude_buyers": Option(accepts=lambda value: isinstance(value, bool), hint="give true or false"),
+    "min_probability": Option(
+        accepts=lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        hint="give a probability from 0 to 1",
+    ),
+}
+_MOST_USERS = 10_000_000
+
+
+@_translated
+def audience(
+    plpy: Any, model_id: int, item_keys: list[str | None] | None, k: int | None, options: str | None
+) -> Iterator[audiences.Row]:
+    """Gives the k users who are likeliest to buy one of the items, see audience.Row; none for null."""
+    if k is None or not 1 <= k <= _MOST_USERS:
+        raise ScoringError(
+            f"k is {'null' if k is None else k}",
+            sqlstate=INVALID_PARAMETER,
+            hint=f"ask for 1 to {_MOST_USERS} users, as in: k => 1000",
+        )
+    chosen = read_options(options, _AUDIENCE_OPTIONS, '{"exclude_buyers": true}')
+    if item_keys is None or item_keys == [None]:
+        return iter(())
+    version = churn.version_with_heads(plpy, model_id)
+    items = audiences.offered_items(plpy, version, "items", item_keys)
+    rows = audiences.audience_of(
+        plpy,
+        version,
+        items,
+        k,
+        exclude_buyers=chosen.get("exclude_buyers", False),
+        min_probability=chosen.get("min_probability", 0.0),
+    )
+    return _translated_rows(plpy, rows)
 
 
 def _translated_rows(plpy: Any, rows: Iterator[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import mapping
+from . import behaviour, mapping, outcomes
 from .errors import (
     CORRUPT_WEIGHTS,
     INCOMPATIBLE_VERSION,
@@ -35,8 +35,8 @@ class Version:
 
     `weights` maps the names of forward.SHAPES to arrays; `event_types` gives the row of each standard event type
     in the event type embedding; `targets` the rows of those that count as the event that is predicted;
-    `user_pipeline` makes the feature tokens of users; `ranked` are the items of the catalogue that the C columns of the
-    scores stand for, ascending, None: all of them.
+    `weights` may hold those of outcomes.SHAPES too. `user_pipeline` makes the feature tokens of users; `ranked` are the
+    items of the catalogue that the C columns of the scores stand for, ascending, None: all of them.
     """
 
     version_id: int
@@ -50,6 +50,9 @@ class Version:
     max_history: int
     user_count: int
     user_pipeline: FeaturePipeline = NO_FEATURES
+    # In seconds since 1970: when it was published, and its newest event.
+    created_at: float = 0.0
+    window_end: float = 0.0
     # Of a version that filters.restricted made.
     ranked: NDArray[np.int64] | None = None
 
@@ -84,7 +87,8 @@ where d.datname = pg_catalog.current_database()
 # `{views}` is scoring: active versions, for whoever scores; or published: all of them, for operators.
 _VERSION = """
 select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config, v.max_history,
-    v.user_count, v.model_id, v.features::text as features
+    v.user_count, v.model_id, v.features::text as features, extract(epoch from v.created_at)::float8 as created_at,
+    extract(epoch from v.window_end)::float8 as window_end
 from vae_private.{views}_versions v
 where v.version_id = $1
 """
@@ -208,6 +212,8 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
         max_history=row["max_history"],
         user_count=row["user_count"],
         user_pipeline=user_pipeline,
+        created_at=row["created_at"],
+        window_end=row["window_end"],
     )
 
 
@@ -247,7 +253,9 @@ def _read_weights(plpy: Any, version_id: int, views: str = "scoring") -> dict[st
 def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
     sizes = {"T": types, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": features, "1": 1}
-    for name, letters in SHAPES.items():
+    sizes["B"] = behaviour.count(types)
+    expected = {**SHAPES, **(outcomes.SHAPES if outcomes.has_heads(weights) else {})}
+    for name, letters in expected.items():
         shape = weights[name].shape if name in weights else None
         fits = (
             shape is not None

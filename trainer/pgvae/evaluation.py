@@ -51,10 +51,14 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured; `fit` is None where the events cannot be split, and `metrics` is then empty."""
+    """What was measured; `fit` is None where the events cannot be split, and `metrics` is then empty.
+
+    `learned_until` is the time of the newest event that the fit has learned from, in seconds since 1970.
+    """
 
     fit: Fit | None
     metrics: list[Metric]
+    learned_until: float = np.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,11 @@ def evaluate(
     for method, score in methods.items():
         measured = per_user_metrics(split.test, score, K)
         values[method] = {(metric, K): measured[metric] for metric in _SLICED}
-    return Evaluation(fit=fitted, metrics=summarise(split.test.users, values, split=name, seed=config.seed))
+    return Evaluation(
+        fit=fitted,
+        metrics=summarise(split.test.users, values, split=name, seed=config.seed),
+        learned_until=float(split.train.occurred_at.max()),
+    )
 
 
 def compare(

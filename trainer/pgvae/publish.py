@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import psycopg
+from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
 from pgvae import __version__, resources
@@ -35,6 +37,7 @@ def publish(
     curves: Sequence[CurvePoint] = (),
     demand: Head | None = None,
     segments: Segments = NO_SEGMENTS,
+    outcomes: Mapping[str, NDArray[Any]] | None = None,
 ) -> int:
     """Gives the number of the new version, in the state ready.
 
@@ -52,7 +55,7 @@ def publish(
             "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"
         ) as copy:
             copy.set_types(["int8", "text", "int4", "text", "int4[]", "bytea", "bytea"])
-            tensors = {name: fit.weights[name] for name in forward.SHAPES} | segments.tensors()
+            tensors = {name: fit.weights[name] for name in forward.SHAPES} | segments.tensors() | dict(outcomes or {})
             for name, tensor in tensors.items():
                 for chunk, dtype, shape, sha256, data in to_chunks(tensor):
                     copy.write_row((version_id, name, chunk, dtype, shape, sha256, data))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psycopg
 
 from pgvae import __version__, resources
@@ -17,10 +18,12 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
-from pgvae.evaluation import Metric, evaluate
+from pgvae.evaluation import Evaluation, Metric, evaluate
+from pgvae.outcome_windows import newest_moment, too_little
+from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.publish import publish
 from pgvae.segments import find_segments, read_previous
-from pgvae.training import DEFAULT_SHORTCUT, Epoch, fit
+from pgvae.training import DEFAULT_SHORTCUT, Epoch, Fit, fit
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -43,6 +46,7 @@ class Training:
     version: int
     metrics: list[Metric]
     demand: DemandFit
+    outcomes: OutcomeFit
     durations: dict[str, float]
 
 
@@ -58,10 +62,10 @@ def train(
     """Trains a model on its cleaned events and publishes the result as a version in the state ready.
 
     The network is first trained without the newest events, or without a share of each user's items, and measured on
-    them, then trained again on all events for as many epochs as were best; beside it the forecast of demand is fitted,
-    and the users are divided into segments. No connection is open meanwhile, so a long training holds back no vacuum.
-    PgvaeError where the quality gate fails and `force` is not given; nothing is then published. A training that was
-    interrupted goes on from its checkpoint in the folder `checkpoints`.
+    them, then trained again on all events for as many epochs as were best; beside it the forecast of demand and the
+    heads of outcomes are fitted, and the users are divided into segments. No connection is open meanwhile, so a long
+    training holds back no vacuum. PgvaeError where the quality gate fails and `force` is not given; nothing is then
+    published. A training that was interrupted goes on from its checkpoint in the folder `checkpoints`.
     """
     config = config or TrainingConfig()
     kept = Checkpoints(checkpoints or default_folder())
@@ -91,6 +95,8 @@ def train(
         with connect(dsn) as connection:
             previous = read_previous(connection, model)
         segments = find_segments(dataset, final.weights, config, max_history=definition.max_history, previous=previous)
+    with _timed("outcomes", durations, listener):
+        outcomes = _fit_outcomes(dataset, config, evaluation, final, definition, sales.horizon, kept)
     with _timed("publish", {}, listener), connect(dsn) as connection:
         version = publish(
             connection,
@@ -99,14 +105,51 @@ def train(
             config=config,
             fit=final,
             curve=(evaluation.fit.curve if evaluation.fit else []) + final.curve,
-            metrics=evaluation.metrics + demand.metrics,
+            metrics=evaluation.metrics + demand.metrics + outcomes.metrics,
             durations=durations,
-            curves=demand.curve,
+            curves=[*demand.curve, *outcomes.curves],
             demand=demand.head,
             segments=segments,
+            outcomes=outcomes.tensors,
         )
     kept.remove()
-    return Training(version=version, metrics=evaluation.metrics, demand=demand, durations=durations)
+    return Training(version=version, metrics=evaluation.metrics, demand=demand, outcomes=outcomes, durations=durations)
+
+
+def _fit_outcomes(
+    dataset: Dataset,
+    config: TrainingConfig,
+    evaluation: Evaluation,
+    final: Fit,
+    definition: ModelDefinition,
+    horizon: int,
+    checkpoints: Checkpoints,
+) -> OutcomeFit:
+    """Gives the heads, with the network of the evaluation where that has not learned from the newest horizon.
+
+    Else one is trained that has not.
+    """
+    earlier, end = evaluation.fit, evaluation.learned_until
+    has_learned_it = earlier is None or end > newest_moment(dataset, horizon)
+    if has_learned_it and not too_little(dataset, horizon, config.seed):
+        end = newest_moment(dataset, horizon)
+        earlier = fit(
+            dataset.between(-np.inf, end),
+            config,
+            max_history=definition.max_history,
+            phase="outcomes",
+            epochs=final.best_epoch,
+            shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
+            checkpoints=checkpoints,
+        )
+    return fit_outcomes(
+        dataset,
+        earlier=earlier.weights if earlier else {},
+        earlier_end=end,
+        horizon=horizon,
+        max_history=definition.max_history,
+        seed=config.seed,
+    )
 
 
 def read_checked(

@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from pgvae.demand import DemandFit
     from pgvae.evaluation import Metric
+    from pgvae.outcomes import OutcomeFit
 
 # What each split is tested on.
 PARTS = {
@@ -88,6 +89,24 @@ def demand_verdict(fit: DemandFit) -> str:
     return (
         f"demand of {fit.head.horizon} days is off by {wape['pgvae']:.1%} of the units sold ({others});"
         f" {units['pgvae', 'demand_coverage']:.0%} of the items within the 80 % interval"
+    )
+
+
+def outcomes_verdict(fit: OutcomeFit) -> str:
+    """Gives a sentence about who will buy: how well it is foretold, beside its baseline, or why there is nothing."""
+    if not fit.tensors:
+        return f"no probabilities of purchases: {fit.missing}"
+    values = {(m.method, m.metric): m.value for m in fit.metrics}
+    auc, loss = (
+        {method: values[method, name] for method in ("pgvae", "rfm")} for name in ("churn_auc", "churn_log_loss")
+    )
+    return (
+        f"who buys within {fit.tensors['outcome_horizon'][0]:.0f} days: AUC {auc['pgvae']:.3f},"
+        f" log-loss {loss['pgvae']:.3f}"
+        f" (recency, frequency and amount {auc['rfm']:.3f}, {loss['rfm']:.3f}),"
+        f" calibration error {values['pgvae', 'churn_ece']:.3f};"
+        f" lift of the best tenth of all offers {values['pgvae', 'response_lift']:.1f}"
+        f" (popularity {values['popularity', 'response_lift']:.1f})"
     )
 
 

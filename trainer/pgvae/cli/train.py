@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 
 from pgvae.cli import Dsn, app
-from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, verdicts
+from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, outcomes_verdict, verdicts
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out, progress_with_detail
@@ -28,6 +28,7 @@ _PHASES = {
     "evaluate": "training without the newest events, to measure",
     "train": "training on all events, to publish",
     "segments": "dividing users into segments",
+    "outcomes": "fitting who will buy what",
     "publish": "publishing",
 }
 
@@ -150,6 +151,7 @@ def show(model: str, result: Training) -> None:
     else:
         out.print("its ranking is not measured: too few users have something new to find")
     out.print(demand_verdict(result.demand), highlight=False)
+    out.print(outcomes_verdict(result.outcomes), highlight=False)
 
 
 class _Display:

@@ -1,0 +1,181 @@
+"""Whom to offer what: the users who are likeliest to buy one of some items, and those of a model's offers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import outcomes, runs
+from .batch import batch_size, report_progress
+from .churn import look_ahead
+from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
+from .history import read_histories, read_history
+from .scoring import score_users
+from .store import Version, execute
+from .tokens import History
+
+# (rank, user key, response probability, whether the user bought one of the items before, version)
+Row = tuple[int, str, float, bool, int]
+# (offer_id, rank, user key, response probability, whether the user bought one before, version)
+OfferRow = tuple[int, int, str, float, bool, int]
+
+_ITEMS = """
+select w.place, w.item_key, i.item_index
+from unnest($1::text[]) with ordinality as w (item_key, place)
+left join vae_private.scoring_items i on i.version_id = $2 and i.item_key = w.item_key
+order by w.place
+"""
+_OFFERS = """
+select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers
+from vae.offers o
+where o.model_id = $1
+    and (o.ends_at is null or o.ends_at > statement_timestamp())
+order by o.offer_id
+"""
+
+
+def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
+    """Gives the rows of some items; ScoringError where there is none, one is null, unknown or stands there twice."""
+    if not item_keys:
+        raise ScoringError(f"{what} names no item", sqlstate=INVALID_PARAMETER, hint="name one or more items")
+    rows = execute(plpy, _ITEMS, ["text[]", "bigint"], [list(item_keys), version.version_id])
+    seen: set[str] = set()
+    for row in rows:
+        key = row["item_key"]
+        if key is None or key in seen:
+            raise ScoringError(
+                f"{what} names item {'null' if key is None else key}{'' if key is None else ' twice'}",
+                sqlstate=INVALID_PARAMETER,
+                hint="name each item once",
+            )
+        seen.add(key)
+        if row["item_index"] is None:
+            raise unknown_item(version, key)
+    return np.array([row["item_index"] for row in rows], dtype=np.int64)
+
+
+def unknown_item(version: Version, item_key: str) -> ScoringError:
+    """Gives the error about an item that a version does not know."""
+    return ScoringError(
+        f"version {version.version} of model {version.model} does not know item {item_key}",
+        sqlstate=UNKNOWN_ITEM,
+        hint=f"is the key right? The next version knows a new item: pgvae train {version.model}",
+    )
+
+
+def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
+    """Gives P(the user buys one of the items within the horizon); None for a user without known events."""
+    history = read_history(plpy, version, user_key)
+    probability = _responses(version, history, [items], time.time())[0, 0]
+    return None if np.isnan(probability) else float(probability)
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The k users with the highest probabilities so far, and whether they bought one of the items before."""
+
+    k: int
+    probability: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    users: list[str] = field(default_factory=list)
+    has_bought: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    def add(self, users: list[str], probability: NDArray[np.float64], has_bought: NDArray[np.bool_]) -> None:
+        """Takes more users; nan is left out. Of equal probabilities the first come first."""
+        joined = np.concatenate((self.probability, probability))
+        order = np.argsort(-np.nan_to_num(joined, nan=-1.0), kind="stable")[: self.k]
+        order = order[~np.isnan(joined[order])]
+        names = [*self.users, *users]
+        self.users = [names[place] for place in order.tolist()]
+        self.has_bought = np.concatenate((self.has_bought, has_bought))[order]
+        self.probability = joined[order]
+
+    def rows(self) -> Iterator[tuple[int, str, float, bool]]:
+        """Gives (rank, user key, probability, whether the user bought one before)."""
+        for rank, row in enumerate(
+            zip(self.users, self.probability.tolist(), self.has_bought.tolist(), strict=True), start=1
+        ):
+            yield rank, *row
+
+
+def audience_of(
+    plpy: Any, version: Version, items: NDArray[np.int64], k: int, *, exclude_buyers: bool, min_probability: float
+) -> Iterator[Row]:
+    """Gives the k users who are likeliest to buy one of the items within the horizon, of all users."""
+    (best,) = _best_of_all(plpy, version, [items], [k], [exclude_buyers], "audience")
+    for rank, user, probability, has_bought in best.rows():
+        if probability >= min_probability:
+            yield rank, user, probability, has_bought, version.version
+
+
+def offer_responses(plpy: Any, version: Version) -> Iterator[OfferRow]:
+    """Gives the users of each offer that has not ended; an offer with an item that the version does not know is left
+    out, with a notice.
+    """
+    offers, items = [], []
+    for offer in execute(plpy, _OFFERS, ["integer"], [version.model_id]):
+        try:
+            items.append(offered_items(plpy, version, f"offer {offer['name']}", offer["item_keys"]))
+        except ScoringError as error:
+            plpy.notice(f"offer {offer['name']} is left out: {error.message}")
+            continue
+        offers.append(offer)
+    done = 0
+    found = _best_of_all(
+        plpy,
+        version,
+        items,
+        [offer["max_users"] for offer in offers],
+        [offer["exclude_buyers"] for offer in offers],
+        "offers",
+    )
+    for offer, best in zip(offers, found, strict=True):
+        for row in best.rows():
+            yield offer["offer_id"], *row, version.version
+            done += 1
+    runs.record(version, "offer_responses", done)
+
+
+def _best_of_all(
+    plpy: Any,
+    version: Version,
+    items: Sequence[NDArray[np.int64]],
+    ks: Sequence[int],
+    exclude_buyers: Sequence[bool],
+    what: str,
+) -> list[Best]:
+    """Gives the best users for each of N sets of items, in one pass over all users."""
+    best = [Best(k=k) for k in ks]
+    if not best:
+        return best
+    now, done = time.time(), 0
+    for users, history in read_histories(plpy, version, batch_size(version)):
+        found = _responses(version, history, items, now)
+        for column, (own, wanted) in enumerate(zip(best, items, strict=True)):
+            has_bought = _has_bought(version, history, wanted)
+            probability = found[:, column]
+            if exclude_buyers[column]:
+                probability = np.where(has_bought, np.nan, probability)
+            own.add(users, probability, has_bought)
+        done += len(users)
+        report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
+    return best
+
+
+def _responses(
+    version: Version, history: History, items: Sequence[NDArray[np.int64]], now: float
+) -> NDArray[np.float64]:
+    """Gives P(user buys one of the items within the horizon), [U, N], for N sets of items; nan for unknown users."""
+    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    found, _ = look_ahead(version, history, now)
+    return np.column_stack([outcomes.any_probability(version.weights, found, scores[:, own]) for own in items])
+
+
+def _has_bought(version: Version, history: History, items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tells which users have an event of a target type on one of the items, [U]."""
+    chosen = np.isin(history.item, items) & np.isin(history.event_type, version.targets)
+    return np.bincount(history.users()[chosen], minlength=len(history.counts)) > 0

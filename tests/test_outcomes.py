@@ -1,0 +1,531 @@
+"""Who will buy, who is leaving, whom to send an offer: the fit on known truth, and the answers in SQL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from conftest import as_role, create_database, drop_database
+from pgvae.dataset import Dataset
+from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
+from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
+from pgvae.outcomes import fit_outcomes
+from pgvae.regression import fit_cloglog, fit_logistic, fit_poisson
+from pgvae.server import Server
+from pgvae.train import Training
+from pgvae.train import train as run_training
+from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
+from pgvae_runtime.outcomes import SHAPES, Outlook, any_probability, item_probability, moments, risk_band, sigmoid
+from pgvae_runtime.tokens import History
+from shop import QUICK, SMALL, Shop, refusal
+
+Connection = psycopg.Connection[Any]
+HORIZON = 7
+SHOP = Shop(user_keys=range(1, 161), item_keys=range(1, 13))
+
+
+# Arithmetic
+
+
+def test_a_logistic_regression_finds_the_coefficients_that_made_the_answers() -> None:
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(40_000, 2))
+    y = (generator.random(40_000) < sigmoid(x @ [1.0, -0.5] - 1.0)).astype(np.float64)
+    assert fit_logistic(x, y, np.zeros(2)) == pytest.approx([1.0, -0.5, -1.0], abs=0.06)
+
+
+def test_a_poisson_regression_finds_the_coefficients_that_made_the_counts() -> None:
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(40_000, 2))
+    y = generator.poisson(np.exp(x @ [0.8, -0.3] + 0.5)).astype(np.float64)
+    assert fit_poisson(x, y, np.zeros(2)) == pytest.approx([0.8, -0.3, 0.5], abs=0.03)
+
+
+def test_the_head_of_items_finds_the_coefficients_that_made_the_purchases() -> None:
+    generator = np.random.default_rng(1)
+    x = np.column_stack((generator.normal(-4.0, 1.0, 100_000), generator.normal(size=100_000), np.ones(100_000)))
+    y = generator.random(100_000) < -np.expm1(-np.exp(x @ [0.9, 0.5, 1.0]))
+    ones = np.ones(len(y))
+    assert fit_cloglog(x, y, ones, least=0.05) == pytest.approx([0.9, 0.5, 1.0], abs=0.1)
+    # A network that has learned nothing must not turn the order of the scores around.
+    turned = fit_cloglog(x * [-1.0, 1.0, 1.0], y, ones, least=0.05)
+    assert turned[0] == 0.05
+    rate = np.exp(x * [-1.0, 1.0, 1.0] @ turned)
+    assert -np.expm1(-rate).sum() == pytest.approx(y.sum(), rel=0.01)
+
+
+def test_rows_that_stand_for_several_count_as_often() -> None:
+    generator = np.random.default_rng(1)
+    x = np.column_stack((generator.normal(size=3000), np.ones(3000)))
+    y, times = generator.random(3000) < 0.1, generator.integers(1, 4, 3000)
+    once = fit_cloglog(np.repeat(x, times, axis=0), np.repeat(y, times), np.ones(times.sum()), least=-9.0)
+    assert fit_cloglog(x, y, times.astype(np.float64), least=-9.0) == pytest.approx(once, abs=1e-5)
+
+
+def test_figures_of_a_hand_made_case() -> None:
+    truth = np.array([1.0, 0.0, 1.0, 0.0])
+    p = np.array([0.9, 0.4, 0.4, 0.1])
+    # Of the four pairs of a buyer and another three are in order, and one is a tie.
+    assert area_under_curve(p, truth) == pytest.approx(3.5 / 4)
+    assert log_loss(p, truth).tolist() == pytest.approx([-np.log(0.9), -np.log(0.6), -np.log(0.4), -np.log(0.9)])
+    assert calibration_error(np.full(100, 0.3), np.repeat([1.0, 0.0], [30, 70])[np.argsort(np.arange(100) % 10)]) < 0.2
+    assert calibration_error(np.full(1000, 0.3), (np.arange(1000) % 10 < 3).astype(float)) == pytest.approx(0.0)
+    order = np.arange(100.0)
+    assert top_lift(order, np.arange(100) >= 90) == pytest.approx(10.0)
+    assert top_lift(order, np.arange(100) < 10) == pytest.approx(0.0)
+    assert top_lift(np.zeros(100), np.arange(100) < 10) == pytest.approx(1.0)
+
+
+def history(*users: list[tuple[float, int, int]]) -> History:
+    """Gives the history of users, each a list of (days since 1970, item, event type)."""
+    events = np.array([event for own in users for event in own]).reshape(-1, 3)
+    return History(
+        counts=np.array([len(own) for own in users]),
+        item=events[:, 1].astype(np.int64),
+        event_type=events[:, 2].astype(np.int64),
+        occurred_at=events[:, 0] * DAY,
+    )
+
+
+def test_behaviour_is_what_its_names_say() -> None:
+    own = history([(90.0, 1, 0), (95.5, 2, 1), (99.0, 2, 1), (99.2, 3, 1)], [], [(50.0, 1, 0)])
+    found = behaviour(own, np.full(3, 100.0 * DAY), horizon=7, targets=(1,), types=2)
+    assert found.shape == (3, count(2))
+    value = [dict(zip(names(["view", "purchase"]), row, strict=True)) for row in found]
+    assert value[0]["has bought"] == 1
+    assert value[0]["log days since the last event"] == pytest.approx(np.log1p(0.8))
+    assert value[0]["log days since the first event"] == pytest.approx(np.log1p(10.0))
+    # 4.5 and 1 or 0.8 days ago: days are counted back from the moment, so the two of them lie on different ones.
+    assert value[0]["log days with purchases"] == pytest.approx(np.log1p(3))
+    assert value[0]["log purchases"] == pytest.approx(np.log1p(3))
+    assert value[0]["log items bought"] == pytest.approx(np.log1p(2))
+    assert value[0]["view: log events"] == pytest.approx(np.log1p(1))
+    assert value[0]["view: log days since the last one"] == pytest.approx(np.log1p(10.0))
+    assert not found[1].any()
+    assert value[2]["has bought"] == 0
+    # As if it had been a horizon before the first event.
+    assert value[2]["log days since the last purchase"] == pytest.approx(np.log1p(57.0))
+
+
+def test_behaviour_does_not_depend_on_who_else_is_in_the_batch_or_on_the_order() -> None:
+    generator = np.random.default_rng(1)
+    users = [
+        [(float(generator.uniform(0, 99)), int(generator.integers(9)), int(generator.integers(2))) for _ in range(n)]
+        for n in (3, 0, 12, 1)
+    ]
+    found = behaviour(history(*users), np.full(4, 100.0 * DAY), horizon=7, targets=(1,), types=2)
+    for user, own in enumerate(users):
+        alone = behaviour(history(own[::-1]), np.array([100.0 * DAY]), horizon=7, targets=(1,), types=2)
+        np.testing.assert_allclose(alone[0], found[user], rtol=1e-12)
+
+
+def test_each_number_of_behaviour_belongs_to_one_group() -> None:
+    groups = behaviour_groups(3)
+    assert sorted(column for own in groups.values() for column in own) == list(range(count(3)))
+    assert all(groups.values())
+
+
+def test_the_horizon_of_an_archive_begins_where_its_events_end() -> None:
+    own = history([(90.0, 1, 0)], [(120.0, 1, 0)], [])
+    times = {"now": 500.0 * DAY, "window_end": 100.0 * DAY, "horizon": 7}
+    assert (moments(own, created_at=107.0 * DAY, **times) == 500.0 * DAY).all()
+    old = moments(own, created_at=107.1 * DAY, **times)
+    assert (old / DAY).tolist() == [100.0, 120.0, 100.0]
+
+
+def test_the_probability_of_an_item_grows_with_its_score_and_stays_below_that_of_any_purchase() -> None:
+    weights = {"item_slope": np.array([0.8])}
+    found = Outlook(
+        purchase=np.array([0.4, np.nan]),
+        amount=np.array([3.0, np.nan]),
+        item_offset=np.array([1.0, np.nan]),
+        behaviour=np.zeros((2, 1)),
+    )
+    scores = np.array([[0.0, 1e-30, 1e-6, 0.1, 1.0]] * 2)
+    p = item_probability(weights, found, scores)
+    assert p[0, 0] == 0.0
+    assert (np.diff(p[0]) > 0).all()
+    assert p[0, -1] < 0.4
+    assert np.isnan(p[1]).all()
+    either = any_probability(weights, found, scores[:, 2:4])
+    assert max(p[0, 2], p[0, 3]) < either[0] < p[0, 2] + p[0, 3]
+
+
+def test_bands_of_risk() -> None:
+    assert [risk_band(p) for p in (0.0, 0.4999, 0.5, 0.7999, 0.8, 1.0)] == [
+        "low", "low", "medium", "medium", "high", "high"
+    ]  # fmt: skip
+
+
+# Windows and the fit
+
+
+def simulated(users: int = 1500, days: int = 120, seed: int = 1) -> tuple[Dataset, np.ndarray[Any, Any]]:
+    """Gives users who buy at steady rates of their own until they leave, and the true rate per day at the end."""
+    generator = np.random.default_rng(seed)
+    rate = generator.gamma(0.7, 0.08, users)
+    leaves = np.minimum(generator.exponential(120.0, users), days)
+    events = generator.poisson(rate * leaves)
+    user = np.repeat(np.arange(users), events)
+    at = generator.random(len(user)) * leaves[user] * DAY
+    taste = generator.integers(0, 4, users)
+    item = np.where(generator.random(len(user)) < 0.7, taste[user] * 5, 0) + generator.integers(0, 5, len(user))
+    kind = (generator.random(len(user)) < 0.5).astype(np.int64)
+    order = np.lexsort((kind, item, at, user))
+    dataset = Dataset(
+        user=user[order],
+        item=item[order],
+        event_type=kind[order],
+        occurred_at=at[order],
+        weight=np.ones(len(user), dtype=np.float32),
+        item_keys=[f"item {number:02}" for number in range(20)],
+        event_types=["view", "purchase"],
+        user_count=users,
+    )
+    return dataset, np.where(leaves >= days, rate * 0.5, 0.0)
+
+
+def test_windows_lie_side_by_side_and_inside_the_events() -> None:
+    dataset, _ = simulated()
+    found = windows(dataset, 14, 1)
+    end = dataset.occurred_at.max()
+    for number, window in enumerate(found, start=1):
+        assert window.moment == pytest.approx(end - number * 14 * DAY, abs=1.0)
+        assert window.history.occurred_at.max() < window.moment
+        assert window.moment - dataset.occurred_at.min() >= 14 * DAY - 1.0
+        after = (dataset.occurred_at >= window.moment) & (dataset.occurred_at < window.moment + 14 * DAY)
+        bought = after & (dataset.event_type == 1)
+        known = np.isin(dataset.user, dataset.user[dataset.occurred_at < window.moment])
+        assert window.purchases.sum() == np.count_nonzero(bought & known)
+    assert len(found) == 7
+
+
+def test_a_part_of_a_window_is_that_of_its_users() -> None:
+    dataset, _ = simulated(users=300)
+    whole = read_window(dataset, 90 * DAY, 14, 1)
+    part = whole.of(np.array([0, 5, 9]))
+    assert part.users.tolist() == whole.users[[0, 5, 9]].tolist()
+    for row, user in enumerate((0, 5, 9)):
+        own = set(whole.bought_item[whole.bought_user == user].tolist())
+        assert set(part.bought_item[part.bought_user == row].tolist()) == own
+    assert part.history.counts.tolist() == whole.history.counts[[0, 5, 9]].tolist()
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Any]:
+    """A network whose only knowledge is which items are popular."""
+    from pgvae.training import fit
+
+    dataset, _ = simulated()
+    return fit(dataset.between(0.0, 92 * DAY), QUICK, max_history=50, phase="test", epochs=1).weights
+
+
+def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weights: dict[str, Any]) -> None:
+    dataset, _ = simulated(users=8000)
+    fitted = fit_outcomes(dataset, earlier=weights, earlier_end=92 * DAY, horizon=14, max_history=50, seed=1)
+    assert set(fitted.tensors) == set(SHAPES)
+    value = {(metric.method, metric.metric): metric.value for metric in fitted.metrics}
+    assert value["pgvae", "churn_log_loss"] < value["base_rate", "churn_log_loss"]
+    assert value["pgvae", "churn_log_loss"] <= value["rfm", "churn_log_loss"]
+    assert value["pgvae", "churn_auc"] > 0.75
+    assert value["pgvae", "churn_ece"] < 0.03
+    assert value["pgvae", "response_calibration_error"] < 0.2
+    assert value["pgvae", "response_lift"] > 1.5 > value["random", "response_lift"]
+    curves = {(point.curve, point.method) for point in fitted.curves}
+    assert {
+        ("churn_calibration", "pgvae"),
+        ("response_calibration", "pgvae"),
+        ("response_lift", "popularity"),
+    } <= curves
+    # Nobody else's network may have seen the truth.
+    with pytest.raises(ValueError, match="newest horizon"):
+        fit_outcomes(dataset, earlier=weights, earlier_end=119 * DAY, horizon=14, max_history=50, seed=1)
+
+
+def test_too_few_days_or_buyers_are_told() -> None:
+    dataset, _ = simulated()
+    assert too_little(dataset, 28, 1) == ""
+    assert too_little(dataset, 31, 1) == "the events span 120 days, 4 horizons of 31 days are 124"
+    few = dataclasses.replace(dataset, event_type=np.where(dataset.user < 3, dataset.event_type, 0))
+    assert "users bought and" in too_little(few, 14, 1)
+    fitted = fit_outcomes(few, earlier={}, earlier_end=0.0, horizon=14, max_history=50, seed=1)
+    assert (fitted.tensors, fitted.metrics) == ({}, [])
+    assert fitted.missing == too_little(few, 14, 1)
+
+
+# In the database
+
+
+@pytest.fixture(scope="module")
+def training() -> list[Training]:
+    """What the training of `shop` gave, once it ran."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def shop(server: Server, template: str, training: list[Training]) -> Iterator[Connection]:
+    """A shop with heads of a horizon of seven days, of an archive of 2024, refreshed.
+
+    User 500 has no events at all.
+    """
+    name = "outcomes"
+    create_database(server, name, template)
+    dsn = server.dsn(name)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        SHOP.make(connection)
+        connection.execute("create table users as select distinct user_id from events union all select 500::bigint")
+        connection.execute(
+            "create table items as select i::bigint as item_id, chr(64 + i % 3) as category"
+            " from generate_series(1, 13) i"
+        )
+        SHOP.create_model(connection, options=SMALL | {"horizon_days": HORIZON}, users="users", items="items")
+        training.append(run_training(dsn, "shop", QUICK))
+        connection.execute("select * from vae.activate('shop', 1, force => true)")
+        connection.execute("call vae.refresh('shop')")
+        yield connection
+    drop_database(server, name)
+
+
+def test_a_training_measures_beside_its_baselines(shop: Connection, training: list[Training]) -> None:
+    assert training[0].outcomes.missing == ""
+    rows = shop.execute(
+        "select method, metric from vae.metrics where split = 'horizon' and metric like 'churn%'"
+    ).fetchall()
+    assert {
+        ("pgvae", "churn_auc"),
+        ("rfm", "churn_auc"),
+        ("pgvae", "churn_ece"),
+        ("base_rate", "churn_log_loss"),
+    } <= set(rows)
+    curves = shop.execute("select distinct curve from vae.curves").fetchall()
+    assert {("churn_calibration",), ("response_calibration",), ("response_lift",)} <= set(curves)
+
+
+def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
+    rows = shop.execute(
+        "select c.churn_probability, l.churn_probability, c.expected_purchases, l.expected_purchases,"
+        " c.risk_band, l.risk_band,"
+        " c.reasons, l.reasons, c.last_event_at = l.last_event_at, c.horizon_days, c.is_cold_start, c.model_version"
+        " from shop.churn c, shop.churn(c.user_id) l where c.user_id <= 40"
+    ).fetchall()
+    assert len(rows) == 40
+    for churn, live, expected, live_expected, *same in rows:
+        assert live == pytest.approx(churn, rel=1e-6)
+        assert live_expected == pytest.approx(expected, rel=1e-6)
+        assert same[0] == same[1]
+        assert same[2:4] == [same[2]] * 2
+        assert same[4:] == [True, HORIZON, False, 1]
+    total = shop.execute(
+        "select count(*), count(distinct user_id), min(churn_probability + purchase_probability) from shop.churn"
+    ).fetchone()
+    assert total is not None
+    assert total[:2] == (161, 161)
+    assert total[2] == pytest.approx(1.0)
+
+
+def test_a_user_without_events_cannot_leave(shop: Connection) -> None:
+    for query in ("select * from shop.churn(500)", "select * from shop.churn where user_id = 500"):
+        row = shop.execute(query).fetchone()
+        assert row is not None
+        assert row[0] == 500
+        assert list(row[1:7]) == [None] * 6
+        assert row[7:10] == (HORIZON, True, 1)
+    assert shop.execute("select shop.response(500, 3)").fetchone() == (None,)
+    assert shop.execute("select count(*), count(probability) from shop.recommend(500)").fetchone() == (10, 0)
+    assert shop.execute("select count(*) from shop.audience(3) where user_id = 500").fetchone() == (0,)
+    assert shop.execute("select * from shop.churn(null)").fetchall() == []
+
+
+def test_the_clock_counts_for_a_living_shop_and_not_for_an_archive(shop: Connection) -> None:
+    query = "select churn_probability, reasons from shop.churn(1)"
+    archived = shop.execute(query).fetchone()
+    assert archived is not None
+    # A session of its own: this one has read the version.
+    with psycopg.connect(shop.info.dsn) as other:
+        other.execute("update vae.versions set window_end = created_at - make_interval(days => %s)", [HORIZON])
+        living = other.execute(query).fetchone()
+        other.rollback()
+    assert living is not None
+    assert living[0] > archived[0]
+    years = shop.execute(
+        "select floor(extract(epoch from now() - max(occurred_at)) / 86400)::integer from events where user_id = 1"
+    )
+    days = years.fetchone()
+    assert days is not None
+    assert f"{days[0]} days" in living[1]
+    assert f"{days[0]} days" not in (archived[1] or "")
+
+
+def test_reasons_add_up_to_the_distance_from_the_average_user(shop: Connection) -> None:
+    rows = shop.execute("select rank, reason, contribution, model_version from shop.explain_churn(7)").fetchall()
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row[2] for row in rows] == sorted((row[2] for row in rows), reverse=True)
+    ((one, other),) = shop.execute(
+        "select ln(a.churn_probability / a.purchase_probability), ln(b.churn_probability / b.purchase_probability)"
+        " from shop.churn(7) a, shop.churn(8) b"
+    ).fetchall()
+    rest = sum(row[2] for row in shop.execute("select * from shop.explain_churn(8)").fetchall())
+    assert sum(row[2] for row in rows) - rest == pytest.approx(one - other, abs=1e-4)
+    assert shop.execute("select * from shop.explain_churn(500)").fetchall() == []
+
+
+def test_probability_follows_the_score(shop: Connection) -> None:
+    rows = shop.execute("select probability, score from shop.recommend(3, k => 12) order by rank").fetchall()
+    assert all(p is not None and 0 < p < 1 for p, _ in rows)
+    assert [p for p, _ in rows] == sorted((p for p, _ in rows), reverse=True)
+    stored = shop.execute(
+        "select r.probability, l.probability, c.purchase_probability from shop.recommendations r"
+        " join shop.recommend(3) l using (item_id) join shop.churn c using (user_id) where r.user_id = 3"
+    ).fetchall()
+    assert len(stored) == len(rows[:10])
+    for p, live, any_purchase in stored:
+        assert live == pytest.approx(p, rel=1e-5)
+        assert p <= any_purchase
+
+
+def test_the_probability_among_candidates_is_that_of_the_whole_catalogue(shop: Connection) -> None:
+    with shop.transaction(force_rollback=True):
+        shop.execute("create table season as select generate_series(1, 6)::bigint as item_id")
+        shop.execute("select * from vae.set_candidates('shop', 'season', 'season', for_refresh => true)")
+        among = dict(
+            shop.execute(
+                """select item_id, probability from shop.recommend(3, 12, '{"candidates": "season"}')"""
+            ).fetchall()
+        )
+        whole = dict(shop.execute("select item_id, probability from shop.recommend(3, 12)").fetchall())
+        assert among
+        assert among == pytest.approx({item: whole[item] for item in among})
+        # Refreshed scores are then shares among the candidates.
+        assert shop.execute("select count(probability) from shop.recommendations").fetchone() == (0,)
+
+
+def test_an_audience_is_ranked_by_the_response(shop: Connection) -> None:
+    rows = shop.execute("select * from shop.audience(4, k => 20)").fetchall()
+    assert [row[0] for row in rows] == list(range(1, 21))
+    assert [row[2] for row in rows] == sorted((row[2] for row in rows), reverse=True)
+    for _, user, response, has_bought, version in rows[:5]:
+        assert shop.execute("select shop.response(%s, 4)", [user]).fetchone() == (pytest.approx(response, rel=1e-5),)
+        bought = shop.execute(
+            "select exists (select from shop.clean_events"
+            " where user_id = %s and item_id = 4 and event_type = 'purchase')",
+            [user],
+        ).fetchone()
+        assert bought == (has_bought,)
+        assert version == 1
+    everybody = shop.execute("select count(*) from shop.audience(4, k => 100000)").fetchone()
+    assert everybody == (160,)
+
+
+def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -> None:
+    ((one, other, either),) = shop.execute(
+        "select shop.response(9, 2), shop.response(9, 5), shop.response(9, array[2, 5]::bigint[])"
+    ).fetchall()
+    assert max(one, other) < either < one + other
+    of_category = shop.execute(
+        "select user_id, response_probability from shop.audience_of_category('A', k => 9)"
+    ).fetchall()
+    items = shop.execute("select array_agg(item_id) from items where category = 'A'").fetchone()
+    assert items is not None
+    by_items = shop.execute(
+        "select user_id, response_probability from shop.audience(%s::bigint[], k => 9)", items
+    ).fetchall()
+    assert of_category == by_items
+
+
+def test_options_of_an_audience(shop: Connection) -> None:
+    buyers = shop.execute("select count(*) from shop.audience(4) where has_bought").fetchone()
+    assert buyers is not None
+    assert buyers[0] > 0
+    rest = shop.execute(
+        """select count(*), bool_or(has_bought) from shop.audience(4, options => '{"exclude_buyers": true}')"""
+    ).fetchone()
+    assert rest == (160 - buyers[0], False)
+    median = shop.execute(
+        "select percentile_cont(0.5) within group (order by response_probability) from shop.audience(4)"
+    ).fetchone()
+    assert median is not None
+    above = shop.execute(
+        "select count(*), min(response_probability) from shop.audience("
+        "4, options => jsonb_build_object('min_probability', %s::float8))",
+        median,
+    ).fetchone()
+    assert above is not None
+    assert 0 < above[0] < 160
+    assert above[1] >= median[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "state", "message"),
+    [
+        ("select shop.response(1, 99)", "VA051", "does not know item 99"),
+        ("select shop.response(1, array[]::bigint[])", "22023", "items names no item"),
+        ("select shop.response(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
+        ("select * from shop.audience(99)", "VA051", "does not know item 99"),
+        ("select * from shop.audience(array[1, null]::bigint[])", "22023", "items names item null"),
+        ("select * from shop.audience(1, k => 0)", "22023", "k is 0"),
+        ("select * from shop.audience(1, k => null)", "22023", "k is null"),
+        ("""select * from shop.audience(1, options => '{"limit": 3}')""", "22023", "option 'limit' is unknown"),
+        ("""select * from shop.audience(1, options => '{"min_probability": 2}')""", "22023", "'min_probability' is 2"),
+        ("""select * from shop.audience(1, options => '{"exclude_buyers": 1}')""", "22023", "'exclude_buyers' is 1"),
+        ("select * from shop.audience_of_category('Z')", "22023", "items names no item"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(shop: Connection, query: str, state: str, message: str) -> None:
+    found = refusal(shop, query)
+    assert found.sqlstate == state
+    assert message in (found.message_primary or "")
+    assert found.message_hint
+
+
+def test_null_asks_for_nothing(shop: Connection) -> None:
+    assert shop.execute("select shop.response(null, 3), shop.response(1, null::bigint)").fetchone() == (None, None)
+    assert shop.execute("select * from shop.audience(null::bigint)").fetchall() == []
+    assert shop.execute("select * from shop.audience_of_category(null)").fetchall() == []
+
+
+def test_a_version_without_probabilities_says_so(shared_trained: Connection) -> None:
+    user = shared_trained.execute("select user_id from shop.recommendations limit 1").fetchone()
+    item = shared_trained.execute("select item_id from shop.recommendations limit 1").fetchone()
+    assert user is not None
+    assert item is not None
+    for query, values in (
+        ("select * from shop.churn(%s)", user),
+        ("select * from shop.explain_churn(%s)", user),
+        ("select shop.response(%s, %s)", (*user, *item)),
+        ("select * from shop.audience(%s)", item),
+    ):
+        found = refusal(shared_trained, query, values)
+        assert found.sqlstate == "VA052"
+        assert "no calibrated probabilities" in (found.message_primary or "")
+        assert "horizon_days" in (found.message_hint or "")
+    notices: list[str] = []
+    shared_trained.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
+    shared_trained.execute("call vae.refresh('shop', views => '{churn}')")
+    assert any("the view stays empty" in notice for notice in notices)
+    assert shared_trained.execute("select count(*) from shop.churn").fetchone() == (0,)
+    assert shared_trained.execute("select count(*) > 0, count(probability) from shop.recommendations").fetchone() == (
+        True,
+        0,
+    )
+    assert shared_trained.execute(
+        "select count(*) > 0, count(probability) from shop.recommend(%s)", user
+    ).fetchone() == (True, 0)
+
+
+def test_whoever_scores_may_ask_and_readers_may_read(shop: Connection, role: str) -> None:
+    shop.execute(f"grant vae_scorer to {role}; grant usage on schema shop to {role}")
+    shop.execute(f"grant select on events, users, items to {role}")
+    try:
+        with psycopg.connect(as_role(shop.info.dsn, role)) as other:
+            assert other.execute("select count(*) from shop.churn").fetchone() == (161,)
+            assert other.execute("select count(probability) > 0 from shop.recommendations").fetchone() == (True,)
+            assert other.execute("select count(*) from shop.audience(4, 5)").fetchone() == (5,)
+            assert other.execute("select count(*) from shop.audience_of_category('A', 5)").fetchone() == (5,)
+            assert other.execute("select user_id from shop.churn(1)").fetchone() == (1,)
+    finally:
+        shop.execute(f"drop owned by {role}")

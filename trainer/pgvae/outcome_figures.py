@@ -1,0 +1,246 @@
+"""What the heads of a version are worth on the newest horizon, beside baselines (docs/outcomes.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgvae.bootstrap import interval, resampled_means
+from pgvae.curves import CurvePoint
+from pgvae.evaluation import Metric
+from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, in_half, log_loss, score_parts
+from pgvae.regression import fit_logistic
+from pgvae_runtime import forward
+from pgvae_runtime.behaviour import names
+from pgvae_runtime.outcomes import Outlook, item_probability, outlook, sigmoid
+
+SPLIT = "horizon"
+_RIDGE = 1e-4
+_BANDS = 10
+# Items for which users are ranked as for an offer, and the buyers that an item must have had.
+_OFFERS = 100
+_OFFER_BUYERS = 5
+_TOP = 0.1
+_LIST = 10
+
+
+def measure(honest: Sequence[Seen], weights: Weights, setting: Setting) -> tuple[list[Metric], list[CurvePoint]]:
+    """Gives the figures of heads that were fitted without the newest window, on it, beside baselines."""
+    checked, truth = honest[0], honest[0].window.has_bought
+    dataset = setting.dataset
+    found = outlook(
+        weights,
+        checked.window.history,
+        checked.window.as_of,
+        targets=dataset.targets,
+        types=len(dataset.event_types),
+    )
+    purchase = {
+        "pgvae": found.purchase,
+        "rfm": _rfm(honest, setting),
+        "base_rate": np.full(len(truth), honest[1].window.has_bought.mean()),
+    }
+    metrics, curves = [], []
+    losses = np.column_stack([log_loss(p, truth) for p in purchase.values()])
+    # How much lower than that of pgvae, user by user.
+    losses = np.column_stack((losses, losses[:, 1:] - losses[:, :1]))
+    lower, upper = interval(resampled_means(losses, checked.window.users, setting.seed))
+    for column, (method, p) in enumerate(purchase.items()):
+        values = {"churn_auc": area_under_curve(p, truth), "churn_ece": calibration_error(p, truth)}
+        values["churn_brier"] = float(((p - truth) ** 2).mean())
+        metrics += [_metric(method, name, value, len(truth)) for name, value in values.items()]
+        own = [("churn_log_loss", column)]
+        if column:
+            own.append(("churn_log_loss_lead", len(purchase) + column - 1))
+        metrics += [
+            _metric(method, name, float(losses[:, at].mean()), len(truth), float(lower[at]), float(upper[at]))
+            for name, at in own
+        ]
+        if method != "base_rate":
+            curves += calibration_curve("churn_calibration", method, 1.0 - p, 1.0 - truth)
+    counts = checked.window.purchases.astype(np.float64)
+    latest = np.bincount(
+        np.repeat(np.arange(len(truth)), checked.window.history.counts),
+        weights=np.isin(checked.window.history.event_type, dataset.targets)
+        & (checked.window.history.occurred_at >= checked.window.moment - setting.horizon * DAY),
+        minlength=len(truth),
+    )
+    for method, expected in {"pgvae": found.expected, "last_period": latest}.items():
+        error = float(np.abs(expected - counts).sum() / max(counts.sum(), 1.0))
+        metrics.append(_metric(method, "purchases_wape", error, len(truth)))
+        metrics.append(_metric(method, "purchases_bias", float(expected.sum() / max(counts.sum(), 1.0)), len(truth)))
+    of_items, item_curves = _measure_items(checked, found, weights, setting)
+    return metrics + of_items, curves + item_curves
+
+
+def _metric(
+    method: str, name: str, value: float, users: int, lower: float | None = None, upper: float | None = None, k: int = 0
+) -> Metric:
+    return Metric(method=method, split=SPLIT, metric=name, k=k, value=value, lower=lower, upper=upper, user_count=users)
+
+
+def _rfm(honest: Sequence[Seen], setting: Setting) -> Floats:
+    """Gives what a logistic regression on recency, frequency and amount foretells, on the same windows."""
+    columns = [
+        names(setting.dataset.event_types).index(name)
+        for name in ("log days since the last purchase", "log days with purchases", "log purchases")
+    ]
+    x = np.concatenate([seen.behaviour[:, columns] for seen in honest[2:]])
+    y = np.concatenate([seen.window.has_bought for seen in honest[2:]])
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
+    fitted = fit_logistic((x - mean) / scale, y, np.full(len(columns), _RIDGE))
+    later, newest = (
+        ((seen.behaviour[:, columns] - mean) / scale) @ fitted[:-1] + fitted[-1] for seen in (honest[1], honest[0])
+    )
+    slope, intercept = fit_logistic(later[:, None], honest[1].window.has_bought, np.array([1e-6]))
+    return sigmoid(slope * newest + intercept)
+
+
+def _measure_items(
+    checked: Seen, found: Outlook, weights: Weights, setting: Setting
+) -> tuple[list[Metric], list[CurvePoint]]:
+    """Gives how well the probabilities of items foretell what is bought.
+
+    response_lift: among all pairs of user and item, how much more often than on average those of the best tenth were
+    purchases. audience_lift: the same among the users of one item, a mean over the items with the most buyers.
+    """
+    half = np.flatnonzero(in_half(checked.window.users, 1))
+    window, items = checked.window.of(half), len(setting.dataset.item_keys)
+    random = np.random.default_rng(setting.seed)
+    popularity = setting.dataset.between(-np.inf, window.moment).popularity()
+    buyers = np.bincount(window.bought_item, minlength=items)
+    offers = np.argsort(-buyers, kind="stable")[:_OFFERS]
+    offers = offers[buyers[offers] >= _OFFER_BUYERS]
+    # Bins of the probability's logarithm: all pairs of a large shop would not fit into memory.
+    edges = np.linspace(np.log(1e-9), 0.0, 2001)
+    bins = np.zeros((len(edges) + 1, 3))
+    of_popularity = np.zeros((items, 2))
+    to_offers = np.empty((len(window.users), len(offers)))
+    listed, listed_truth = [], []
+    for users, scores in score_parts(window.history, np.arange(len(window.users)), weights, setting):
+        own = slice(int(users[0]), int(users[-1]) + 1)
+        p = item_probability(weights, found.of(half[own]), scores)
+        begin, end = np.searchsorted(window.bought_user, [own.start, own.stop])
+        truth = np.zeros(p.shape, dtype=bool)
+        truth[window.bought_user[begin:end] - own.start, window.bought_item[begin:end]] = True
+        to_offers[own] = p[:, offers]
+        place = np.searchsorted(edges, np.log(np.maximum(p, 1e-30)).ravel())
+        for column, amount in enumerate((None, p.ravel(), truth.ravel())):
+            bins[:, column] += np.bincount(place, weights=amount, minlength=len(bins))
+        of_popularity += np.column_stack((np.full(items, len(users)), truth.sum(axis=0)))
+        best = forward.top_k(np, scores, _LIST)[0]
+        listed.append(np.take_along_axis(p, best, axis=1).ravel())
+        listed_truth.append(np.take_along_axis(truth, best, axis=1).ravel().astype(np.float64))
+    p, truth = np.concatenate(listed), np.concatenate(listed_truth)
+    by_popularity = of_popularity[np.argsort(-popularity, kind="stable")]
+    pairs, users_ = bins[:, 0].sum(), len(window.users)
+    metrics = [
+        _metric("pgvae", "response_ece", calibration_error(p, truth), users_, k=_LIST),
+        _metric(
+            "pgvae",
+            "response_calibration_error",
+            float(np.abs(_merged(bins[:, 1]) - _merged(bins[:, 2])).sum() / max(2.0 * bins[:, 2].sum(), 1.0)),
+            users_,
+        ),
+        _metric("pgvae", "response_bias", float(bins[:, 1].sum() / max(bins[:, 2].sum(), 1.0)), users_),
+        _metric("pgvae", "response_lift", _pooled_lift(bins[::-1, 0], bins[::-1, 2]), users_),
+        _metric("popularity", "response_lift", _pooled_lift(by_popularity[:, 0], by_popularity[:, 1]), users_),
+        _metric("random", "response_lift", 1.0, users_),
+    ]
+    curves = calibration_curve("response_calibration", "pgvae", p, truth)
+    curves += _lift_curve("pgvae", bins[::-1, 0], bins[::-1, 2], pairs)
+    curves += _lift_curve("popularity", by_popularity[:, 0], by_popularity[:, 1], pairs)
+    if len(offers):
+        own_truth = np.zeros((len(offers), users_), dtype=bool)
+        position = np.full(items, -1)
+        position[offers] = np.arange(len(offers))
+        chosen = position[window.bought_item] >= 0
+        own_truth[position[window.bought_item[chosen]], window.bought_user[chosen]] = True
+        ways = {
+            "pgvae": to_offers.T,
+            # The users who bought most: what a shop without a model would mail to.
+            "rfm": np.broadcast_to(_rfm_order(checked, setting)[half], own_truth.shape),
+            "random": random.random(own_truth.shape),
+        }
+        for method, order in ways.items():
+            lifts = [top_lift(row, own) for row, own in zip(order, own_truth, strict=True)]
+            metrics.append(_metric(method, "audience_lift", float(np.mean(lifts)), users_))
+    return metrics, curves
+
+
+def _rfm_order(checked: Seen, setting: Setting) -> Floats:
+    columns = names(setting.dataset.event_types)
+    frequency = checked.behaviour[:, columns.index("log days with purchases")]
+    order: Floats = frequency - 1e-3 * checked.behaviour[:, columns.index("log days since the last purchase")]
+    return order
+
+
+def _merged(sums: Floats) -> Floats:
+    """Gives the sums of every hundred bins together."""
+    merged: Floats = np.add.reduceat(sums, np.arange(0, len(sums), 100))
+    return merged
+
+
+def _pooled_lift(pairs: Floats, bought: Floats) -> float:
+    """Gives the lift of the first tenth of the pairs; groups come best first, and within one all are equal."""
+    share = np.interp(_TOP, np.cumsum(pairs) / pairs.sum(), np.cumsum(bought) / max(bought.sum(), 1.0))
+    return float(share / _TOP)
+
+
+def top_lift(order: Floats, truth: NDArray[np.bool_]) -> float:
+    """Gives how many times more of the truth than of all lies in the best tenth; ties are shared out."""
+    count = max(1, round(_TOP * len(order)))
+    least = np.partition(order, len(order) - count)[len(order) - count]
+    above, at = order > least, order == least
+    hits = truth[above].sum() + truth[at].mean() * (count - above.sum())
+    return float(hits / max(truth.sum(), 1) / (count / len(order)))
+
+
+def _lift_curve(method: str, pairs: Floats, bought: Floats, total: float) -> list[CurvePoint]:
+    """Gives the share of purchases that lies in the best so many hundredths of all pairs."""
+    along, share = np.cumsum(pairs) / pairs.sum(), np.cumsum(bought) / max(bought.sum(), 1.0)
+    return [
+        CurvePoint(
+            curve="response_lift",
+            method=method,
+            position=position,
+            x=float(x),
+            y=float(np.interp(x, along, share)),
+            weight=float(total * x),
+        )
+        for position, x in enumerate(np.linspace(0.05, 1.0, 20), start=1)
+    ]
+
+
+def calibration_curve(curve: str, method: str, p: Floats, truth: Floats) -> list[CurvePoint]:
+    """Gives the mean probability and how often it happened, of ten equally large bands."""
+    order = np.argsort(p, kind="stable")
+    return [
+        CurvePoint(
+            curve=curve,
+            method=method,
+            position=position,
+            x=float(p[band].mean()),
+            y=float(truth[band].mean()),
+            weight=float(len(band)),
+        )
+        for position, band in enumerate(np.array_split(order, min(_BANDS, len(order))), start=1)
+    ]
+
+
+def calibration_error(p: Floats, truth: Floats) -> float:
+    """Gives the expected calibration error: the mean difference of what was foretold and what happened, of ten
+    equally large bands of the probability (Naeini et al. 2015).
+    """
+    points = calibration_curve("", "", p, truth)
+    return sum(point.weight * abs(point.x - point.y) for point in points) / len(p)
+
+
+def area_under_curve(p: Floats, truth: Floats) -> float:
+    """Gives the share of the (buyer, other) pairs that p puts in the right order; ties count half."""
+    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    buyers = truth.sum()
+    return float((rank[truth > 0].sum() - buyers * (buyers + 1) / 2) / (buyers * (len(p) - buyers)))
