@@ -132,7 +132,7 @@ def test_each_number_of_behaviour_belongs_to_one_group() -> None:
 
 def test_the_horizon_of_an_archive_begins_where_its_events_end() -> None:
     own = history([(90.0, 1, 0)], [(120.0, 1, 0)], [])
-    times = {"now": 500.0 * DAY, "window_end": 100.0 * DAY, "horizon": 7}
+    times = {"now": 500.0 * DAY, "window_end": 100.0 * DAY, "horizon": 28}
     assert (moments(own, created_at=107.0 * DAY, **times) == 500.0 * DAY).all()
     old = moments(own, created_at=107.1 * DAY, **times)
     assert (old / DAY).tolist() == [100.0, 120.0, 100.0]
@@ -347,7 +347,7 @@ def test_the_clock_counts_for_a_living_shop_and_not_for_an_archive(shop: Connect
     assert archived is not None
     # A session of its own: this one has read the version.
     with psycopg.connect(shop.info.dsn) as other:
-        other.execute("update vae.versions set window_end = created_at - make_interval(days => %s)", [HORIZON])
+        other.execute("update vae.versions set window_end = created_at - interval '1 day'")
         living = other.execute(query).fetchone()
         other.rollback()
     assert living is not None

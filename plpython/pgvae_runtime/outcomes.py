@@ -82,9 +82,10 @@ def moments(
     """Gives the moment from which the horizon of each user begins, [U]; all times in seconds since 1970.
 
     It is now. But a version that was made of old events, as of an archive, speaks of the time after these: after the
-    newest one that it has learned from, or the user's own last event where that is later.
+    newest one that it has learned from, or the user's own last event where that is later. Old is what is old for the
+    forecast of demand, see vae_private.looks_ahead_from.
     """
-    if created_at - window_end <= horizon * _DAY:
+    if created_at - window_end <= max(horizon / 4.0, 2.0) * _DAY:
         return np.full(len(history.counts), now)
     last = np.full(len(history.counts), window_end)
     np.maximum.at(last, history.users(), history.occurred_at)
