@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import outcomes, runs
-from .batch import batch_size, report_progress
+from . import outcomes
+from .batch import report_progress
 from .churn import look_ahead
 from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
 from .history import read_histories, read_history
@@ -21,21 +21,14 @@ from .tokens import History
 
 # (rank, user key, response probability, whether the user bought one of the items before, version)
 Row = tuple[int, str, float, bool, int]
-# (offer_id, rank, user key, response probability, whether the user bought one before, version)
-OfferRow = tuple[int, int, str, float, bool, int]
+# Users of a batch.
+_USERS = 512
 
 _ITEMS = """
 select w.place, w.item_key, i.item_index
 from unnest($1::text[]) with ordinality as w (item_key, place)
 left join vae_private.scoring_items i on i.version_id = $2 and i.item_key = w.item_key
 order by w.place
-"""
-_OFFERS = """
-select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers
-from vae.offers o
-where o.model_id = $1
-    and (o.ends_at is null or o.ends_at > statement_timestamp())
-order by o.offer_id
 """
 
 
@@ -112,34 +105,6 @@ def audience_of(
             yield rank, user, probability, has_bought, version.version
 
 
-def offer_responses(plpy: Any, version: Version) -> Iterator[OfferRow]:
-    """Gives the users of each offer that has not ended; an offer with an item that the version does not know is left
-    out, with a notice.
-    """
-    offers, items = [], []
-    for offer in execute(plpy, _OFFERS, ["integer"], [version.model_id]):
-        try:
-            items.append(offered_items(plpy, version, f"offer {offer['name']}", offer["item_keys"]))
-        except ScoringError as error:
-            plpy.notice(f"offer {offer['name']} is left out: {error.message}")
-            continue
-        offers.append(offer)
-    done = 0
-    found = _best_of_all(
-        plpy,
-        version,
-        items,
-        [offer["max_users"] for offer in offers],
-        [offer["exclude_buyers"] for offer in offers],
-        "offers",
-    )
-    for offer, best in zip(offers, found, strict=True):
-        for row in best.rows():
-            yield offer["offer_id"], *row, version.version
-            done += 1
-    runs.record(version, "offer_responses", done)
-
-
 def _best_of_all(
     plpy: Any,
     version: Version,
@@ -153,7 +118,8 @@ def _best_of_all(
     if not best:
         return best
     now, done = time.time(), 0
-    for users, history in read_histories(plpy, version, batch_size(version)):
+    for users, events in read_histories(plpy, version, _USERS):
+        history = events.distinct()
         found = _responses(version, history, items, now)
         for column, (own, wanted) in enumerate(zip(best, items, strict=True)):
             has_bought = _has_bought(version, history, wanted)

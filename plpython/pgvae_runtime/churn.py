@@ -80,7 +80,7 @@ def churn_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     """Gives a row per user."""
     now, done = time.time(), 0
     for users, history in read_histories(plpy, version, _BATCH):
-        yield from _rows(version, users, history, now)
+        yield from _rows(version, users, history.distinct(), now)
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: churn of {done} users")
     runs.record(version, "churn", done)
