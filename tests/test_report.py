@@ -26,7 +26,7 @@ from pgvae.report.words import card, markdown, verdict
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.versions import Measured, Point, PublishedVersion, read_version, read_weights
-from pgvae_runtime import forward
+from pgvae_runtime import forward, outcomes
 from pgvae_runtime.tokens import age_bucket
 from shop import SMALL, Shop, create_model, train, train_and_activate
 
@@ -257,7 +257,7 @@ def test_what_happened_since_is_judged_by_newer_events_only(measured_dsn: str, r
 def test_reading_the_weights_back_gives_what_was_published(measured_dsn: str, report: Report) -> None:
     with psycopg.connect(measured_dsn) as connection:
         weights = read_weights(connection, report.version.version_id)
-    assert set(weights) == {*forward.SHAPES, "segment_centroids"}
+    assert set(weights) == {*forward.SHAPES, *outcomes.SHAPES, "segment_centroids"}
     assert len(weights["item_popularity"]) == report.version.item_count
     assert weights["item_popularity"].sum() == pytest.approx(1, abs=1e-5)
 
