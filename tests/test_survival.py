@@ -296,6 +296,35 @@ def test_a_full_disk_ends_a_publication_and_the_last_good_version_serves(
                 admin.execute("drop tablespace small")
 
 
+def test_a_full_disk_ends_a_refresh_and_the_last_content_stays(
+    server: Server, trained_template: str, scratch: Path
+) -> None:
+    with small_disk(scratch / "small", 40) as disk:
+        with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+            admin.execute(f"create tablespace small location '{disk}'".encode())
+            admin.execute(f"create database full_disk template {trained_template} tablespace small".encode())
+        dsn = server.dsn("full_disk")
+        try:
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                before = what_is_visible(connection)
+                filler = disk / "filler"
+                with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+                for full in ("false", "true"):
+                    with pytest.raises(psycopg.errors.DiskFull):
+                        connection.execute(f"call vae.refresh('shop', full => {full})".encode())
+                    assert what_is_visible(connection) == before
+                filler.unlink()
+                connection.execute("call vae.refresh('shop', full => true)")
+                assert last_refresh(connection)[0] == "succeeded"
+                assert no_lock_is_left(connection)
+        finally:
+            drop_database(server, "full_disk")
+            with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+                admin.execute("drop tablespace small")
+
+
 # Refreshes that take their time
 
 # One user in a batch, 60 ms each: thirty users take two seconds.
