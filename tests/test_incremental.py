@@ -121,7 +121,11 @@ def last(connection: Connection) -> Any:
 
 def assert_as_a_full_refresh(connection: Connection) -> None:
     """Fails unless each user has the same items in the same order, with the same scores to 1e-6."""
-    found, wanted = stored(connection), scored(connection)
+    assert_same(stored(connection), scored(connection))
+
+
+def assert_same(found: dict[Any, list[tuple[Any, float]]], wanted: dict[Any, list[tuple[Any, float]]]) -> None:
+    """Fails unless these are the same lists, their scores to 1e-6: users are scored beside other users."""
     assert found.keys() == wanted.keys()
     for user, entries in wanted.items():
         assert [item for item, _ in found[user]] == [item for item, _ in entries], user
@@ -397,15 +401,11 @@ def test_what_an_earlier_release_stored_is_read_until_the_next_refresh(trained: 
         """
     )
     trained.execute("select vae.rebuild_model('shop')")
-    after = stored(trained)
-    assert after.keys() == before.keys()
-    for user, row in after.items():
-        assert [item for item, _ in row] == [item for item, _ in before[user]]
-        assert [score for _, score in row] == pytest.approx([score for _, score in before[user]], rel=1e-6)
+    assert_same(stored(trained), before)
     assert trained.execute("select count(*) from public.dashboard").fetchone() != (0,)
     trained.execute(REFRESH.encode())
     assert last(trained)[0] == "full"
-    assert stored(trained) == before
+    assert_same(stored(trained), before)
     relations = trained.execute("select to_regclass('shop.recommendations_before')").fetchone()
     assert relations == (None,)
 

@@ -72,9 +72,13 @@ def what_is_visible(connection: Connection) -> list[Any]:
 
 @contextmanager
 def locked(dsn: str, table: str) -> Iterator[None]:
-    """Keeps everybody else out of a table: whoever comes to it stands still in the middle of what it does."""
+    """Keeps everybody else out of a table: whoever comes to it stands still in the middle of what it does.
+
+    From pgvae's own tables it keeps only writers: a training reads the version before its own.
+    """
+    mode = "exclusive" if table.startswith("vae") else "access exclusive"
     with psycopg.connect(dsn) as connection:
-        connection.execute(f"lock table {table} in access exclusive mode".encode())
+        connection.execute(f"lock table {table} in {mode} mode".encode())
         yield
 
 

@@ -163,7 +163,10 @@ def test_everything_works_through_a_pooler_in_transaction_mode(
         assert client.execute("select distinct model_version from shop.recommendations").fetchall() == [(2,)]
         client.execute("select * from vae.rollback('shop')")
     assert run_cli("refresh", "shop", dsn=pooled).returncode == 0
-    assert [row[:5] for row in answers(clients[3])[1]] == [row[:5] for row in expected[1]]
+    for found, wanted in zip(answers(clients[3])[1], expected[1], strict=True):
+        # Which users are scored side by side decides on the last bit of a score.
+        assert found[:4] == pytest.approx(wanted[:4], rel=1e-6)
+        assert found[4:6] == wanted[4:6]
     assert trained.execute("select count(*) from vae.refreshes where state <> 'succeeded'").fetchone() == (0,)
     assert trained.execute("select count(*) from pg_locks where locktype = 'advisory'").fetchone() == (0,)
     for client in clients:

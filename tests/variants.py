@@ -166,9 +166,10 @@ def network_of_active_version(
     config = TrainingConfig(hidden=hidden, latent=latent, temperature=1 / float(length.mean()))
     np.testing.assert_allclose(length, length.mean(), rtol=1e-5)
     network = AttentionVae(dataset, config)
-    beside = ("item_popularity", "segment_centroids")
+    # Beside the network's own there are the tensors of segments and outcomes.
+    own = weights.keys() & network.state_dict().keys()
     network.load_state_dict(
-        {name: torch.tensor(array) for name, array in weights.items() if name not in beside}
+        {name: torch.tensor(weights[name]) for name in own}
         | {name: torch.zeros(0, latent) for name in ("item_feature_embedding", "item_feature_output")}
     )
     # The rows of the cold items are filled, too.
