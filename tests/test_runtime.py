@@ -18,7 +18,7 @@ from pgvae_runtime import batch, device, forward, tensors
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.scoring import mask_seen, score_users
-from pgvae_runtime.store import Version, _check_shapes
+from pgvae_runtime.store import Version, check_shapes
 from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History, Tokens, age_bucket, order_bucket
 
 DAY = 86_400
@@ -535,7 +535,7 @@ def test_damaged_weights_are_refused(how: str) -> None:
 
 @pytest.mark.parametrize("links", [0, 1, 150])
 def test_weights_that_fit_together_are_taken(links: int) -> None:
-    _check_shapes(random_weights(links=links), types=TYPES, features=FEATURES)
+    check_shapes(random_weights(links=links), types=TYPES, features=FEATURES)
 
 
 @pytest.mark.parametrize("name", forward.SHAPES)
@@ -552,7 +552,7 @@ def test_weights_that_do_not_fit_together_are_refused(name: str, how: str) -> No
     else:
         weights[name] = np.concatenate((array, array[:1]))
     with pytest.raises(ScoringError, match=r"tensor |the shortcut's links do not fit 30 items") as refused:
-        _check_shapes(weights, types=TYPES, features=FEATURES)
+        check_shapes(weights, types=TYPES, features=FEATURES)
     assert refused.value.sqlstate == "VA004"
 
 
@@ -575,6 +575,6 @@ def test_links_that_lead_outside_are_refused(name: str, place: int, value: int) 
     weights = random_weights()
     weights[name][place] = value
     with pytest.raises(ScoringError, match="the shortcut's links do not fit 30 items") as refused:
-        _check_shapes(weights, types=TYPES, features=FEATURES)
+        check_shapes(weights, types=TYPES, features=FEATURES)
     assert refused.value.sqlstate == "VA004"
     assert "vae.rollback" in refused.value.hint

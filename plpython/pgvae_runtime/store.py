@@ -199,7 +199,7 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
     features = json.loads(row["features"])
     user_pipeline = FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES
     weights = _load_weights(plpy, version_id) if views == "scoring" else _read_weights(plpy, version_id, views)
-    _check_shapes(weights, types=len(types), features=user_pipeline.size)
+    check_shapes(weights, types=len(types), features=user_pipeline.size)
     return Version(
         version_id=version_id,
         version=row["version"],
@@ -250,7 +250,7 @@ def _read_weights(plpy: Any, version_id: int, views: str = "scoring") -> dict[st
     return {name: assembler.finish() for name, assembler in assemblers.items()}
 
 
-def _check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
+def check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
     sizes = {"T": types, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": features, "1": 1}
     sizes["B"] = behaviour.count(types)

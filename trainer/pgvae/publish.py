@@ -51,17 +51,9 @@ def publish(
             f"model {definition.name} was dropped while it was trained", hint="create it again with vae.create_model"
         ) from error
     with connection.cursor() as cursor:
-        with cursor.copy(
-            "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"
-        ) as copy:
-            copy.set_types(["int8", "text", "int4", "text", "int4[]", "bytea", "bytea"])
-            tensors = {name: fit.weights[name] for name in forward.SHAPES} | segments.tensors() | dict(outcomes or {})
-            for name, tensor in tensors.items():
-                for chunk, dtype, shape, sha256, data in to_chunks(tensor):
-                    copy.write_row((version_id, name, chunk, dtype, shape, sha256, data))
-        with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
-            for index, key in enumerate(dataset.item_keys):
-                copy.write_row((version_id, index, key))
+        tensors = {name: fit.weights[name] for name in forward.SHAPES} | segments.tensors() | dict(outcomes or {})
+        write_tensors(cursor, version_id, tensors)
+        write_catalogue(cursor, version_id, dataset.item_keys)
         golden = golden_users(dataset, config, fit.weights, max_history=definition.max_history)
         insert_golden_users(cursor, version_id, golden)
         _insert_segments(cursor, version_id, segments)
@@ -76,6 +68,24 @@ def publish(
         )
     connection.execute("select vae_private.finish_version(%s)", [version_id])
     return version
+
+
+def write_tensors(cursor: psycopg.Cursor, version_id: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Writes the weights of a version that is loading, by COPY."""
+    with cursor.copy(
+        "copy vae_private.tensors (version_id, name, chunk, dtype, shape, sha256, data) from stdin (format binary)"
+    ) as copy:
+        copy.set_types(["int8", "text", "int4", "text", "int4[]", "bytea", "bytea"])
+        for name, tensor in tensors.items():
+            for chunk, dtype, shape, sha256, data in to_chunks(tensor):
+                copy.write_row((version_id, name, chunk, dtype, shape, sha256, data))
+
+
+def write_catalogue(cursor: psycopg.Cursor, version_id: int, item_keys: Sequence[str]) -> None:
+    """Writes the keys of the items of a version that is loading, in the order of the tensors' rows."""
+    with cursor.copy("copy vae_private.items (version_id, item_index, item_key) from stdin") as copy:
+        for index, key in enumerate(item_keys):
+            copy.write_row((version_id, index, key))
 
 
 def insert_golden_users(cursor: psycopg.Cursor, version_id: int, golden: Sequence[GoldenUser]) -> None:

@@ -159,11 +159,14 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
 
 
 def readable(connection: psycopg.Connection, relation: str) -> sql.Identifier:
-    """Gives vae_private.tensors or .items where the role may read them, else the view on those of active versions."""
+    """Gives the view of vae_private on the tensors, items or golden_users of all versions, where the role may read it,
+    else that on those of active versions.
+    """
     row = connection.execute(
-        "select pg_catalog.has_table_privilege(pg_catalog.format('vae_private.%%I', %s::text), 'select')", [relation]
+        "select pg_catalog.has_table_privilege(pg_catalog.format('vae_private.published_%%I', %s::text), 'select')",
+        [relation],
     ).fetchone()
-    return sql.Identifier("vae_private", relation if row and row[0] else f"scoring_{relation}")
+    return sql.Identifier("vae_private", f"{'published' if row and row[0] else 'scoring'}_{relation}")
 
 
 def read_weights(connection: psycopg.Connection, version_id: int) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,8 @@
-"""`pgvae prune`: versions that nobody needs any more."""
+"""`pgvae export`, `pgvae import`, `pgvae prune`: versions carried between databases, and old ones removed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,58 @@ from rich.filesize import decimal
 from pgvae.cli import Dsn, app
 from pgvae.connection import connect
 from pgvae.console import out
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Name of the model, as given to vae.create_model.")],
+    file: Annotated[Path, typer.Argument(help="File to write, as in shop.safetensors.")],
+    dsn: Dsn = None,
+    version: Annotated[int | None, typer.Option(help="Version to export; without it, the active one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where it exists.")] = False,
+) -> None:
+    """Write a version of a model to one file, to import it into another database.
+
+    A safetensors file: weights, catalogue, lineage, metrics and golden users, with checksums of everything. It holds no
+    event and no user of the shop. Needs the rights of an operator.
+    """
+    from pgvae.transfer import export_version
+
+    with connect(dsn) as connection:
+        done = export_version(connection, model, file, version=version, overwrite=overwrite)
+    out.print(
+        f"wrote version {done.version} of model {model} to {file}, {decimal(done.bytes)}, sha256 {done.sha256[:12]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="File that pgvae export wrote.")],
+    dsn: Dsn = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to import into; without it, that of the same name.", show_default=False)
+    ] = None,
+) -> None:
+    """Read a version from a file into a model of this database, where it is ready to be activated.
+
+    The model must exist (vae.create_model) and have keys of the same types. A file that is cut short or was altered is
+    refused, and nothing is imported. Needs the rights of a trainer.
+    """
+    from pgvae.transfer import import_version
+
+    with connect(dsn) as connection:
+        done = import_version(connection, file, model=model)
+    source = done.origin
+    out.print(
+        f"imported as version {done.version} of model {done.model}: version {source['version']} of model"
+        f" {source['model']} in database {source['database']}, published {source['created_at'][:10]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    hint = f"select * from vae.activate('{done.model}', {done.version})"  # noqa: S608  # shown, never run
+    out.print(f"next: {hint}", highlight=False)
 
 
 @app.command()
