@@ -3,7 +3,8 @@
 A fenced block of a tutorial is run unless a comment stands before it: `<!-- not run: reason -->`. A block that shall
 fail says with which SQLSTATE: `<!-- fails: VA002 -->`. `<!-- run: PROGRAM … -->` lets a block of shell run these
 programs of PostgreSQL beside pgvae. Of the output that follows a block, the columns and the numbers of rows are
-compared, not the values; a line `…` says that rows are left out.
+compared, not the values; a line `…` says that rows are left out. Of docs/tutorial/*.sql all that does not depend on how
+a training turns out is compared, too.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Block:
     text: str
     mark: str
     output: str | None = None
+    # Whether the output is the same on every machine.
+    is_exact: bool = False
 
     @property
     def place(self) -> str:
@@ -100,6 +103,33 @@ def blocks(path: Path) -> list[Block]:
     ]
 
 
+def statements(path: Path) -> list[Block]:
+    """Gives the statements of a file of SQL, each with the output that stands in comments directly under it.
+
+    The mark of each is the number of the question, `-- 4. What …`, that it answers.
+    """
+    script = path.read_text(encoding="utf-8")
+    found, question = [], 0
+    for paragraph in re.finditer(r"^\S.*(?:\n.+)*", script, re.MULTILINE):
+        if paragraph[0].startswith("--"):
+            heading = re.match(r"-- (\d+)\. ", paragraph[0])
+            question = int(heading[1]) if heading else question
+            continue
+        text, _, output = paragraph[0].partition(";\n--")
+        found.append(
+            Block(
+                path=path,
+                line=script.count("\n", 0, paragraph.start()) + 1,
+                language="sql",
+                text=text.rstrip(";") + ";\n",
+                mark=f"question: {question}",
+                output=re.sub(r"^-- ?", "", f"--{output}", flags=re.MULTILINE) if output else None,
+                is_exact=not re.search(r"\b(shop|vae)\.", text),
+            )
+        )
+    return found
+
+
 def squeezed(text: str) -> str:
     return " ".join(text.split())
 
@@ -122,15 +152,30 @@ class Runner:
     training: tuple[str, ...] = SHORT
     ignored: tuple[str, ...] = ()
 
-    def run(self, block: Block) -> None:
+    def run(self, block: Block) -> str:
+        """Runs a block and gives what psql printed."""
         if block.marked("not run") is not None:
             assert block.marked("not run"), f"{block.place}: says no reason for not being run"
         elif block.language == "sql":
-            self._sql(block)
+            return self._sql(block)
         elif block.language == "sh":
             self._shell(block)
+        return ""
 
-    def _sql(self, block: Block) -> None:
+    def answer(self, path: Path) -> dict[str, list[dict[str, str]]]:
+        """Runs a file of SQL from top to bottom, and gives the rows by question and number of the answer: "4.1"."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for block in statements(path):
+            printed = self.run(block)
+            if block.output is not None:
+                shown, real = rows(block.output), rows(printed)
+                assert [kinds(row) for row in shown] == [kinds(row) for row in real], f"{block.place}: {printed}"
+                question = block.marked("question")
+                number = 1 + sum(name.startswith(f"{question}.") for name in found)
+                found[f"{question}.{number}"] = real
+        return found
+
+    def _sql(self, block: Block) -> str:
         fails = block.marked("fails")
         script = "\\set VERBOSITY verbose\n" + block.text if fails else block.text
         command = [self.bindir / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={self.dsn}"]
@@ -142,10 +187,13 @@ class Runner:
             for line in (block.output or "").splitlines():
                 message = line.partition(":")[2].strip()
                 assert message in done.stderr, f"{block.place}: {message!r} is not in {done.stderr!r}"
-            return
+            return done.stdout
         assert done.returncode == 0, f"{block.place}: {done.stderr}"
         if block.output is not None:
             assert tables(block.output, tables(done.stdout)) == tables(done.stdout), f"{block.place}: {done.stdout}"
+            if block.is_exact:
+                assert squeezed(block.output) == squeezed(done.stdout), f"{block.place}: {done.stdout}"
+        return done.stdout
 
     def _shell(self, block: Block) -> None:
         programs = (block.marked("run") or "").split()
@@ -205,6 +253,23 @@ def tables(text: str, like: Sequence[tuple[list[str], str]] = ()) -> list[tuple[
     ]
 
 
+def rows(printed: str) -> list[dict[str, str]]:
+    """Gives the rows of a table that psql printed, by column."""
+    lines = printed.strip("\n").splitlines()
+    rule = next(number for number, line in enumerate(lines) if re.fullmatch(r"-+(\+-+)*", line))
+    names = [name.strip() for name in lines[rule - 1].split("|")]
+    found = [[cell.strip() for cell in line.split("|")] for line in lines[rule + 1 :] if not line.startswith("(")]
+    return [dict(zip(names, cells, strict=True)) for cells in found]
+
+
+def kinds(row: dict[str, str]) -> dict[str, str]:
+    """Gives what is the same however a training turns out: whether a cell is empty, a number or text; what is true."""
+    return {
+        name: cell if cell in ("", "t", "f") else "number" if re.fullmatch(r"-?\d[\d.e-]*", cell) else "text"
+        for name, cell in row.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(scratch: Path) -> Path:
     """The folder in which the commands of a page run."""
@@ -249,8 +314,31 @@ def test_the_tutorial_for_the_analyst_runs_on_the_real_shop(
     try:
         for block in blocks(ANALYST):
             runner.run(block)
+        answers = runner.answer(DOCS / "tutorial" / "online-retail.sql")
     finally:
         drop_database(server, "tutorial")
+    # How well the answers fit the questions, not how well a training of three epochs ranks.
+    assert {name.partition(".")[0] for name in answers} == {str(number) for number in range(1, 11)}
+    assert all(row["because"].startswith("because you bought") for row in answers["1.1"])
+    assert column(answers["1.2"], "share_of_the_score") == sorted(column(answers["1.2"], "share_of_the_score"))[::-1]
+    assert all("CHRISTMAS" in row["description"] for row in answers["2.3"])
+    assert all(float(row["low"]) <= float(row["units"]) <= float(row["high"]) for row in answers["3.1"])
+    other_teacups = {"PINK REGENCY TEACUP AND SAUCER", "ROSES REGENCY TEACUP AND SAUCER"}
+    assert {row["description"] for row in answers["4.1"][:2]} == other_teacups
+    assert {row["description"] for row in answers["5.1"]} > other_teacups
+    assert {row["country"] for row in answers["6.2"]} == {"Germany", "France"}
+    probabilities = column(answers["7.1"], "response_probability")
+    assert 1 >= probabilities[0] > probabilities[-1] > 0
+    assert probabilities == sorted(probabilities)[::-1]
+    assert 4 * probabilities[-1] < column(answers["7.2"], "expected_buyers")[0] < 500 * probabilities[0]
+    assert [row["risk_band"] for row in answers["8.1"]] == ["high", "medium", "low"]
+    assert any("LUNCH" in row["description"] for row in answers["9.2"])
+    assert answers["10.1"][0]["method"] == "pgvae"
+    assert answers["10.1"][-1]["method"] == "popularity"
+
+
+def column(answer: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in answer]
 
 
 def test_the_tutorial_for_the_dba_runs(practice: Runner) -> None:
@@ -273,6 +361,22 @@ def test_a_restored_database_gives_the_same_scores(server: Server, practice: Run
 def test_the_examples_of_the_reference_run(practice: Runner) -> None:
     for block in blocks(REFERENCE):
         practice.run(block)
+
+
+def test_the_questions_about_the_simulated_shop_are_answered(practice: Runner) -> None:
+    answers = practice.answer(DOCS / "tutorial" / "simulated-shop.sql")
+    assert {name.partition(".")[0] for name in answers} == {str(number) for number in range(1, 11)}
+    assert [row["items"] for row in answers["2.1"]] == ["recommended", "all others"]
+    assert column(answers["2.1"], "affinity")[0] > 0.3
+    assert len({row["category"] for row in answers["3.1"]}) == 4
+    assert answers["4.2"] == [{"dear": "0", "longest_list": "20"}]
+    # By chance it would be 11.
+    assert column(answers["5.1"], "found_among_twenty")[0] > 30
+    assert [row["risk_band"] for row in answers["6.1"]] == ["high", "medium", "low"]
+    assert column(answers["6.1"], "said") == pytest.approx(column(answers["6.1"], "true_probability"), abs=0.15)
+    assert max(column(answers["7.1"], "of_one_true_interest")) > 2 * column(answers["7.2"], "of_one_true_interest")[0]
+    assert all(float(row["low"]) <= float(row["units"]) <= float(row["high"]) for row in answers["8.1"])
+    assert len({row["country"] for row in answers["9.1"]}) == 1
 
 
 @pytest.mark.parametrize("page", [FILTERS, SEGMENTS, LIFECYCLE], ids=lambda page: page.stem)
