@@ -1,66 +1,199 @@
-"""Keys of every type go in and come out as the shop's own, live and materialized."""
+"""Keys of every type go in and come out as the shop's own, live and materialized, and join without a cast."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
 
-from shop import Shop, train_and_activate
+from conftest import create_database, drop_database
+from pgvae.server import Server
+from shop import SMALL, Shop, keys, train_and_activate
+
+# Each public function of a model, each way to call it: rows of a join with the shop's own tables.
+SOME_USERS = "(select user_id from users order by user_id limit 2) u"
+SOME_ITEMS = "(select item_id from items order by item_id limit 2) i"
+ALL_ITEMS = "(select array_agg(item_id order by item_id) as item_ids from items) a"
+CALLS = {
+    "history": [f"{SOME_USERS} cross join lateral shop.history(u.user_id) r join items using (item_id)"],
+    "features": [f"{SOME_USERS} cross join lateral shop.features(u.user_id) r"],
+    "recommend": [f"{SOME_USERS} cross join lateral shop.recommend(u.user_id) r join items using (item_id)"],
+    "score": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.score(u.user_id, i.item_id) > 0"],
+    "embedding": [f"{SOME_USERS} where cardinality(shop.embedding(u.user_id)) > 0"],
+    "churn": [f"{SOME_USERS} cross join lateral shop.churn(u.user_id) r join users own on own.user_id = r.user_id"],
+    "explain_churn": [f"{SOME_USERS} cross join lateral shop.explain_churn(u.user_id) r"],
+    "response": [
+        f"{SOME_USERS} cross join {SOME_ITEMS} where shop.response(u.user_id, i.item_id) > 0",
+        f"{SOME_USERS} cross join {ALL_ITEMS} where shop.response(u.user_id, a.item_ids) > 0",
+    ],
+    "audience": [
+        f"{SOME_ITEMS} cross join lateral shop.audience(i.item_id, 5) r join users using (user_id)",
+        f"{ALL_ITEMS} cross join lateral shop.audience(a.item_ids, 5) r join users using (user_id)",
+    ],
+    "audience_of_category": ["shop.audience_of_category('A', 5) r join users using (user_id)"],
+    "explain": [
+        f"{SOME_USERS} cross join {SOME_ITEMS} cross join lateral shop.explain(u.user_id, i.item_id) r"
+        " join items own on own.item_id = r.event_item_id"
+    ],
+    "because": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.because(u.user_id, i.item_id) like 'because %'"],
+    "recommend_for": [
+        f"{SOME_ITEMS} cross join lateral shop.recommend_for("
+        "jsonb_build_array(jsonb_build_object('item_id', i.item_id))) r join items own on own.item_id = r.item_id"
+    ],
+    "recommend_for_items": [
+        f"{SOME_ITEMS} cross join lateral shop.recommend_for_items(array[i.item_id]) r"
+        " join items own on own.item_id = r.item_id"
+    ],
+    "support": [
+        f"{ALL_ITEMS} cross join lateral shop.support(a.item_ids, a.item_ids, array['purchase']) r"
+        " join items using (item_id)"
+    ],
+    "related": [f"{SOME_ITEMS} cross join lateral shop.related(i.item_id) r join items own on own.item_id = r.item_id"],
+    "basket": [
+        f"{SOME_ITEMS} cross join lateral shop.basket(array[i.item_id]) r join items own on own.item_id = r.item_id"
+    ],
+    "item_days": [
+        f"{SOME_ITEMS} cross join lateral shop.item_days(i.item_id) r join items own on own.item_id = r.item_id"
+    ],
+    "all_item_days": ["shop.all_item_days() r join items using (item_id)"],
+    "demand": [f"{SOME_ITEMS} cross join lateral shop.demand(i.item_id) r join items own on own.item_id = r.item_id"],
+    "demand_by_category": ["shop.demand_by_category() r join items using (category)"],
+    "segment": [f"{SOME_USERS} cross join lateral shop.segment(u.user_id) r"],
+}
+PUBLIC = "vae.models m cross join lateral vae_private.model_objects(m.model_id) o where o.is_public and m.name = 'shop'"
 
 
-@pytest.mark.parametrize(
-    ("user_type", "item_type"), [("bigint", "text"), ("integer", "bigint"), ("uuid", "integer"), ("text", "uuid")]
+@pytest.fixture(
+    scope="module",
+    params=[("bigint", "text"), ("integer", "bigint"), ("uuid", "integer"), ("text", "uuid")],
+    ids=lambda types: "-".join(types),
 )
-def test_every_key_type_is_scored_in_its_own_type(
-    connection: psycopg.Connection, user_type: str, item_type: str
-) -> None:
-    shop = Shop(user_type=user_type, item_type=item_type)
-    shop.make(connection)
-    shop.create_model(connection)
-    train_and_activate(connection.info.dsn)
-    connection.execute("call vae.refresh('shop')")
-    # A bare literal, as an analyst types it.
-    user = connection.execute(f"select quote_literal('{shop.users[0]}')").fetchone()
-    assert user is not None
-    types = connection.execute(
-        f"select distinct pg_typeof(rank)::text, pg_typeof(item_id)::text, pg_typeof(score)::text,"
-        f" pg_typeof(is_cold_start)::text, pg_typeof(model_version)::text from shop.recommend({user[0]})"
-    ).fetchall()
-    assert types == [("integer", item_type, "real", "boolean", "integer")]
-    assert connection.execute(
-        "select distinct pg_typeof(user_id)::text, pg_typeof(item_id)::text from shop.clean_events"
-        " union select pg_typeof(user_id)::text, pg_typeof(item_id)::text from shop.recommendations"
-    ).fetchall() == [(user_type, item_type)]
-    assert connection.execute(f"select distinct pg_typeof(item_id)::text from shop.history({user[0]})").fetchall() == [
-        (item_type,)
-    ]
+def shop(request: pytest.FixtureRequest, server: Server, template: str) -> Iterator[Shop]:
+    """A shop with users and items of these key types, and all that a model can answer, refreshed."""
+    user_type, item_type = request.param
+    create_database(server, "key_types", template)
+    made = Shop(user_type=user_type, item_type=item_type, user_keys=keys("user", user_type, 160))
+    with psycopg.connect(server.dsn("key_types"), autocommit=True) as opened:
+        made.make(opened)
+        opened.execute("create table users as select distinct user_id from events")
+        opened.execute("alter table users add country text")
+        opened.execute("update users set country = left(md5(user_id::text), 1)")
+        opened.execute(
+            "create table items as select item_id, 'title of ' || item_id as title,"
+            " chr(65 + (row_number() over (order by item_id))::integer % 3) as category"
+            " from (select distinct item_id from events) i"
+        )
+        made.create_model(opened, users="users", items="items", options=SMALL | {"horizon_days": 7})
+        train_and_activate(opened.info.dsn)
+        opened.execute("call vae.refresh('shop')")
+    yield made
+    drop_database(server, "key_types")
 
-    stored = connection.execute(
-        "select user_id, rank, item_id, score, is_cold_start, model_version from shop.recommendations order by 1, 2"
+
+@pytest.fixture
+def typed(server: Server, shop: Shop) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(server.dsn("key_types"), autocommit=True) as opened:
+        yield opened
+
+
+def test_every_key_of_a_model_is_declared_in_the_shops_type(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    declared = typed.execute(
+        "select o.object, a.name, format_type(a.type, null)"
+        " from pg_proc p cross join unnest(p.proargnames, coalesce(p.proallargtypes, p.proargtypes::oid[]))"
+        f" as a (name, type) join (select o.object from {PUBLIC} and o.kind = 'function') o"
+        " on p.oid = to_regprocedure('shop.' || o.object)"
+        " union all"
+        f" select o.object, a.attname, format_type(a.atttypid, null) from (select o.object from {PUBLIC}) o"
+        " join pg_attribute a on a.attrelid = to_regclass('shop.' || quote_ident(o.object)) and a.attnum > 0"
     ).fetchall()
-    live = connection.execute(
+    users = {kind for _, name, kind in declared if name == "user_id"}
+    items = {kind for _, name, kind in declared if name.endswith("item_id")}
+    lists = {kind for _, name, kind in declared if name in ("items", "item_ids", "with_item_ids") and "[]" in kind}
+    assert (users, items, lists) == ({shop.user_type}, {shop.item_type}, {f"{shop.item_type}[]"})
+    assert len([None for _, name, _ in declared if name == "user_id"]) > 15
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_every_function_joins_with_the_shops_tables(typed: psycopg.Connection[Any], function: str) -> None:
+    for call in CALLS[function]:
+        assert value(typed, f"select count(*) from {call}") > 0, call
+
+
+def test_no_function_of_a_model_is_forgotten(typed: psycopg.Connection[Any]) -> None:
+    names = f"select split_part(o.object, '(', 1), count(*) from {PUBLIC} and o.kind = 'function' group by 1"
+    assert dict(typed.execute(names).fetchall()) == {name: len(calls) for name, calls in CALLS.items()}
+
+
+def test_every_view_joins_with_the_shops_tables_and_loses_no_row(typed: psycopg.Connection[Any]) -> None:
+    columns = typed.execute(
+        f"select o.object, a.attname from (select o.object from {PUBLIC} and o.kind = 'view') o"
+        " join pg_attribute a on a.attrelid = to_regclass('shop.' || quote_ident(o.object))"
+        " where a.attname in ('user_id', 'item_id', 'related_item_id')"
+    ).fetchall()
+    assert len(columns) >= 9
+    for view, column in columns:
+        table = "users" if column == "user_id" else "items"
+        joined = f"select count(*) from shop.{view} v join {table} t on t.{table[:-1]}_id = v.{column}"
+        rows = value(typed, f"select count(*) from shop.{view} v")
+        assert value(typed, joined) == rows, (view, column)
+        # No user of this shop is an outlier; whatever else is empty would join with anything.
+        assert rows > 0 or view in ("outlier_users", "offer_responses"), view
+
+
+def test_a_key_of_the_shop_finds_its_row_by_the_index(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    stored = typed.execute(
+        "select i.tablename, a.attname from pg_indexes i"
+        " join pg_index x on x.indexrelid = format('%I.%I', i.schemaname, i.indexname)::regclass"
+        " join pg_attribute a on a.attrelid = x.indrelid and a.attnum = x.indkey[0]"
+        " where i.schemaname = 'shop' and x.indisunique and i.tablename like '%\\_materialized'"
+    ).fetchall()
+    assert len(stored) >= 5
+    typed.execute("set enable_seqscan to off; set enable_bitmapscan to off")
+    for relation, column in stored:
+        table = "users" if column == "user_id" else "items"
+        if column not in ("user_id", "item_id"):
+            continue
+        key = (shop.users if table == "users" else shop.items)[0]
+        view = relation.removesuffix("_materialized")
+        plan = typed.execute(f"explain select * from shop.{view} where {column} = '{key}'").fetchall()
+        assert any("Index Scan" in line and relation in line for (line,) in plan), (view, plan)
+
+
+def test_the_view_holds_what_the_live_call_gives(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    users = shop.users[:20]
+    stored = typed.execute(
+        "select user_id, rank, item_id, score, is_cold_start, model_version from shop.recommendations"
+        f" where user_id = any (%s::{shop.user_type}[]) order by 1, 2",
+        [users],
+    ).fetchall()
+    live = typed.execute(
         "select u, r.rank, r.item_id, r.score, r.is_cold_start, r.model_version"
-        f" from unnest(%s::{user_type}[]) u, shop.recommend(u, 20) r order by u, r.rank",
-        [shop.users],
+        f" from unnest(%s::{shop.user_type}[]) u, shop.recommend(u, 20) r order by u, r.rank",
+        [users],
     ).fetchall()
-    assert {row[0] for row in stored} == set(shop.users)
+    assert {row[0] for row in stored} == set(users)
     assert {row[2] for row in stored} <= set(shop.items)
     assert [row[:3] + row[4:] for row in live] == [row[:3] + row[4:] for row in stored]
     assert [row[3] for row in live] == pytest.approx([row[3] for row in stored], rel=1e-5)
-    # The score of one item is that of the list, and a join needs no cast.
-    scores = connection.execute(
-        "select r.score, shop.score(r.user_id, r.item_id) from shop.recommendations r"
-        " join events e on e.user_id = r.user_id group by r.user_id, r.item_id, r.score"
-    ).fetchall()
-    assert len(scores) == len(stored)
-    assert [score for score, _ in scores] == pytest.approx([score for _, score in scores], rel=1e-5)
-    dimensions = connection.execute(
-        "select cardinality(shop.embedding(u)) from (select distinct user_id from events) e (u)"
-    ).fetchall()
-    assert dimensions == [(4,)] * 30
-    assert connection.execute(
-        "select indexdef like '%UNIQUE%(user_id)%' from pg_indexes where tablename = 'recommendations_materialized'"
-    ).fetchall() == [(True,)]
+    # The score of one item is that of the list, and a bare literal is a key, as an analyst types it.
+    assert value(typed, f"select shop.score('{stored[0][0]}', '{stored[0][2]}')") == pytest.approx(
+        stored[0][3], rel=1e-5
+    )
+
+
+def test_a_session_names_items_in_any_spelling_of_their_type(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    item = shop.items[0]
+    spelled = {"uuid": str(item).upper(), "text": item}.get(shop.item_type, f" {item} ")
+    query = "select item_id, score from shop.recommend_for(jsonb_build_array(jsonb_build_object('item_id', %s::text)))"
+    assert typed.execute(query, [spelled]).fetchall() == typed.execute(query, [str(item)]).fetchall()
+
+
+def value(connection: psycopg.Connection[Any], query: str) -> Any:
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return row[0]
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from pgvae_runtime import related
-from shop import Shop, keys, refusal, train_and_activate
+from shop import Shop, refusal
 
 SHOP = Shop()
 USERS, ITEMS = SHOP.users, SHOP.items
@@ -238,31 +238,3 @@ def test_the_mean_lift_over_the_events_of_the_shop_is_one() -> None:
     base = shares.mean(axis=0)
     assert related.chosen_order(np, "lift", shares, base).mean(axis=0) == pytest.approx(np.ones(3))
     assert related.chosen_order(np, "balanced", shares, base) == pytest.approx(shares**2 / base)
-
-
-@pytest.mark.parametrize(("user_type", "item_type"), [("bigint", "text"), ("text", "uuid"), ("uuid", "integer")])
-def test_every_key_type_goes_in_and_comes_out_as_the_shops_own(
-    connection: psycopg.Connection, user_type: str, item_type: str
-) -> None:
-    shop = Shop(user_type=user_type, item_type=item_type)
-    shop.make(connection)
-    shop.create_model(connection)
-    train_and_activate(connection.info.dsn)
-    connection.execute("call vae.refresh('shop', array['related_items'])")
-    item, other = keys("item", item_type, 2)
-    calls = (
-        f"related('{item}')",
-        f"basket(array['{item}', '{other}']::{item_type}[])",
-        f"recommend_for_items(array['{item}']::{item_type}[])",
-        f"recommend_for('{json.dumps([{'item_id': item if item_type == 'integer' else str(item).upper()}])}')"
-        if item_type != "text"
-        else f"recommend_for('{json.dumps([{'item_id': item}])}')",
-    )
-    for call in calls:
-        types = f"select distinct pg_typeof(item_id)::text from shop.{call} where not (model_version <> 1)"
-        assert rows(connection, types) == [(item_type,)], call
-    assert rows(
-        connection,
-        "select distinct pg_typeof(r.item_id)::text, pg_typeof(r.related_item_id)::text from shop.related_items r"
-        " join events e on e.item_id = r.item_id join events o on o.item_id = r.related_item_id",
-    ) == [(item_type, item_type)]
