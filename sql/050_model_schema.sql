@@ -28,6 +28,7 @@ cross join lateral (values
     (11, 'materialized view', 'recommendations_materialized', false, 'the best items as of the last refresh that stored all users, a row per user'),
     (12, 'materialized view', 'recommendations_changed', false, 'users scored since, who take the place of their row in recommendations_materialized'),
     (13, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (29, 'materialized view', 'offer_responses_materialized', false, 'what offer_responses reads: a row per offer and user'),
     (30, 'view', 'churn', true, 'who is leaving and who will buy: every user, as of the last vae.refresh'),
     (31, 'function', format('churn(%s)', m.user_id_type), true, 'whether one user will buy anything within the horizon, from now on'),
     (32, 'function', format('explain_churn(%s)', m.user_id_type), true, 'what speaks for and against one user''s leaving'),
@@ -36,6 +37,8 @@ cross join lateral (values
     (35, 'function', format('audience(%s, integer, jsonb)', m.item_id_type), true, 'whom to send an offer of an item: the users who are likeliest to buy it'),
     (36, 'function', format('audience(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
     (37, 'function', 'audience_of_category(text, integer, jsonb, text)', true, 'whom to send an offer of a category: the users who are likeliest to buy one of its items'),
+    (38, 'view', 'offer_responses', true, 'whom to send each offer: the users who are likeliest to answer, as of the last vae.refresh'),
+    (39, 'view', 'offers', true, 'each offer in sums: whom it goes to, how many will buy and what it brings'),
     (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
     (40, 'function', format('because(%s, %s)', m.user_id_type, m.item_id_type), true, 'why an item is recommended to a user, as a sentence for people'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
@@ -551,6 +554,11 @@ begin
                     ' within the horizon. Their response_probability may be added up to the expected number of buyers; how many buy'
                     ' because of the offer is not known. Options: exclude_buyers leaves out who bought one of the items before,'
                     ' min_probability who is less likely to buy.'
+                when made.object = 'offer_responses' then
+                    '. A row per offer and user, of offers that have not ended. Join on user_id; sum response_probability where is_chosen for'
+                    ' the expected number of buyers.'
+                when made.object = 'offers' then
+                    '. A row per offer of vae.create_offer.'
                 when made.object = 'recommendations' then
                     '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
                 when made.object = 'recommendations_materialized' then
@@ -645,7 +653,7 @@ begin
         elsif made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
-        elsif made.kind = 'materialized view' or made.object = 'segments'
+        elsif made.kind = 'materialized view' or made.object in ('segments', 'offers')
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then
             execute format('grant select on %I.%s to vae_reader', m.name, made.object);

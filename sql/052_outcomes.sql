@@ -73,6 +73,24 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].audience(plpy, model_id, item_keys, k, options)
 $pgvae$;
 
+-- row_security: as vae_private.recommend_all.
+create or replace function vae_private.offer_responses(model_id integer)
+returns table (
+    offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+set row_security = on
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].offer_responses(plpy, model_id)
+$pgvae$;
+
+comment on function vae_private.offer_responses(integer) is
+    'Gives the users who are likeliest to answer each offer of a model, for <model>.offer_responses_materialized.';
 comment on function vae_private.churn(integer, text) is
     'Gives what one user of a model will do within the horizon, by key, for <model>.churn.';
 comment on function vae_private.churn_all(integer) is
@@ -193,6 +211,38 @@ begin
         '\nselect c.user_id, c.churn_probability, c.purchase_probability, c.expected_purchases, c.risk_band, c.reasons,'
         '\n    c.last_event_at, c.horizon_days, c.is_cold_start, c.model_version, c.scored_at'
         '\nfrom %1$I.churn_materialized c', m.name);
+    if to_regclass(format('%I.offer_responses_materialized', m.name)) is null then
+        execute format(
+            E'create materialized view %I.offer_responses_materialized as'
+            '\nselect o.offer_id, o.rank, o.user_key::%s as user_id, o.response_probability, o.has_bought, o.model_version,'
+            '\n    now() as scored_at'
+            '\nfrom vae_private.offer_responses(%3$s) o\nwith no data',
+            m.name, u, m.model_id);
+        execute format(
+            'create unique index offer_responses_offer_id_user_id on %I.offer_responses_materialized (offer_id, user_id)', m.name);
+    end if;
+    execute format(
+        E'create or replace view %1$I.offer_responses as'
+        '\nselect o.name as offer, r.rank, r.user_id, r.response_probability, r.has_bought,'
+        '\n    (r.response_probability::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as expected_profit,'
+        '\n    r.rank <= coalesce(o.budget / nullif(o.cost, 0), r.rank)'
+        '\n        and coalesce(r.response_probability::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true) as is_chosen,'
+        '\n    r.model_version, r.scored_at'
+        '\nfrom %1$I.offer_responses_materialized r'
+        '\njoin vae.offers o on o.offer_id = r.offer_id', m.name);
+    execute format(
+        E'create or replace view %1$I.offers as'
+        '\nselect o.name as offer, cardinality(o.item_keys) as items, count(r.rank) as users,'
+        '\n    coalesce(sum(r.response_probability::float8), 0) as expected_buyers,'
+        '\n    coalesce(sum(r.response_probability::float8), 0) * o.value::float8 as expected_revenue,'
+        '\n    count(r.rank) * coalesce(o.cost, 0)::float8 as total_cost,'
+        '\n    coalesce(sum(r.response_probability::float8), 0) * o.value::float8 - count(r.rank) * coalesce(o.cost, 0)::float8'
+        '\n        as expected_profit,'
+        '\n    o.starts_at, o.ends_at, max(r.model_version) as model_version, max(r.scored_at) as scored_at'
+        '\nfrom vae.offers o'
+        '\nleft join %1$I.offer_responses r on r.offer = o.name and r.is_chosen'
+        '\nwhere o.model_id = %2$s'
+        '\ngroup by o.offer_id', m.name, m.model_id);
 end;
 $$;
 
@@ -227,8 +277,148 @@ cross join (values
 union all
 values
     ('churn_materialized', 'item_offset', 'The user''s part of the probability of an item: see docs/outcomes.md.'),
-    ('churn_materialized', 'item_slope', 'Weight of the logarithm of an item''s score in its probability.')
+    ('churn_materialized', 'item_slope', 'Weight of the logarithm of an item''s score in its probability.'),
+    ('offer_responses_materialized', 'offer_id', 'Number of the offer, see vae.offers.'),
+    ('offer_responses_materialized', 'rank', 'Position in the offer''s list, from 1.'),
+    ('offer_responses_materialized', 'user_id', 'Key of the user.'),
+    ('offer_responses_materialized', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon.'),
+    ('offer_responses_materialized', 'has_bought', 'Whether the user bought one of the items before.'),
+    ('offer_responses_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
+    ('offer_responses_materialized', 'scored_at', 'When the row was scored.'),
+    ('offer_responses', 'offer', 'Name of the offer.'),
+    ('offer_responses', 'rank', 'Position in the offer''s list, from 1.'),
+    ('offer_responses', 'user_id', 'Key of the user.'),
+    ('offer_responses', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon, because of the offer or not.'),
+    ('offer_responses', 'has_bought', 'Whether the user bought one of the items before.'),
+    ('offer_responses', 'expected_profit', 'response_probability times what a buyer brings, less the cost of asking; null where the offer has no value.'),
+    ('offer_responses', 'is_chosen', 'Whether the budget reaches this far, and the user is worth the cost.'),
+    ('offer_responses', 'model_version', 'Version that scored the row, see vae.versions.'),
+    ('offer_responses', 'scored_at', 'When the row was scored.'),
+    ('offers', 'offer', 'Name of the offer.'),
+    ('offers', 'items', 'How many items are offered.'),
+    ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
+    ('offers', 'expected_buyers', 'How many of them buy one of the items within the horizon, on average, because of the offer or not.'),
+    ('offers', 'expected_revenue', 'expected_buyers times what a buyer brings; null where the offer has no value.'),
+    ('offers', 'total_cost', 'What it costs to make the offer to them.'),
+    ('offers', 'expected_profit', 'expected_revenue less total_cost.'),
+    ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
+    ('offers', 'ends_at', 'When it ends; null: never.'),
+    ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
+    ('offers', 'scored_at', 'When its users were scored; null: not since it was defined.')
 $$;
 
 comment on function vae_private.outcome_comments() is
     'Gives the comments of the columns about outcomes; part of vae_private.comment_model.';
+
+
+create or replace function vae.create_offer(
+    model text,
+    name text,
+    items anyarray,
+    value numeric default null,
+    cost numeric default null,
+    budget numeric default null,
+    max_users integer default 1000,
+    exclude_buyers boolean default false,
+    starts_at timestamptz default null,
+    ends_at timestamptz default null
+)
+returns bigint
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    id constant integer := vae_private.model_id(model);
+    keys constant text[] := items::text[];
+    wrong record;
+    unknown text;
+    new_id bigint;
+begin
+    if name is null or name = '' or octet_length(name) > 200 then
+        raise exception 'an offer cannot be called "%"', coalesce(name, 'null')
+            using errcode = 'invalid_name', hint = 'give a name of up to 200 bytes, as in: spring sale';
+    end if;
+    if exists (select from vae.offers o where o.model_id = id and o.name = create_offer.name) then
+        raise exception 'model % has an offer "%" already', model, name
+            using errcode = 'duplicate_object', hint = format('drop it first: select vae.drop_offer(%L, %L)', model, name);
+    end if;
+    if coalesce(cardinality(keys), 0) = 0 or array_position(keys, null) is not null or array_ndims(keys) <> 1 then
+        raise exception 'offer "%" has the items %', name, coalesce(keys::text, 'null')
+            using errcode = 'invalid_parameter_value', hint = 'name one or more items: items => array[…]';
+    end if;
+    select k.key into wrong from unnest(keys) k (key) group by k.key having count(*) > 1 order by k.key limit 1;
+    if found then
+        raise exception 'offer "%" names item % twice', name, wrong.key
+            using errcode = 'invalid_parameter_value', hint = 'name each item once';
+    end if;
+    select * into wrong
+    from (values ('value', value, 0), ('cost', cost, 0), ('budget', budget, 0), ('max_users', max_users::numeric, 1)) n (name, given, least)
+    where n.given < n.least or n.given = 'NaN' or (n.name = 'max_users' and n.given is null)
+    limit 1;
+    if found then
+        raise exception '% of offer "%" is %', wrong.name, name, coalesce(wrong.given::text, 'null')
+            using errcode = 'invalid_parameter_value', hint = format('give %s or more', wrong.least);
+    end if;
+    if budget is not null and coalesce(cost, 0) = 0 then
+        raise exception 'offer "%" has a budget of % and no cost', name, budget
+            using errcode = 'invalid_parameter_value', hint = 'say what it costs to make the offer to one user: cost => 0.5';
+    end if;
+    if exclude_buyers is null or ends_at <= starts_at then
+        raise exception '% of offer "%" is %', case when exclude_buyers is null then 'exclude_buyers' else 'ends_at' end,
+            name, case when exclude_buyers is null then 'null' else ends_at::text end
+            using errcode = 'invalid_parameter_value',
+                hint = case when exclude_buyers is null then 'give true or false' else 'an offer ends after it starts' end;
+    end if;
+    -- Where a version is active it says which items there are.
+    select k.key into unknown
+    from vae_private.scoring_versions v
+    cross join unnest(keys) with ordinality as k (key, place)
+    where v.model_id = id
+        and not exists (select from vae_private.scoring_items i where i.version_id = v.version_id and i.item_key = k.key)
+    order by k.place
+    limit 1;
+    if unknown is not null then
+        raise exception 'the active version of model % does not know item %', model, unknown
+            using errcode = 'VA051', hint = format('is the key right? The next version knows a new item: pgvae train %s', model);
+    end if;
+    insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at)
+    values (id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at)
+    returning offer_id into new_id;
+    return new_id;
+end;
+$$;
+
+comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz) is
+    'Defines an offer of some items: the next vae.refresh lists the max_users users who are likeliest to buy one of them in '
+    '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
+    'budget what may be spent in all: they choose the users who are worth it. Gives the number of the offer.';
+
+
+create or replace function vae.drop_offer(model text, name text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    id constant integer := vae_private.model_id(model);
+begin
+    delete from vae.offers o where o.model_id = id and o.name = drop_offer.name;
+    if not found then
+        raise exception 'model % has no offer "%"', model, coalesce(name, 'null')
+            using errcode = 'undefined_object',
+                hint = 'there are: ' || coalesce((select string_agg(o.name, ', ' order by o.name) from vae.offers o where o.model_id = id), 'none');
+    end if;
+end;
+$$;
+
+comment on function vae.drop_offer(text, text) is
+    'Forgets an offer of a model; its users are gone from <model>.offer_responses at once.';

@@ -36,7 +36,8 @@ grant execute on function
     vae_private.churn_all(integer),
     vae_private.explain_churn(integer, text),
     vae_private.response(integer, text, text[]),
-    vae_private.audience(integer, text[], integer, jsonb)
+    vae_private.audience(integer, text[], integer, jsonb),
+    vae_private.offer_responses(integer)
 to vae_scorer;
 
 grant execute on function
@@ -61,6 +62,8 @@ grant execute on function
     vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),
+    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz),
+    vae.drop_offer(text, text),
     vae_private.model_id(text),
     vae_private.may_use(integer),
     vae_private.model_objects(integer),
@@ -230,3 +233,21 @@ drop policy if exists insert_policy on vae.segments;
 create policy select_policy on vae.segments for select to vae_reader using (true);
 create policy insert_policy on vae.segments for insert to vae_trainer with check (exists (
     select from vae.versions v where v.version_id = segments.version_id and vae_private.may_use(v.model_id)));
+
+-- Offers: whoever operates a model makes them.
+grant select on vae.offers to vae_reader;
+grant insert (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at) on vae.offers to vae_operator;
+grant delete on vae.offers to vae_operator;
+do $$
+declare
+    command text;
+begin
+    alter table vae.offers enable row level security;
+    foreach command in array array['select', 'insert', 'delete'] loop
+        execute format('drop policy if exists %I on vae.offers', command || '_policy');
+    end loop;
+    create policy select_policy on vae.offers for select to vae_reader using (true);
+    create policy insert_policy on vae.offers for insert to vae_operator with check (vae_private.may_use(model_id));
+    create policy delete_policy on vae.offers for delete to vae_operator using (vae_private.may_use(model_id));
+end;
+$$;

@@ -488,6 +488,113 @@ def test_null_asks_for_nothing(shop: Connection) -> None:
     assert shop.execute("select * from shop.audience_of_category(null)").fetchall() == []
 
 
+def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Connection) -> None:
+    try:
+        shop.execute("select vae.create_offer('shop', 'spring', array[2, 5], value => 40, cost => 0.5, budget => 20)")
+        shop.execute("select vae.create_offer('shop', 'all', array[3], max_users => 500, exclude_buyers => true)")
+        shop.execute("select vae.create_offer('shop', 'over', array[3], ends_at => now() - interval '1 day')")
+        assert shop.execute("select count(*) from shop.offers where users = 0 and scored_at is null").fetchone() == (3,)
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        logged = shop.execute(
+            "select view, state, row_count from vae.refreshes order by refresh_id desc limit 1"
+        ).fetchone()
+        total = shop.execute("select count(*) from shop.offer_responses").fetchone()
+        assert total is not None
+        assert logged == ("offer_responses", "succeeded", total[0])
+        spring = shop.execute(
+            "select user_id, response_probability from shop.offer_responses where offer = 'spring' order by rank limit 7"
+        ).fetchall()
+        live = shop.execute(
+            "select user_id, response_probability from shop.audience(array[2, 5]::bigint[], 7)"
+        ).fetchall()
+        assert [user for user, _ in spring] == [user for user, _ in live]
+        assert [p for _, p in spring] == pytest.approx([p for _, p in live], rel=1e-5)
+        chosen = shop.execute(
+            "select count(*), max(rank), bool_and(response_probability * 40 >= 0.5), sum(response_probability::float8)"
+            " from shop.offer_responses where offer = 'spring' and is_chosen"
+        ).fetchone()
+        summed = shop.execute(
+            "select users, expected_buyers, expected_revenue, total_cost, expected_profit, items, model_version"
+            " from shop.offers where offer = 'spring'"
+        ).fetchone()
+        assert chosen is not None
+        assert summed is not None
+        assert chosen[:3] == (40, 40, True), "a budget of 20 at half each"
+        assert summed[0] == 40
+        assert summed[1] == pytest.approx(chosen[3])
+        assert summed[2] == pytest.approx(40 * chosen[3])
+        assert summed[3] == 20
+        assert summed[4] == pytest.approx(40 * chosen[3] - 20)
+        assert summed[5:] == (2, 1)
+        free = shop.execute(
+            "select count(*), bool_and(is_chosen), bool_or(has_bought), count(expected_profit)"
+            " from shop.offer_responses where offer = 'all'"
+        ).fetchone()
+        buyers = shop.execute("select count(*) from shop.audience(3) where has_bought").fetchone()
+        assert buyers is not None
+        assert free == (160 - buyers[0], True, False, 0)
+        assert shop.execute("select count(*) from shop.offer_responses where offer = 'over'").fetchone() == (0,)
+        shop.execute("select vae.drop_offer('shop', 'spring')")
+        assert shop.execute("select distinct offer from shop.offer_responses").fetchall() == [("all",)]
+        # Who asks too much of a user asks nobody.
+        shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2)")
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        assert shop.execute("select users, expected_profit from shop.offers where offer = 'dear'").fetchone() == (0, 0)
+    finally:
+        shop.execute("delete from vae.offers")
+
+
+def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop: Connection) -> None:
+    notices: list[str] = []
+    handler = lambda notice: notices.append(str(notice.message_primary))  # noqa: E731
+    shop.add_notice_handler(handler)
+    try:
+        shop.execute(
+            "insert into vae.offers (model_id, name, item_keys, max_users, exclude_buyers)"
+            " select model_id, n, array[k], 5, false from vae.models, (values ('old', '99'), ('new', '3')) o (n, k)"
+        )
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        assert shop.execute("select offer, count(*) from shop.offer_responses group by 1").fetchall() == [("new", 5)]
+        assert any("offer old is left out" in notice for notice in notices)
+    finally:
+        shop.remove_notice_handler(handler)
+        shop.execute("delete from vae.offers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state", "message"),
+    [
+        ("'sale', array[]::bigint[]", "22023", "has the items {}"),
+        ("'sale', null::bigint[]", "22023", "has the items null"),
+        ("'sale', array[1, null]", "22023", "has the items {1,NULL}"),
+        ("'sale', array[2, 2]", "22023", "names item 2 twice"),
+        ("'sale', array[99]", "VA051", "does not know item 99"),
+        ("'', array[1]", "42602", 'cannot be called ""'),
+        ("null, array[1]", "42602", 'cannot be called "null"'),
+        ("'sale', array[1], value => -1", "22023", 'value of offer "sale" is -1'),
+        ("'sale', array[1], cost => 'nan'", "22023", 'cost of offer "sale" is NaN'),
+        ("'sale', array[1], budget => 5", "22023", "a budget of 5 and no cost"),
+        ("'sale', array[1], max_users => 0", "22023", 'max_users of offer "sale" is 0'),
+        ("'sale', array[1], max_users => null", "22023", 'max_users of offer "sale" is null'),
+        ("'sale', array[1], exclude_buyers => null", "22023", 'exclude_buyers of offer "sale" is null'),
+        ("'sale', array[1], starts_at => '2025-01-02', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
+        ("'twice', array[1]", "42710", 'has an offer "twice" already'),
+    ],
+)
+def test_offers_that_make_no_sense_are_refused(shop: Connection, arguments: str, state: str, message: str) -> None:
+    shop.execute("select vae.create_offer('shop', 'twice', array[3])")
+    try:
+        found = refusal(shop, f"select vae.create_offer('shop', {arguments})")
+        assert found.sqlstate == state
+        assert message in (found.message_primary or "")
+        assert found.message_hint
+        assert shop.execute("select name from vae.offers").fetchall() == [("twice",)]
+    finally:
+        shop.execute("delete from vae.offers")
+    gone = refusal(shop, "select vae.drop_offer('shop', 'twice')")
+    assert (gone.sqlstate, gone.message_hint) == ("42704", "there are: none")
+
+
 def test_a_version_without_probabilities_says_so(shared_trained: Connection) -> None:
     user = shared_trained.execute("select user_id from shop.recommendations limit 1").fetchone()
     item = shared_trained.execute("select item_id from shop.recommendations limit 1").fetchone()
@@ -527,5 +634,8 @@ def test_whoever_scores_may_ask_and_readers_may_read(shop: Connection, role: str
             assert other.execute("select count(*) from shop.audience(4, 5)").fetchone() == (5,)
             assert other.execute("select count(*) from shop.audience_of_category('A', 5)").fetchone() == (5,)
             assert other.execute("select user_id from shop.churn(1)").fetchone() == (1,)
+            assert other.execute("select count(*) from shop.offers").fetchone() == (0,)
+            found = refusal(other, "select vae.create_offer('shop', 'sale', array[1])")
+            assert found.sqlstate == "42501"
     finally:
         shop.execute(f"drop owned by {role}")

@@ -408,6 +408,17 @@ def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str
     return audiences.response_of(plpy, version, user_key, items)
 
 
+@_translated
+def offer_responses(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
+    """Gives the users of all offers, for a materialized view; none where the version has no heads, and a notice."""
+    offers = audiences.read_offers(plpy, model_id)
+    if not offers:
+        runs.record(active_version(plpy, model_id), "offer_responses", 0)
+        return iter(())
+    version = _version_with_heads(plpy, model_id)
+    return iter(()) if version is None else _translated_rows(plpy, audiences.offer_responses(plpy, version, offers))
+
+
 _AUDIENCE_OPTIONS = {
     "exclude_buyers": Option(accepts=lambda value: isinstance(value, bool), hint="give true or false"),
     "min_probability": Option(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import outcomes
+from . import outcomes, runs
 from .batch import report_progress
 from .churn import look_ahead
 from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
@@ -21,6 +21,8 @@ from .tokens import History
 
 # (rank, user key, response probability, whether the user bought one of the items before, version)
 Row = tuple[int, str, float, bool, int]
+# (number of the offer, and the same)
+OfferRow = tuple[int, int, str, float, bool, int]
 # Users of a batch.
 _USERS = 512
 
@@ -30,6 +32,29 @@ from unnest($1::text[]) with ordinality as w (item_key, place)
 left join vae_private.scoring_items i on i.version_id = $2 and i.item_key = w.item_key
 order by w.place
 """
+
+_OFFERS = """
+select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers
+from vae.offers o
+where o.model_id = $1 and (o.ends_at is null or o.ends_at > statement_timestamp())
+order by o.offer_id
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """An offer that has not ended: what of it a refresh needs."""
+
+    offer_id: int
+    name: str
+    item_keys: list[str]
+    max_users: int
+    exclude_buyers: bool
+
+
+def read_offers(plpy: Any, model_id: int) -> list[Offer]:
+    """Gives the offers of a model that have not ended."""
+    return [Offer(**row) for row in execute(plpy, _OFFERS, ["integer"], [model_id])]
 
 
 def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
@@ -103,6 +128,29 @@ def audience_of(
     for rank, user, probability, has_bought in best.rows():
         if probability >= min_probability:
             yield rank, user, probability, has_bought, version.version
+
+
+def offer_responses(plpy: Any, version: Version, offers: Sequence[Offer]) -> Iterator[OfferRow]:
+    """Gives the users of each offer, found in one pass over all users.
+
+    An offer of an item that the version does not know is left out, with a notice.
+    """
+    known, items = [], []
+    for offer in offers:
+        try:
+            items.append(offered_items(plpy, version, f"offer {offer.name}", offer.item_keys))
+        except ScoringError as error:
+            plpy.notice(f"offer {offer.name} is left out: {error.message}", hint=error.hint)
+            continue
+        known.append(offer)
+    limits = [offer.max_users for offer in known]
+    found = _best_of_all(plpy, version, items, limits, [offer.exclude_buyers for offer in known], "offers")
+    done = 0
+    for offer, best in zip(known, found, strict=True):
+        for rank, user, probability, has_bought in best.rows():
+            yield offer.offer_id, rank, user, probability, has_bought, version.version
+            done += 1
+    runs.record(version, "offer_responses", done)
 
 
 def _best_of_all(

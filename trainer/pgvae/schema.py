@@ -14,6 +14,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Table,
     Text,
@@ -166,6 +167,44 @@ candidates = Table(
     Index("ix_candidates_for_refresh", "model_id", unique=True, postgresql_where=text("for_refresh")),
     schema=PUBLIC,
     comment="Candidate sets: tables and views that say which items of a model may be recommended.",
+)
+
+offers = Table(
+    "offers",
+    metadata,
+    Column(
+        "offer_id",
+        BigInteger,
+        Identity(always=True),
+        primary_key=True,
+        comment="Number of the offer in this database.",
+    ),
+    Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    ),
+    Column("name", Text, nullable=False, comment="Name of the offer, of one model's offers."),
+    Column("item_keys", ARRAY(Text), nullable=False, comment="Keys of the items that are offered."),
+    Column("value", Numeric, comment="What a buyer brings, revenue or margin; null: not said."),
+    Column("cost", Numeric, comment="What it costs to make the offer to one user; null: nothing."),
+    Column("budget", Numeric, comment="What may be spent on it in all; null: no limit."),
+    Column("max_users", Integer, nullable=False, comment="How many users a refresh lists at most."),
+    Column(
+        "exclude_buyers",
+        Boolean,
+        nullable=False,
+        comment="Whether users who bought one of the items before are left out.",
+    ),
+    _timestamp("starts_at", "When the offer begins; null: it has begun."),
+    _timestamp("ends_at", "When it ends: refreshes then list nobody for it; null: never."),
+    _timestamp("created_at", "When the offer was defined.", default_now=True),
+    Column("created_by", Text, nullable=False, server_default=_user, comment="Role that defined it."),
+    UniqueConstraint("model_id", "name"),
+    schema=PUBLIC,
+    comment="Offers of each model: items that are offered to users, what a buyer brings and what asking costs.",
 )
 
 versions = Table(
