@@ -693,8 +693,10 @@ begin
     if exists (select from pg_namespace where nspname = model) then
         execute format('drop schema %I', model);
     end if;
+    perform vae_private.unschedule_dropped(model);
 end;
 $$;
 
 comment on function vae.drop_model(text) is
-    'Drops a model: its schema, its versions with their weights, metrics and logs. Refuses where other objects depend on it.';
+    'Drops a model: its schema, its versions with their weights, metrics and logs, and those jobs of pg_cron that refresh it and are '
+    'the caller''s. Refuses where other objects depend on it.';

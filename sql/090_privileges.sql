@@ -162,6 +162,16 @@ grant execute on function
     vae_private.version_bytes(bigint)
 to vae_trainer;
 
+-- Schedules: pg_cron asks for rights of its own.
+grant select on vae.schedules to vae_reader;
+grant execute on function vae_private.scheduled_jobs() to vae_reader;
+grant execute on function
+    vae.schedule(text, text),
+    vae.unschedule(text),
+    vae_private.check_cron()
+to vae_operator;
+grant execute on function vae_private.unschedule_dropped(text) to vae_trainer;
+
 -- Row security: everybody may read the catalogue, only who may use a model's schema may write about it, and only who
 -- owns that schema may define or drop the model: an upgrade remakes models as the owner of their schema.
 do $$

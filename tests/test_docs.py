@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from conftest import create_database, drop_database
 from pgvae import resources
-from pgvae.cli import app
+from pgvae.cli import app, register_commands
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from shop import Shop
@@ -574,7 +574,7 @@ def test_every_condition_that_the_sql_raises_is_explained() -> None:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Gives each command with its full name: "pgvae load events"."""
-    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune, versions  # noqa: F401
+    register_commands()
 
     def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield name, command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import psycopg
@@ -27,12 +28,35 @@ Dsn = Annotated[
     ),
 ]
 
+# Exit status: nothing broke, and what was asked for was not done. Schedulers tell it from an error, which is 1.
+NOT_DONE = 3
+
+# One subject each.
+_MODULES = (
+    "database",
+    "demo",
+    "evaluate",
+    "load",
+    "refresh",
+    "report",
+    "retrain",
+    "server",
+    "simulate",
+    "train",
+    "tune",
+    "versions",
+)
+
+
+def register_commands() -> None:
+    """Imports the modules of the commands: each one registers itself on `app`."""
+    for name in _MODULES:
+        import_module(f"pgvae.cli.{name}")
+
 
 def main() -> None:
     """Runs the command line; a failure the user can mend ends in a message, a hint and exit status 1."""
-    # Imported here: each module registers itself on `app`.
-    from pgvae.cli import database, demo, evaluate, load, refresh, report, server, simulate, train, tune, versions  # noqa: F401
-
+    register_commands()
     try:
         app()
     except PgvaeError as error:

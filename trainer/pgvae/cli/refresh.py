@@ -1,50 +1,96 @@
-"""`pgvae refresh`: for a scheduler that starts programs."""
+"""`pgvae refresh`: the scheduled refresh, run from a terminal or a scheduler."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import psycopg
 import typer
-from psycopg import Connection
+from psycopg.rows import dict_row
+from rich.markup import escape
 
-from pgvae.cli import Dsn, app
+from pgvae.cli import NOT_DONE, Dsn, app
 from pgvae.connection import connect
-from pgvae.console import out
+from pgvae.console import err, out
 
 
 @app.command()
 def refresh(
     model: Annotated[str, typer.Argument(help="Name of the model, as given to vae.create_model.")],
     view: Annotated[
-        list[str] | None, typer.Option(help="Refresh this prediction view only; may be given several times.")
+        list[str] | None, typer.Option(help="Refresh only this prediction view; may be repeated. Without it, all.")
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Score all users again, whether or not anything changed.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON instead.")] = False,
     dsn: Dsn = None,
 ) -> None:
     """Score with a model's active version and refresh its prediction views.
 
     The same as: call vae.refresh('MODEL'). Exits with 0 when all views are fresh, with 1 when one could not be
-    refreshed and holds its last good content; see vae.refreshes.
+    refreshed and holds its last good content, with 3 when another session is refreshing the model at this moment; see
+    vae.refreshes.
     """
     with connect(dsn, autocommit=True) as connection:
-        try:
-            connection.execute("call vae.refresh(%s, %s, %s)", [model, view, full])
-        finally:
-            if not connection.broken:
-                _print_refreshed(connection, model)
+        document, failure = run_refresh(connection, model, view, full=full)
+    if as_json:
+        out.print_json(data=document, indent=None)
+    else:
+        show_refreshed(document)
+    if failure and document["status"] == "busy":
+        err.print(escape(str(failure.diag.message_primary)), highlight=False, soft_wrap=True)
+        raise typer.Exit(NOT_DONE)
+    if failure:
+        raise failure
 
 
-def _print_refreshed(connection: Connection, model: str) -> None:
-    """Prints a line for each view that this session refreshed."""
-    rows = connection.execute(
-        "select r.view, r.row_count, r.version, r.seconds from vae.refreshes r join vae.models m using (model_id)"
-        " where m.name = %s and r.backend_pid = pg_backend_pid() and r.state = 'succeeded'"
-        " and r.started_at >= (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid())"
-        " order by r.refresh_id",
-        [model],
-    ).fetchall()
-    for name, count, version, seconds in rows:
-        scored = f"{count} rows scored by version {version}" if version else "nothing to score"
-        out.print(f"{model}.{name}: {scored} in {seconds:.1f} s", highlight=False)
+def run_refresh(
+    connection: psycopg.Connection, model: str, views: list[str] | None = None, *, full: bool = False
+) -> tuple[dict[str, Any], psycopg.Error | None]:
+    """Refreshes a model's views on an autocommit connection; gives what was done, and the error that it ended with.
+
+    The document has `model`, `status` (succeeded, failed, busy), `views` with an entry for each that was refreshed or
+    tried, and `error` where there was one.
+    """
+    failure: psycopg.Error | None = None
+    try:
+        connection.execute("call vae.refresh(%s, %s, %s)", [model, views, full])
+    except psycopg.Error as error:
+        failure = error
+    is_busy = isinstance(failure, psycopg.errors.LockNotAvailable)
+    document: dict[str, Any] = {
+        "model": model,
+        "status": "busy" if is_busy else "failed" if failure else "succeeded",
+        "views": [] if connection.broken else _refreshed(connection, model),
+        "error": None,
+    }
+    if failure:
+        document["error"] = {
+            "sqlstate": failure.sqlstate,
+            "message": failure.diag.message_primary or str(failure).strip(),
+            "hint": failure.diag.message_hint,
+        }
+    return document, failure
+
+
+def show_refreshed(document: dict[str, Any]) -> None:
+    """Prints a line for each view that was refreshed."""
+    for row in document["views"]:
+        if row["state"] == "succeeded":
+            scored = f"{row['row_count']} rows scored by version {row['version']}"
+            what = scored if row["version"] else "nothing to score"
+            out.print(f"{document['model']}.{row['view']}: {what} in {row['seconds']:.1f} s", highlight=False)
+
+
+def _refreshed(connection: psycopg.Connection, model: str) -> list[dict[str, Any]]:
+    """Gives a row for each view that this session refreshed, or tried to."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(
+            "select r.view, r.state, r.mode, r.row_count, r.scored_count, r.version, r.seconds, r.error"
+            " from vae.refreshes r join vae.models m using (model_id)"
+            " where m.name = %s and r.backend_pid = pg_backend_pid() and r.state <> 'running'"
+            " and r.started_at >= (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid())"
+            " order by r.refresh_id",
+            [model],
+        ).fetchall()

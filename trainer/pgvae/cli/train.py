@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.progress import TaskID
 
-from pgvae.cli import Dsn, app
+from pgvae.activation import Activation, try_to_activate
+from pgvae.cli import NOT_DONE, Dsn, app
 from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, outcomes_verdict, verdicts
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
@@ -91,7 +92,8 @@ def train(
     divided by chance. Then trains on all events and writes weights, lineage and metrics in one transaction. The new
     version scores once it is activated. More figures, and more baselines: pgvae evaluate MODEL.
 
-    Refuses when the quality gate fails: select * from vae.check_events('MODEL').
+    Refuses when the quality gate fails: select * from vae.check_events('MODEL'). Exits with 0 when all went well, with
+    3 when --activate was given but a gate of vae.activate refused the published version, with 1 after an error.
     """
     config = TrainingConfig(
         seed=seed,
@@ -116,7 +118,10 @@ def train(
     show(model, result)
     if activate:
         with connect(dsn) as connection:
-            activate_version(connection, model, result.version)
+            activation = try_to_activate(connection, model, result.version)
+        if activation.refusal is not None:
+            report_refusal(model, result.version, activation)
+            raise typer.Exit(NOT_DONE)
         out.print(f"version {result.version} is active; now: call vae.refresh('{model}')", highlight=False)
     else:
         hint = f"select * from vae.activate('{model}', {result.version})"  # noqa: S608  # shown, never run
@@ -137,6 +142,18 @@ def train_with_display(
 def activate_version(connection: psycopg.Connection, model: str, version: int) -> None:
     """Makes a version the one that scores."""
     connection.execute("select * from vae.activate(%s, %s)", [model, version])
+
+
+def report_refusal(model: str, version: int, activation: Activation) -> None:
+    """Says on standard error that a version was not activated, and why."""
+    err.print(
+        f"[bold yellow]not activated:[/] {escape(str(activation.refusal))}; version {version} of model {model} stays"
+        " ready",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if activation.hint:
+        err.print(f"[bold]hint:[/] {escape(activation.hint)}", highlight=False, soft_wrap=True)
 
 
 def show(model: str, result: Training) -> None:
