@@ -70,6 +70,7 @@ declare
     defaults constant jsonb := vae_private.default_options();
     name text;
     value jsonb;
+    most numeric;
 begin
     if given is null then
         return defaults;
@@ -84,13 +85,14 @@ begin
                 using errcode = 'invalid_parameter_value',
                     hint = format('known options: %s', (select string_agg(k, ', ' order by k) from jsonb_object_keys(defaults) k));
         end if;
+        most := case name when 'recommendations' then 10000 when 'horizon_days' then 365 else 1000000 end;
         if jsonb_typeof(value) <> jsonb_typeof(defaults -> name)
-            or (jsonb_typeof(value) = 'number' and ((value)::numeric not between 1 and 1000000 or (value)::numeric % 1 <> 0))
-            or (name = 'recommendations' and (value)::numeric > 10000)
-            or (name = 'horizon_days' and (value)::numeric > 365)
+            or (jsonb_typeof(value) = 'number' and ((value)::numeric not between 1 and most or (value)::numeric % 1 <> 0))
         then
             raise exception 'option "%" is %', name, value
-                using errcode = 'invalid_parameter_value', hint = format('its default is %s', defaults -> name);
+                using errcode = 'invalid_parameter_value',
+                    hint = case when jsonb_typeof(defaults -> name) = 'number' then format('give a whole number from 1 to %s; ', most) else '' end
+                        || format('its default is %s', defaults -> name);
         end if;
     end loop;
     if given ? 'earliest' then

@@ -541,7 +541,7 @@ begin
                     '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
                 when made.object like 'churn(%' then
                     ', and how much. "Now" is the end of the training window, or the user''s last event, where a version was made of old'
-                    ' events. Null but for user_id, is_cold_start and model_version for a user without known events.'
+                    ' events. For a user without known events probabilities, band, reasons and last_event_at are null.'
                 when made.object = 'churn' then
                     '. A row per user. Join on user_id; model_version joins vae.versions. Probabilities are null for a user without known'
                     ' events. Empty where the version has none (see docs/outcomes.md).'

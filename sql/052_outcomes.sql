@@ -103,6 +103,32 @@ comment on function vae_private.audience(integer, text[], integer, jsonb) is
     'Gives the users of a model who are likeliest to buy one of some items, by keys, for <model>.audience.';
 
 
+create or replace function vae_private.items_of_category(id integer, category text, column_name text, item_keys text[])
+returns text[]
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- Without an active version there are none at all, which whoever scores says better.
+    if cardinality(item_keys) = 0 and exists (select from vae_private.scoring_versions v where v.model_id = id) then
+        raise exception 'no item that the active version knows has the % "%"', column_name, category
+            using errcode = 'invalid_parameter_value',
+                hint = (
+                    select format('there are those of: select distinct %I from %I.%I', column_name, m.items_schema, m.items_table)
+                    from vae.models m where m.model_id = id);
+    end if;
+    return item_keys;
+end;
+$$;
+
+comment on function vae_private.items_of_category(integer, text, text, text[]) is
+    'Gives the items of a category as they are; refuses a category without any.';
+
+
 create or replace function vae_private.drop_changed(signature text, result_column text)
 returns void
 language plpgsql
@@ -184,13 +210,13 @@ begin
             ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
             m.name, audience_type,
             format(E'\nselect a.rank, a.user_key::%1$s, a.response_probability, a.has_bought, a.model_version'
-                '\nfrom vae_private.audience(%2$s, case when $1 is not null then array('
+                '\nfrom vae_private.audience(%2$s, case when $1 is not null then vae_private.items_of_category(%2$s, $1, $4, array('
                 '\n    select i.item_key'
                 '\n    from vae_private.item_column(%2$s, $4) c'
                 '\n    join %3$I.item_features f on f.features ->> c.name = $1'
                 '\n    join vae_private.scoring_versions v on v.model_id = %2$s'
                 '\n    join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = f.item_id::text'
-                '\n    order by i.item_index) end, $2, $3) a'
+                '\n    order by i.item_index)) end, $2, $3) a'
                 '\norder by a.rank\n', u, m.model_id, m.name));
     end if;
     if to_regclass(format('%I.churn_materialized', m.name)) is null then

@@ -32,6 +32,7 @@ grant execute on function
     vae_private.demand_all(integer),
     vae_private.looks_ahead_from(timestamptz, timestamptz, integer),
     vae_private.item_column(integer, text),
+    vae_private.items_of_category(integer, text, text, text[]),
     vae_private.churn(integer, text),
     vae_private.churn_all(integer),
     vae_private.explain_churn(integer, text),

@@ -150,7 +150,10 @@ def test_the_forecast_of_the_newest_horizon_does_not_know_it() -> None:
 def test_a_horizon_longer_than_the_data_allow_has_no_forecast() -> None:
     fitted = fit_demand(sales_of(random_days(), 31), seed=1)
     assert (fitted.head, fitted.metrics, fitted.curve) == (None, [], [])
-    assert fitted.missing == "the sales span 120 days, a forecast of 31 days needs 124"
+    assert fitted.missing == (
+        "the sales span 120 days, a forecast of 31 days needs 124: train again then, or make a model with"
+        " horizon_days of at most 30"
+    )
 
 
 # In SQL

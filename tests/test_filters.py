@@ -157,6 +157,15 @@ def test_a_relation_that_fails_is_named_with_its_error(
     assert "vae.set_candidates" in str(refused.message_hint)
 
 
+def test_a_relation_that_fails_from_the_start_is_not_defined(shop: psycopg.Connection) -> None:
+    shop.execute("create view broken as select item_id from stock where 1 / (on_hand - on_hand) > 0")
+    refused = refusal(shop, "select * from vae.set_candidates('shop', 'broken', 'broken')")
+    assert refused.sqlstate == "22012"
+    assert refused.message_primary == 'candidates "broken" cannot be read from public.broken: division by zero'
+    assert refused.message_hint == "mend public.broken until this gives rows: select item_id from public.broken"
+    assert shop.execute("select count(*) from vae.candidates").fetchone() == (0,)
+
+
 def test_candidates_that_nobody_defined_are_refused_with_those_that_are(shop: psycopg.Connection) -> None:
     define(shop)
     refused = refusal(shop, """select * from shop.recommend(%s, 5, '{"candidates": "in_season"}')""", [USER])

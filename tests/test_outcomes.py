@@ -250,7 +250,10 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
 def test_too_few_days_or_buyers_are_told() -> None:
     dataset, _ = simulated()
     assert too_little(dataset, 28, 1) == ""
-    assert too_little(dataset, 31, 1) == "the events span 120 days, 4 horizons of 31 days are 124"
+    assert too_little(dataset, 31, 1) == (
+        "the events span 120 days, 4 horizons of 31 days are 124:"
+        " train again then, or make a model with horizon_days of at most 29"
+    )
     few = dataclasses.replace(dataset, event_type=np.where(dataset.user < 3, dataset.event_type, 0))
     assert "users bought and" in too_little(few, 14, 1)
     fitted = fit_outcomes(few, earlier={}, earlier_end=0.0, horizon=14, max_history=50, seed=1)
@@ -472,7 +475,8 @@ def test_options_of_an_audience(shop: Connection) -> None:
         ("""select * from shop.audience(1, options => '{"limit": 3}')""", "22023", "option 'limit' is unknown"),
         ("""select * from shop.audience(1, options => '{"min_probability": 2}')""", "22023", "'min_probability' is 2"),
         ("""select * from shop.audience(1, options => '{"exclude_buyers": 1}')""", "22023", "'exclude_buyers' is 1"),
-        ("select * from shop.audience_of_category('Z')", "22023", "items names no item"),
+        ("select * from shop.audience_of_category('Z')", "22023", "has the category \"Z\""),
+        ("select * from shop.audience_of_category('Z', column_name => 'hue')", "42703", 'reads no column "hue"'),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(shop: Connection, query: str, state: str, message: str) -> None:
@@ -480,6 +484,38 @@ def test_bad_input_is_refused(shop: Connection, query: str, state: str, message:
     assert found.sqlstate == state
     assert message in (found.message_primary or "")
     assert found.message_hint
+
+
+def test_who_never_bought_is_answered_like_everybody(shop: Connection) -> None:
+    with shop.transaction(force_rollback=True):
+        shop.execute("insert into users values (600)")
+        shop.execute(
+            "insert into events select 600, i, 'view', (select max(occurred_at) from events) - i * interval '1 day'"
+            " from generate_series(1, 4) i"
+        )
+        churn = shop.execute("select churn_probability, expected_purchases, reasons from shop.churn(600)").fetchone()
+        assert churn is not None
+        assert 0 < churn[0] < 1
+        assert churn[1] > 0
+        reasons = shop.execute("select reason, contribution from shop.explain_churn(600) order by rank").fetchall()
+        words = [reason for reason, _ in reasons]
+        assert len(words) == len(set(words)) == 4
+        assert "no purchase yet" in words
+        # Leaving out a group loses nothing: see the sum that two users' logits differ by.
+        other = shop.execute("select sum(contribution) from shop.explain_churn(1)").fetchone()
+        one = shop.execute("select churn_probability from shop.churn(1)").fetchone()
+        assert other is not None
+        assert one is not None
+        difference = np.log(churn[0] / (1 - churn[0])) - np.log(one[0] / (1 - one[0]))
+        assert sum(part for _, part in reasons) - other[0] == pytest.approx(difference, abs=1e-4)
+        assert shop.execute("select count(*), bool_or(is_cold_start) from shop.recommend(600, 5)").fetchone() == (
+            5,
+            False,
+        )
+        assert shop.execute("select shop.response(600, 3) > 0, shop.because(600, 3) <> ''").fetchone() == (True, True)
+        assert shop.execute("select bool_or(has_bought) from shop.audience(3) where user_id = 600").fetchone() == (
+            False,
+        )
 
 
 def test_null_asks_for_nothing(shop: Connection) -> None:
@@ -502,7 +538,8 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         assert total is not None
         assert logged == ("offer_responses", "succeeded", total[0])
         spring = shop.execute(
-            "select user_id, response_probability from shop.offer_responses where offer = 'spring' order by rank limit 7"
+            "select user_id, response_probability from shop.offer_responses"
+            " where offer = 'spring' order by rank limit 7"
         ).fetchall()
         live = shop.execute(
             "select user_id, response_probability from shop.audience(array[2, 5]::bigint[], 7)"

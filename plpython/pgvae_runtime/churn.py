@@ -102,8 +102,7 @@ def _rows(version: Version, users: list[str], history: History, now: float) -> I
             continue
         churn = 1.0 - purchase
         band = outcomes.risk_band(churn)
-        # Two groups may have the same to say of who never bought.
-        texts = "; ".join(dict.fromkeys(text for text, _ in why)) or None
+        texts = "; ".join(text for text, _ in why) or None
         yield (user, churn, purchase, expected, band, texts, at, False, version.version, offset, slope, horizon)
 
 
@@ -126,6 +125,11 @@ def reasons_of(
     parts = -(found.behaviour - weights["behaviour_mean"]) * weights["purchase_behaviour"]
     by_group = np.column_stack([parts[:, columns].sum(axis=1) for columns in groups.values()])
     names = list(groups)
+    # Of who never bought both groups say the same, so their parts are one.
+    never = ~_have_bought(version, history)
+    once, twice = names.index("frequency"), names.index("purchase recency")
+    by_group[never, once] += by_group[never, twice]
+    by_group[never, twice] = -math.inf
     order = np.argsort(-by_group, axis=1, kind="stable")[:, :most]
     facts = _facts(version, history, as_of)
     return [
@@ -141,7 +145,10 @@ def reasons_of(
 
 
 def explained(version: Version, history: History) -> list[tuple[int, str, float, int]]:
-    """Gives (rank, reason, contribution, version) of one user, [1] history: all groups, those for no purchase first."""
+    """Gives (rank, reason, contribution, version) of one user, [1] history: all groups, those for no purchase first.
+
+    For who never bought there is one fewer, see reasons_of.
+    """
     if not history.counts[0]:
         return []
     found, as_of = look_ahead(version, history)
@@ -156,6 +163,12 @@ _WORDS = {
     "activity": "{recent}",
     "tenure": "first seen {tenure} ago",
 }
+
+
+def _have_bought(version: Version, history: History) -> NDArray[np.bool_]:
+    """Tells which users have a purchase, [U]."""
+    bought = np.isin(history.event_type, version.targets)
+    return np.bincount(history.users()[bought], minlength=len(history.counts)) > 0
 
 
 def _facts(version: Version, history: History, as_of: NDArray[np.float64]) -> list[dict[str, str]]:

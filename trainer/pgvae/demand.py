@@ -173,7 +173,8 @@ def fit_demand(sales: Sales, *, seed: int) -> DemandFit:
             metrics=[],
             curve=[],
             missing=f"the sales span {sales.span} days, a forecast of {sales.horizon} days needs"
-            f" {HORIZONS_NEEDED * sales.horizon}",
+            f" {HORIZONS_NEEDED * sales.horizon}: train again then, or make a model with"
+            f" horizon_days of at most {max(1, sales.span // HORIZONS_NEEDED)}",
         )
     fitter = _Fitter(sales, seed)
     tests = [fitter.test(number * sales.horizon) for number in range(1, _HORIZONS_MEASURED + 1)

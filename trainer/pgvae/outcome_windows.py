@@ -109,7 +109,10 @@ def too_little(dataset: Dataset, horizon: int, seed: int) -> str:
     span = (dataset.occurred_at.max() - dataset.occurred_at.min()) / DAY
     if span < HORIZONS_NEEDED * horizon:
         needed = HORIZONS_NEEDED * horizon
-        return f"the events span {span:.0f} days, {HORIZONS_NEEDED} horizons of {horizon} days are {needed}"
+        return (
+            f"the events span {span:.0f} days, {HORIZONS_NEEDED} horizons of {horizon} days are {needed}:"
+            f" train again then, or make a model with horizon_days of at most {max(1, int(span // HORIZONS_NEEDED))}"
+        )
     for window in windows(dataset, horizon, seed, most=3):
         buyers = int(window.has_bought.sum())
         others = len(window.users) - buyers
