@@ -173,6 +173,18 @@ grant execute on function
 to vae_operator;
 grant execute on function vae_private.unschedule_dropped(text) to vae_trainer;
 
+-- Monitoring.
+grant select on vae.observations, vae.health, vae.health_checks to vae_reader;
+grant insert (
+    version_id, measure, subject, value, chance, status, detail, remedy, bins, expected_count, actual_count, window_start, window_end
+) on vae.observations to vae_operator;
+grant execute on function
+    vae.check_drift(text, integer),
+    vae.hit_rate(text),
+    vae_private.event_bins(vae.models, bigint, timestamptz, interval),
+    vae_private.chance_psi(bigint, bigint, bigint)
+to vae_operator;
+
 -- Row security: everybody may read the catalogue, only who may use a model's schema may write about it, and only who
 -- owns that schema may define or drop the model: an upgrade remakes models as the owner of their schema.
 do $$
@@ -186,7 +198,8 @@ declare
     owned_version constant text := 'exists (select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name'
         ' where m.model_id = versions.model_id and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
-    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes', 'verifications'] loop
+    foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes', 'verifications',
+        'observations'] loop
         execute format('alter table vae.%I enable row level security', name);
         foreach command in array array['select', 'insert', 'update', 'delete'] loop
             execute format('drop policy if exists %I on vae.%I', command || '_policy', name);
@@ -195,19 +208,19 @@ begin
         execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'curves', 'epochs', 'verifications')
+                when name in ('metrics', 'curves', 'epochs', 'verifications', 'observations')
                 then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case
                 when name = 'models' then owned
-                when name in ('metrics', 'curves', 'epochs', 'verifications') then 'false'
+                when name in ('metrics', 'curves', 'epochs', 'verifications', 'observations') then 'false'
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
                 when name in ('metrics', 'curves') then format(of_version, name)
-                when name in ('epochs', 'verifications') then 'false'
+                when name in ('epochs', 'verifications', 'observations') then 'false'
                 when name = 'versions' then owned_version
                 else 'vae_private.may_use(model_id)' end);
     end loop;

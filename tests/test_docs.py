@@ -52,7 +52,7 @@ PAGES = sorted(
 # The tutorials show trainings as people run them. Here they are cut short: what they reach is measured elsewhere.
 SHORT = ("--epochs=5",)
 SHORT_ON_MANY_EVENTS = ("--epochs=3", "--hidden=32", "--latent=32")
-SETTINGS = {"vae.device", "vae.gpu_memory", "vae.gpu_precision", "vae.gpu_costs"}
+SETTINGS = {"vae.device", "vae.gpu_memory", "vae.gpu_precision", "vae.gpu_costs", "vae.stale_after"}
 ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")
 
 
@@ -414,14 +414,19 @@ def test_the_page_of_features_runs(server: Server, template: str, folder: Path, 
         drop_database(server, "features")
 
 
-def test_the_page_of_refreshes_runs(server: Server, trained_template: str, folder: Path, psql_folder: Path) -> None:
-    create_database(server, "refreshes", trained_template)
-    runner = Runner(dsn=server.dsn("refreshes"), bindir=psql_folder, folder=folder)
+@pytest.mark.parametrize("page", ["refresh", "monitoring"])
+def test_a_page_about_the_tiny_shop_runs(
+    server: Server, trained_template: str, folder: Path, psql_folder: Path, page: str
+) -> None:
+    create_database(server, page, trained_template)
+    runner = Runner(dsn=server.dsn(page), bindir=psql_folder, folder=folder)
     try:
-        for block in blocks(DOCS / "refresh.md"):
+        for block in blocks(DOCS / f"{page}.md"):
             runner.run(block)
     finally:
-        drop_database(server, "refreshes")
+        drop_database(server, page)
+        with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+            admin.execute("drop role if exists shop_monitor")
 
 
 def test_every_block_that_is_not_run_says_why() -> None:

@@ -678,6 +678,46 @@ verifications = Table(
     comment="Log of vae.verify: which version gave the scores of its training, with which code and libraries.",
 )
 
+observations = Table(
+    "observations",
+    metadata,
+    Column("observation_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the observation."),
+    Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    ),
+    Column("measure", Text, nullable=False, comment="drift (population stability index) or hit rate."),
+    Column(
+        "subject", Text, nullable=False, comment="What was measured: event types, items, activity, recommendations."
+    ),
+    Column("value", DOUBLE_PRECISION, comment="What was found; null: there was nothing to measure."),
+    Column("chance", DOUBLE_PRECISION, comment="Of drift: what chance alone exceeds once in twenty times."),
+    Column("status", Text, nullable=False, comment="ok, warning, critical, or unknown."),
+    Column("detail", Text, comment="What was found, in words."),
+    Column("remedy", Text, comment="What to do; null where nothing is wrong."),
+    Column(
+        "bins",
+        JSONB,
+        comment="Of drift: the share of each bin when the version was trained (expected) and now (actual).",
+    ),
+    Column("expected_count", BigInteger, comment="Of drift: users then; of the hit rate: recommendations."),
+    Column(
+        "actual_count", BigInteger, comment="Of drift: users now; of the hit rate: recommendations that were bought."
+    ),
+    _timestamp("window_start", "From when on events were counted."),
+    _timestamp("window_end", "Until when."),
+    _timestamp("observed_at", "When it was measured.", default_now=True),
+    Column("observed_by", Text, nullable=False, server_default=_user, comment="Role that did it."),
+    CheckConstraint("measure in ('drift', 'hit rate')", name="measure"),
+    CheckConstraint("status in ('ok', 'warning', 'critical', 'unknown')", name="status"),
+    Index("ix_observations_version_id", "version_id"),
+    schema=PUBLIC,
+    comment="Log of vae.check_drift and vae.hit_rate.",
+)
+
 installation = Table(
     "installation",
     metadata,
@@ -713,6 +753,7 @@ __all__ = [
     "metadata",
     "metrics",
     "models",
+    "observations",
     "refreshes",
     "segments",
     "tensors",

@@ -1,0 +1,224 @@
+-- What is wrong with a model, from the logs alone: a monitor needs vae_reader, and no right on the shop's tables.
+
+create or replace view vae.health_checks as
+with facts as (
+    select
+        m.model_id,
+        m.name as model,
+        active.version_id,
+        active.version,
+        active.activated_at,
+        newest.version as newest_version,
+        coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours')::interval as stale_after
+    from vae.models m
+    left join vae.versions active on active.model_id = m.model_id and active.state = 'active'
+    left join lateral (
+        select v.version
+        from vae.versions v
+        where v.model_id = m.model_id and v.state = 'ready' and (active.version is null or v.created_at > active.activated_at)
+        order by v.version desc
+        limit 1
+    ) newest on true
+), predictions as (
+    select f.model, count(*) as views,
+        count(*) filter (where f.refreshed_at is null) as empty_views,
+        min(f.refreshed_at) as oldest,
+        string_agg(f.prediction, ', ' order by f.prediction) filter (where f.model_version <> f.active_version) as other_version,
+        string_agg(format('%s: %s', f.prediction, f.last_error), '; ' order by f.prediction) filter (where f.last_state = 'failed') as failures
+    from vae.freshness f
+    group by f.model
+), checks as (
+    select f.model, 1 as place, 'views' as check_name,
+        case when exists (
+            select
+            from pg_catalog.pg_class c
+            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+            where n.nspname = f.model and c.relname = 'clean_events') then 'ok' else 'critical' end as status,
+        'the views of the model are gone, for example with a table that was dropped with cascade' as problem,
+        format('select vae.rebuild_model(%L)', f.model) as remedy,
+        null as fact
+    from facts f
+    union all
+    select f.model, 2, 'active version',
+        case when f.version is null then 'critical' else 'ok' end,
+        'no version is active: nothing scores',
+        case when f.newest_version is null then format('in a terminal: pgvae train %s --activate', f.model)
+            else format('select * from vae.activate(%L, %s)', f.model, f.newest_version) end,
+        format('version %s is active', f.version)
+    from facts f
+    union all
+    select f.model, 3, 'refreshed',
+        case when f.version is null then 'unknown' when p.oldest is null or p.empty_views > 0 then 'critical' else 'ok' end,
+        case when f.version is null then 'no version is active'
+            when p.oldest is null then 'no prediction view was ever refreshed' else format('%s prediction views were never refreshed well', p.empty_views) end,
+        case when f.version is not null then format('call vae.refresh(%L)', f.model) end,
+        format('%s prediction views hold content', p.views)
+    from facts f
+    left join predictions p using (model)
+    union all
+    select f.model, 4, 'last refresh',
+        case when p.model is null then 'unknown' when p.failures is null then 'ok' else 'critical' end,
+        case when p.model is null then 'there was no refresh' else format('failed, the last good content is still there: %s', p.failures) end,
+        case when p.model is not null then
+            format('mend the cause, then: call vae.refresh(%L); errors are explained in docs/errors.md', f.model) end,
+        'succeeded'
+    from facts f
+    left join predictions p using (model)
+    union all
+    select f.model, 5, 'age',
+        case when p.oldest is null then 'unknown'
+            when now() - p.oldest > 3 * f.stale_after then 'critical'
+            when now() - p.oldest > f.stale_after then 'warning'
+            else 'ok' end,
+        case when p.oldest is null then 'there was no refresh'
+            else format('the oldest predictions are of %s, longer ago than vae.stale_after (%s)', date_trunc('second', p.oldest), f.stale_after) end,
+        case when p.oldest is not null then
+            format('see whether the scheduler runs: select * from vae.schedules; then: call vae.refresh(%L)', f.model) end,
+        format('the oldest predictions are of %s', date_trunc('second', p.oldest))
+    from facts f
+    left join predictions p using (model)
+    union all
+    select f.model, 6, 'version of predictions',
+        case when p.oldest is null or f.version is null then 'unknown' when p.other_version is not null then 'warning' else 'ok' end,
+        case when p.oldest is null or f.version is null then 'there is nothing to compare'
+            else format('another version than the active one (%s) computed %s', f.version, p.other_version) end,
+        case when p.other_version is not null then format('call vae.refresh(%L)', f.model) end,
+        format('all predictions are of version %s', f.version)
+    from facts f
+    left join predictions p using (model)
+    union all
+    select f.model, 7, 'interrupted refresh',
+        case when lost.view is null then 'ok' else 'warning' end,
+        format('the session that refreshed %s since %s is gone', lost.view, date_trunc('second', lost.started_at)),
+        format('call vae.refresh(%L) marks it failed and does it again', f.model),
+        null
+    from facts f
+    left join lateral (
+        select r.view, r.started_at
+        from vae.refreshes r
+        where r.model_id = f.model_id and r.state = 'running'
+            and not exists (select from pg_catalog.pg_stat_activity a where a.pid = r.backend_pid)
+        order by r.refresh_id desc
+        limit 1
+    ) lost on true
+    union all
+    select f.model, 8, 'parity',
+        case when v.verified_at is null then 'unknown'
+            when not v.passed then 'critical'
+            when not v.is_present_code then 'warning'
+            else 'ok' end,
+        case when v.verified_at is null then 'the active version was not verified here'
+            when not v.passed then format('the active version does not give the scores of its training: %s', v.failures)
+            else 'the active version was not verified since the last upgrade of pgvae' end,
+        format('select * from vae.verify(%L)', f.model)
+            || case when not v.passed then '; if it fails again: pgvae doctor, and vae.rollback to an older version' else '' end,
+        format('verified at %s, the largest difference was %s', date_trunc('second', v.verified_at), v.max_difference)
+    from facts f
+    left join lateral (
+        select min(l.verified_at) as verified_at, bool_and(l.passed) as passed, max(l.max_difference) as max_difference,
+            bool_and(l.runtime_digest = (select i.runtime_digest from vae_private.installation i)) as is_present_code,
+            string_agg(format('%s: %s', l.device, l.detail), '; ') filter (where not l.passed) as failures
+        from (
+            select distinct on (l.device) l.*
+            from vae.verifications l
+            where l.version_id = f.version_id
+            order by l.device, l.verification_id desc
+        ) l
+    ) v on true
+    union all
+    select f.model, 9, 'gates',
+        case when f.version is null then 'unknown'
+            when a.overridden is not null or f.newest_version is not null then 'warning' else 'ok' end,
+        case when f.version is null then 'no version is active'
+            when a.overridden is not null then format('%s forced past a gate: %s', a.activated_by, a.overridden)
+            else format('version %s is newer than the active one and was not activated', f.newest_version) end,
+        case when f.version is null then null
+            when a.overridden is not null then format('activate a version that passes, or train one: pgvae retrain %s --activate', f.model)
+            else format('select * from vae.check_activation(%L, %s) says what it fails', f.model, f.newest_version) end,
+        'the active version passed them'
+    from facts f
+    left join lateral (
+        select a.overridden, a.activated_by
+        from vae.activations a
+        where a.model_id = f.model_id and a.version = f.version and a.action in ('activate', 'rollback')
+        order by a.activation_id desc
+        limit 1
+    ) a on true
+    union all
+    select f.model, 10, 'drift',
+        coalesce(d.status, 'unknown'),
+        case when d.status is null then 'was not measured for the active version' else d.problem end,
+        coalesce(d.remedy, format('select * from vae.check_drift(%L)', f.model)),
+        format('measured at %s, the largest index is %s', date_trunc('second', d.observed_at), round(d.largest::numeric, 3))
+    from facts f
+    left join lateral (
+        select
+            case when bool_or(o.status = 'critical') then 'critical' when bool_or(o.status = 'warning') then 'warning'
+                when bool_or(o.status = 'unknown') then 'unknown' when count(*) > 0 then 'ok' end as status,
+            string_agg(format('%s: %s (index %s)', o.subject, o.detail, round(o.value::numeric, 3)), '; ' order by o.value desc nulls last)
+                filter (where o.status <> 'ok') as problem,
+            (array_agg(o.remedy order by array_position(array['critical', 'warning', 'unknown'], o.status), o.value desc)
+                filter (where o.status <> 'ok'))[1] as remedy,
+            max(o.value) as largest, min(o.observed_at) as observed_at
+        from (
+            select distinct on (o.subject) o.*
+            from vae.observations o
+            where o.version_id = f.version_id and o.measure = 'drift'
+            order by o.subject, o.observation_id desc
+        ) o
+    ) d on true
+)
+select
+    c.model,
+    c.check_name,
+    c.status,
+    case c.status when 'critical' then 2 when 'warning' then 1 else 0 end as severity,
+    case when c.status = 'ok' then c.fact else c.problem end as detail,
+    case when c.status <> 'ok' then c.remedy end as remedy
+from checks c
+order by c.model, c.place;
+
+comment on view vae.health_checks is
+    'A row per model and thing that can be wrong with it, with the remedy. Cheap: it reads logs alone. Drift is what vae.check_drift '
+    'last found; vae.health has a row per model.';
+comment on column vae.health_checks.model is 'Name of the model.';
+comment on column vae.health_checks.check_name is
+    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift.';
+comment on column vae.health_checks.status is 'ok, warning, critical; unknown: nothing was measured yet, or something before it is missing.';
+comment on column vae.health_checks.severity is 'The same as a number: 2 critical, 1 warning, 0 ok or unknown.';
+comment on column vae.health_checks.detail is 'What was found.';
+comment on column vae.health_checks.remedy is 'What to do; null where all is well.';
+
+
+create or replace view vae.health as
+select
+    c.model,
+    case max(c.severity) when 2 then 'critical' when 1 then 'warning' else 'ok' end as status,
+    max(c.severity) as severity,
+    count(*) filter (where c.severity > 0) as problems,
+    string_agg(format('%s: %s', c.check_name, c.detail), '; ' order by c.severity desc, c.check_name) filter (where c.severity > 0) as detail,
+    (array_agg(c.remedy order by c.severity desc, array_position(array['views', 'active version', 'last refresh', 'refreshed'], c.check_name))
+        filter (where c.severity > 0))[1] as remedy,
+    max(v.version) as active_version,
+    max(now() - v.window_end) as events_age,
+    max(p.refreshed_at) as refreshed_at,
+    max(now() - p.refreshed_at) as refresh_age
+from vae.health_checks c
+join vae.models m on m.name = c.model
+left join vae.versions v on v.model_id = m.model_id and v.state = 'active'
+left join lateral (select min(f.refreshed_at) as refreshed_at from vae.freshness f where f.model = m.name) p on true
+group by c.model;
+
+comment on view vae.health is
+    'A row per model for a monitor: is anything wrong with it, what, and what to do first. Cheap: it reads logs alone. '
+    'vae.health_checks has a row per check.';
+comment on column vae.health.model is 'Name of the model.';
+comment on column vae.health.status is 'The worst of its checks: ok, warning or critical.';
+comment on column vae.health.severity is 'The same as a number: 2 critical, 1 warning, 0 ok.';
+comment on column vae.health.problems is 'Checks that are not well.';
+comment on column vae.health.detail is 'What they found, the worst first; null where all is well.';
+comment on column vae.health.remedy is 'What to do about the worst of them; null where all is well.';
+comment on column vae.health.active_version is 'Version that scores; null: none.';
+comment on column vae.health.events_age is 'Time since the newest event that it was trained on.';
+comment on column vae.health.refreshed_at is 'Beginning of the last good refresh of the prediction view that was refreshed longest ago.';
+comment on column vae.health.refresh_age is 'Time since then.';

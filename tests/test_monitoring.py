@@ -1,0 +1,380 @@
+"""What a monitor sees: drift of events, hit rate of recommendations, health of a model, and queries of exporters."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from conftest import as_role
+from pgvae.server import Server
+from shop import BEGIN, QUICK, Shop, refusal
+from variants import publish_network
+
+Connection = psycopg.Connection[Any]
+
+
+def drift(connection: Connection, days: int | None = None) -> dict[str, dict[str, Any]]:
+    """Calls vae.check_drift; a row per subject."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute("select * from vae.check_drift('shop', %s)", [days]).fetchall()
+    return {row["subject"]: row for row in rows}
+
+
+def health(connection: Connection) -> dict[str, Any]:
+    """Gives the row of vae.health of the model shop."""
+    with connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute("select * from vae.health where model = 'shop'").fetchone()
+    assert row
+    return row
+
+
+def checks(connection: Connection) -> dict[str, tuple[str, str, str | None]]:
+    """Gives status, detail and remedy of each check of the model shop."""
+    rows = connection.execute(
+        "select check_name, status, detail, remedy from vae.health_checks where model = 'shop'"
+    ).fetchall()
+    return {row[0]: row[1:] for row in rows}
+
+
+def problems(connection: Connection) -> dict[str, str]:
+    """Gives the checks that are warning or critical."""
+    return {name: row[0] for name, row in checks(connection).items() if row[0] in ("warning", "critical")}
+
+
+# Drift
+
+
+def test_nothing_drifts_while_no_event_came(trained: Connection) -> None:
+    found = drift(trained)
+    assert list(found) == ["event types", "items", "activity"]
+    for row in found.values():
+        assert (row["status"], row["psi"], row["remedy"], row["model_version"]) == ("ok", 0, None, 1)
+        assert row["expected_count"] == row["actual_count"] > 0
+        assert row["chance"] >= 0
+        assert row["window_end"] - row["window_start"] == timedelta(days=28)
+
+
+def test_the_index_is_that_of_the_shares(trained: Connection) -> None:
+    """A month later everybody buys where most looked: the index is computed here from the events themselves."""
+    before, now = (dict.fromkeys(("view", "add_to_cart", "purchase"), 0) for _ in range(2))
+    last = max(at for *_, at in Shop().rows())
+    for _, _, name, at in Shop().rows():
+        before[name] += at > last - timedelta(days=28)
+    rows = []
+    for number, user in enumerate(Shop().users):
+        for event in range(6):
+            name = ("purchase", "purchase", "purchase", "view", "add_to_cart", "purchase")[event]
+            at = last + timedelta(days=40, seconds=60 * number + event)
+            rows.append((user, Shop().items[(number + event) % 12], name, at))
+            now[name] += 1
+    Shop().add(trained, rows)
+    found = drift(trained, 28)
+    shares = [(before[name] / sum(before.values()), now[name] / sum(now.values())) for name in before]
+    expected = sum((b - a) * math.log(b / a) for a, b in shares)
+    assert found["event types"]["psi"] == pytest.approx(expected)
+    assert (found["event types"]["status"], found["event types"]["remedy"]) == (
+        "critical",
+        "train again with: pgvae retrain shop --activate",
+    )
+    assert "% before, " in found["event types"]["detail"]
+    # Each user had five or six events then, and has six now.
+    assert found["activity"]["actual_count"] == 30
+    logged = trained.execute(
+        "select o.subject, o.value, o.status from vae.observations o order by observation_id"
+    ).fetchall()
+    assert logged == [(name, row["psi"], row["status"]) for name, row in found.items()]
+    bins = trained.execute("select bins from vae.observations where subject = 'event types'").fetchone()
+    assert bins and {b["bin"]: (b["expected"], b["actual"]) for b in bins[0]} == {
+        name: pytest.approx(share) for name, share in zip(before, shares, strict=True)
+    }
+    assert problems(trained)["drift"] == "critical"
+    assert health(trained)["remedy"] == "train again with: pgvae retrain shop --activate"
+
+
+def test_new_items_and_a_lost_event_type_are_seen(trained: Connection) -> None:
+    last = max(at for *_, at in Shop().rows())
+    rows = [
+        (user, 7_000 + number % 5 if number % 2 else Shop().items[0], "view", last + timedelta(days=60, seconds=number))
+        for number, user in enumerate(Shop().users * 4)
+    ]
+    Shop().add(trained, rows)
+    found = drift(trained)
+    assert found["items"]["status"] == "critical"
+    assert found["items"]["psi"] > 0.25
+    share = trained.execute(
+        "select b ->> 'actual' from vae.observations o cross join jsonb_array_elements(o.bins) b"
+        " where o.subject = 'items' and b ->> 'bin' = 'new items'"
+    ).fetchone()
+    assert share and float(share[0]) == pytest.approx(0.5)
+    row = found["event types"]
+    assert (row["status"], row["remedy"]) == ("critical", "check what loads the events")
+    assert row["detail"].startswith("no events of type add_to_cart since ")
+
+
+def test_few_users_prove_no_drift(trained: Connection) -> None:
+    """One user who does something else is chance."""
+    last = max(at for *_, at in Shop().rows())
+    Shop().add(trained, [(Shop().users[0], Shop().items[0], "purchase", last + timedelta(days=90))])
+    trained.execute("delete from events where event_type = 'add_to_cart' and occurred_at > %s", [BEGIN])
+    row = drift(trained)["items"]
+    assert row["psi"] > 0.25
+    assert row["psi"] < row["chance"]
+    assert row["status"] == "ok"
+
+
+def test_the_chance_level_is_the_quantile_of_chi_square(shared_trained: Connection) -> None:
+    for bins, quantile in ((2, 3.841), (4, 7.815), (10, 16.919), (20, 30.144)):
+        found = shared_trained.execute("select vae_private.chance_psi(%s, 100, 300)", [bins]).fetchone()
+        assert found and found[0] == pytest.approx(quantile * (1 / 100 + 1 / 300), rel=0.03)
+
+
+def test_drift_needs_a_version_and_a_window(trained: Connection) -> None:
+    assert refusal(trained, "select * from vae.check_drift('shop', 0)").sqlstate == "22023"
+    assert refusal(trained, "select * from vae.check_drift('nothing')").sqlstate == "VA001"
+    trained.execute("delete from events")
+    assert {row["status"] for row in drift(trained).values()} == {"unknown"}
+    assert checks(trained)["drift"][0] == "unknown"
+    trained.execute("update vae.versions set state = 'retired'")
+    assert refusal(trained, "select * from vae.check_drift('shop')").sqlstate == "VA002"
+
+
+# Hit rate
+
+
+def hits(connection: Connection) -> list[dict[str, Any]]:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute("select * from vae.hit_rate('shop')").fetchall()
+
+
+def test_the_hit_rate_counts_what_was_bought_of_what_was_recommended(trained: Connection) -> None:
+    (row,) = hits(trained)
+    assert (row["hit_rate"], row["bought_share"], row["users"], row["buyers"]) == (None, 0, 30, 0)
+    lists: dict[Any, list[Any]] = {}
+    for user, item in trained.execute("select user_id, item_id from shop.recommendations order by rank").fetchall():
+        lists.setdefault(user, []).append(item)
+    first, second, third = list(lists)[:3]
+    others = [item for item in Shop().items if item not in lists[second]]
+    buy = "insert into events values (%s, %s, %s, now() - %s::interval)"
+    trained.execute(buy, [first, lists[first][0], "purchase", "0 s"])
+    trained.execute(buy, [first, lists[first][1], "purchase", "0 s"])
+    # Twice the same, something else, only looked at, and before it was recommended.
+    trained.execute(buy, [first, lists[first][0], "purchase", "0 s"])
+    trained.execute(buy, [second, others[0], "purchase", "0 s"])
+    trained.execute(buy, [third, lists[third][0], "view", "0 s"])
+    trained.execute(buy, [third, lists[third][0], "purchase", "30 days"])
+    (row,) = hits(trained)
+    count = sum(map(len, lists.values()))
+    assert (row["buyers"], row["hit_buyers"], row["hit_rate"]) == (2, 1, 0.5)
+    assert (row["recommended"], row["bought"], row["bought_share"]) == (count, 2, 2 / count)
+    logged = trained.execute(
+        "select value, detail from vae.observations where measure = 'hit rate' order by observation_id desc limit 1"
+    ).fetchone()
+    assert logged == (0.5, "1 of 2 buyers bought what was recommended to them")
+
+
+def test_no_hit_rate_before_the_first_refresh(connection: Connection) -> None:
+    Shop().make(connection)
+    Shop().create_model(connection)
+    refused = refusal(connection, "select * from vae.hit_rate('shop')")
+    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh them first: call vae.refresh('shop')")
+
+
+# Health
+
+
+def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> None:
+    Shop().make(connection)
+    Shop().create_model(connection)
+    row = health(connection)
+    assert (row["status"], row["severity"], row["problems"], row["active_version"]) == ("critical", 2, 1, None)
+    assert row["detail"] == "active version: no version is active: nothing scores"
+    assert row["remedy"] == "in a terminal: pgvae train shop --activate"
+    publish_network(connection.info.dsn, "shop", QUICK, 1)
+    assert health(connection)["remedy"] == "select * from vae.activate('shop', 1)"
+    connection.execute(str(health(connection)["remedy"]))
+    assert problems(connection) == {"refreshed": "critical"}
+    connection.execute(str(health(connection)["remedy"]))
+    row = health(connection)
+    assert (row["status"], row["severity"], row["problems"], row["detail"], row["remedy"]) == ("ok", 0, 0, None, None)
+    assert (row["active_version"], row["refresh_age"] < timedelta(minutes=5)) == (1, True)
+    assert {name: check[0] for name, check in checks(connection).items()} == {
+        **dict.fromkeys(("views", "active version", "refreshed", "last refresh", "age"), "ok"),
+        **dict.fromkeys(("version of predictions", "interrupted refresh", "parity", "gates"), "ok"),
+        "drift": "unknown",
+    }
+
+
+def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -> None:
+    drift(trained)
+    assert problems(trained) == {}
+    # Another version waits, is activated by force past a gate that was written by hand, and is not refreshed.
+    publish_network(trained.info.dsn, "shop", QUICK, 7)
+    status, detail, remedy = checks(trained)["gates"]
+    assert (status, detail) == ("warning", "version 2 is newer than the active one and was not activated")
+    assert remedy == "select * from vae.check_activation('shop', 2) says what it fails"
+    trained.execute(
+        "insert into vae.metrics (version_id, method, split, slice, metric, k, value, user_count)"
+        " select version_id, m.method, 'temporal', 'all', 'ndcg', 20, m.value, 100 from vae.versions"
+        " cross join (values ('pgvae', 0.1), ('popularity', 0.2)) m (method, value) where version = 2"
+    )
+    trained.execute("select * from vae.activate('shop', 2, force => true)")
+    assert problems(trained) == {"gates": "warning", "version of predictions": "warning"}
+    assert "forced past a gate: version 2 of model shop ranks worse than popularity" in checks(trained)["gates"][1]
+    assert checks(trained)["version of predictions"][2] == "call vae.refresh('shop')"
+    trained.execute("select * from vae.rollback('shop')")
+    assert problems(trained) == {}
+    # Age.
+    trained.execute("set vae.stale_after = '0.1 ms'")
+    assert problems(trained) == {"age": "critical"}
+    trained.execute("set vae.stale_after = '100 days'")
+    trained.execute("update vae.refreshes set started_at = started_at - interval '101 days'")
+    assert problems(trained) == {"age": "warning"}
+    trained.execute("reset vae.stale_after")
+    assert problems(trained) == {"age": "critical"}
+    trained.execute("update vae.refreshes set started_at = started_at + interval '101 days'")
+    # A refresh whose session is gone, then one that failed.
+    trained.execute(
+        "insert into vae.refreshes (model_id, view, phase, backend_pid) values (1, 'recommendations', 'scoring', 1)"
+    )
+    assert problems(trained) == {"interrupted refresh": "warning"}
+    trained.execute("update vae.refreshes set state = 'failed', error = 'no room' where state = 'running'")
+    assert problems(trained) == {"last refresh": "critical"}
+    assert checks(trained)["last refresh"][1].endswith("still there: recommendations: no room")
+    trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+    assert problems(trained) == {}
+    # Parity, after an upgrade and with damaged answers.
+    trained.execute("update vae.verifications set runtime_digest = 'older'")
+    assert problems(trained) == {"parity": "warning"}
+    trained.execute("select * from vae.verify('shop')")
+    assert problems(trained) == {}
+    trained.execute("update vae.verifications set passed = false, detail = 'scores differ'")
+    assert problems(trained) == {"parity": "critical"}
+    assert "scores differ" in checks(trained)["parity"][1]
+    trained.execute("select * from vae.verify('shop')")
+    trained.execute("drop table events cascade")
+    assert problems(trained) == {"views": "critical"}
+    assert health(trained)["remedy"] == "select vae.rebuild_model('shop')"
+
+
+def test_a_monitor_needs_no_right_but_to_read(trained: Connection, server: Server, role: str) -> None:
+    trained.execute(f"grant vae_reader to {role}")
+    with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as monitor:
+        row = health(monitor)
+        assert (row["model"], row["status"]) == ("shop", "ok")
+        assert len(checks(monitor)) == 10
+        assert refusal(monitor, "select * from vae.check_drift('shop')").sqlstate == "42501"
+        assert refusal(monitor, "select * from shop.clean_events").sqlstate == "42501"
+    trained.execute(f"revoke vae_reader from {role}")
+
+
+def test_a_standby_answers_and_logs_nothing(trained: Connection) -> None:
+    trained.execute("set default_transaction_read_only = on")
+    assert len(drift(trained)) == 3
+    assert len(hits(trained)) == 1
+    assert trained.execute("select count(*) from vae.observations").fetchone() == (0,)
+
+
+# Exporters
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """The blocks of YAML of the page, parsed, by what their first line calls them."""
+    yaml = pytest.importorskip("yaml")
+    text = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    return {
+        body.partition("\n")[0].removeprefix("# "): yaml.safe_load(body)
+        for body in re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    }
+
+
+@pytest.fixture
+def monitor(trained: Connection, server: Server) -> Iterator[str]:
+    """The DSN of an account with no right but to read, on a database where drift and hit rate were measured."""
+    drift(trained)
+    hits(trained)
+    trained.execute("create role exporter login in role vae_reader")
+    yield as_role(trained.info.dsn, "exporter")
+    trained.execute("drop role exporter")
+
+
+def test_the_queries_of_the_page_give_what_they_declare(page: dict[str, Any], monitor: str) -> None:
+    exported = set()
+    with psycopg.connect(monitor, row_factory=dict_row) as connection:
+        for name, entry in page["pgvae.yaml, for postgres_exporter"].items():
+            declared = [column for metric in entry["metrics"] for column in metric]
+            labels = [
+                column for metric in entry["metrics"] for column, how in metric.items() if how["usage"] == "LABEL"
+            ]
+            rows = connection.execute(entry["query"]).fetchall()
+            assert rows
+            for row in rows:
+                assert list(row) == declared
+                assert all(value is None or isinstance(value, str) == (key in labels) for key, value in row.items())
+            assert len({tuple(row[key] for key in labels) for row in rows}) == len(rows)
+            exported |= {f"{name}_{column}" for column in declared if column not in labels}
+        collector = page["pgvae.collector.yml, for sql_exporter"]
+        for metric in collector["metrics"]:
+            rows = connection.execute(metric["query"]).fetchall()
+            assert rows
+            assert set(rows[0]) == {*metric["key_labels"], *metric["values"]}
+            assert metric["metric_name"] in exported
+    for group in page["rules of Prometheus"]["groups"]:
+        for rule in group["rules"]:
+            assert set(re.findall(r"pgvae_\w+", rule["expr"])) <= exported
+
+
+def test_the_real_exporter_exports_them(page: dict[str, Any], monitor: str, tmp_path: Path) -> None:
+    program = shutil.which("prometheus-postgres-exporter") or shutil.which("postgres_exporter")
+    if program is None:
+        pytest.skip("postgres_exporter is not installed: apt-get install prometheus-postgres-exporter")
+    yaml = pytest.importorskip("yaml")
+    queries = tmp_path / "pgvae.yaml"
+    queries.write_text(yaml.safe_dump(page["pgvae.yaml, for postgres_exporter"]))
+    with psycopg.connect(monitor) as connection:
+        target = connection.info
+        place = f"host={target.host} port={target.port} user={target.user} dbname={target.dbname}"
+    exporter = subprocess.Popen(
+        [
+            program,
+            f"--extend.query-path={queries}",
+            "--disable-default-metrics",
+            "--disable-settings-metrics",
+            "--web.listen-address=127.0.0.1:0",
+        ],
+        # Its driver knows not all that libpq does.
+        env={"DATA_SOURCE_NAME": f"{place} sslmode=disable"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert exporter.stderr
+        address = next(
+            found[1] for line in exporter.stderr if (found := re.search(r"address=(127\.0\.0\.1:\d+)", line))
+        )
+        deadline = time.monotonic() + 20
+        text = ""
+        while "pgvae_health_severity" not in text and time.monotonic() < deadline:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as answer:
+                text = answer.read().decode()
+    finally:
+        exporter.terminate()
+        log = exporter.communicate()[1]
+    assert re.search(r'^pgvae_health_severity\{.*model="shop".*\} 0$', text, re.MULTILINE), log
+    assert re.search(r'^pgvae_check_severity\{check="last refresh",model="shop".*\} 0$', text, re.MULTILINE)
+    assert re.search(
+        r'^pgvae_observation_value\{measure="drift",model="shop",.*subject="items"\} 0$', text, re.MULTILINE
+    )
+    assert re.search(r'^pgvae_refresh_rows\{model="shop",.*view="recommendations"\} 30$', text, re.MULTILINE)
