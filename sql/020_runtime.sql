@@ -83,6 +83,19 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].score(plpy, model_id, user_key, item_key)
 $pgvae$;
 
+create or replace function vae_private.score_pairs(model_id integer, user_keys text[], item_keys text[])
+returns table (user_key text, item_key text, score real)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].score_pairs(plpy, model_id, user_keys, item_keys)
+$pgvae$;
+
 create or replace function vae_private.last_run(model_id integer, view_name text)
 returns table (row_count bigint, version integer, scored_count bigint, mode text)
 language plpython3u
@@ -159,6 +172,8 @@ $pgvae$;
 
 comment on function vae_private.recommend(integer, text, integer, jsonb) is
     'Scores one user of a model by key, for <model>.recommend, which gives typed keys.';
+comment on function vae_private.score_pairs(integer, text[], text[]) is
+    'Scores pairs of user and item of a model by key, for <model>.score_pairs.';
 comment on function vae_private.score(integer, text, text) is
     'Scores one user and item of a model by key, for <model>.score.';
 comment on function vae_private.embedding(integer, text) is

@@ -22,6 +22,7 @@ cross join lateral (values
     (7, 'function', format('features(%s)', m.user_id_type), true, 'the columns of one user that the model reads as features'),
     (8, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
     (9, 'function', format('score(%s, %s)', m.user_id_type, m.item_id_type), true, 'the score of one item for one user, now'),
+    (9, 'function', format('score_pairs(%s[], %s[])', m.user_id_type, m.item_id_type), true, 'the scores of many pairs of user and item, now'),
     (10, 'function', format('embedding(%s)', m.user_id_type), true, 'the latent position of one user, now'),
     -- Before recommendations, which reads it.
     (10, 'materialized view', 'churn_materialized', false, 'what churn reads: a row per user'),
@@ -449,6 +450,15 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', model_id));
     execute format(
+        'create or replace function %I.score_pairs(user_ids %s[], item_ids %s[])'
+        ' returns table (user_id %2$s, item_id %3$s, score real)'
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        m.name, u, i,
+        format(
+            E'\nselect p.user_key::%s, p.item_key::%s, p.score'
+            '\nfrom vae_private.score_pairs(%s, $1::text[], $2::text[]) p\n',
+            u, i, model_id));
+    execute format(
         'create or replace function %I.embedding(user_id %s) returns real[]'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
@@ -522,6 +532,9 @@ begin
                     '. One row per item and rank, twenty of them. Join on item_id or related_item_id; model_version joins vae.versions.'
                 when made.object like 'score(%' then
                     ', as recommend gives it. Null for an item that the active version does not know.'
+                when made.object like 'score_pairs(%' then
+                    ', in one pass: each user is encoded once. The arrays are of one length; a row per pair, a user''s pairs one after'
+                    ' the other. The score is that of score.'
                 when made.object like 'embedding(%' then
                     ': the mean of q(z | history), the features of the user included. Null for a user without known events.'
                     ' Positions of different versions cannot be compared.'

@@ -21,6 +21,7 @@ grant execute on function
     vae_private.load_runtime(text),
     vae_private.recommend(integer, text, integer, jsonb),
     vae_private.score(integer, text, text),
+    vae_private.score_pairs(integer, text[], text[]),
     vae_private.embedding(integer, text),
     vae_private.recommend_all(integer, integer),
     vae_private.recommend_users(integer, integer, text[]),

@@ -77,12 +77,13 @@ def refused_model(connection: psycopg.Connection, **arguments: Any) -> Diagnosti
 
 def test_a_model_is_defined_with_one_call(shop: psycopg.Connection) -> None:
     made = shop.execute("select * from vae.create_model('shop', events => 'events')").fetchall()
-    assert [row[0] for row in made][:7] == [
+    assert [row[0] for row in made][:8] == [
         "shop.outlier_users",
         "shop.clean_events",
         "shop.history(bigint)",
         "shop.recommend(bigint, integer, jsonb)",
         "shop.score(bigint, bigint)",
+        "shop.score_pairs(bigint[], bigint[])",
         "shop.embedding(bigint)",
         "shop.recommendations",
     ]

@@ -407,7 +407,12 @@ class Plpy:
         self.notices: list[str] = []
 
     def execute(self, query: str) -> list[dict[str, Any]]:
-        return [{name: self.settings.get(name) for name in ("device", "gpu_memory", "gpu_precision", "gpu_costs")}]
+        return [
+            {
+                name: self.settings.get(name)
+                for name in ("device", "max_memory", "gpu_memory", "gpu_precision", "gpu_costs")
+            }
+        ]
 
     def notice(self, message: str) -> None:
         self.notices.append(message)

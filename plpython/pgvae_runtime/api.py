@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import audience as audiences
-from . import batch, churn, device, forward, outcomes, runs, sales, segments
+from . import batch, blas, churn, device, forward, outcomes, pairs, runs, sales, segments
 from .errors import INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
@@ -21,7 +21,7 @@ from .options import Option, one_of, read_options, whole_number
 from .related import ORDERS, given_items, unknown_items
 from .related import related as find_related
 from .related import related_all as relate_all
-from .scoring import mask_seen, score_users
+from .scoring import mask_seen, score_again, score_users
 from .session import (
     GivenEvent,
     default_type,
@@ -78,7 +78,8 @@ def _postgres_error(plpy: Any, message: str, sqlstate: str, detail: str | None, 
 def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(plpy: Any, *args: Any) -> Any:
-        with _translation(plpy):
+        # Users of a dashboard must not fight for the cores; runs over all users have threads of their own.
+        with _translation(plpy), blas.one_thread():
             return function(plpy, *args)
 
     return call
@@ -263,9 +264,18 @@ def score(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) 
     item = item_index(plpy, version, item_key)
     if item is None:
         return None
-    history = read_history(plpy, version, user_key)
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
-    return float(scores[0, item])
+    return float(score_again(version, read_history(plpy, version, user_key))[0, item])
+
+
+@_translated
+def score_pairs(
+    plpy: Any, model_id: int, user_keys: list[str | None] | None, item_keys: list[str | None] | None
+) -> Iterator[pairs.Row]:
+    """Gives (user_key, item_key, score) of each pair, see pairs.score_pairs; none for null."""
+    if user_keys is None or item_keys is None:
+        return iter(())
+    rows = pairs.score_pairs(plpy, active_version(plpy, model_id), user_keys, item_keys)
+    return _translated_rows(plpy, rows)
 
 
 @_translated

@@ -7,10 +7,10 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from . import blas, runs, workers
-from .cpu import CpuScorer, Scored
+from . import blas, memory, runs, workers
+from .cpu import CpuScorer, Scored, own_bytes, shared_bytes
 from .device import Gpu
-from .history import item_keys, read_histories
+from .history import MAX_EVENTS, item_keys, read_histories
 from .literals import ItemLiterals, write_scores
 from .store import Version
 from .tokens import History
@@ -21,6 +21,10 @@ Write = Callable[[list[str], Scored], list[Row]]
 Read = Callable[..., Iterator[tuple[list[str], History]]]
 
 _MAX_BATCH = 512
+# What waits to be scored or to be stored: an event in three arrays, a row with its two texts, an item and its score.
+_BYTES_OF_AN_EVENT, _BYTES_OF_A_ROW, _BYTES_OF_AN_ITEM = 24, 400, 64
+# Stacks of the threads, the catalogue's keys, what is read from the events at one time.
+_FIXED_BYTES = 24 << 20
 
 
 def recommend_all(
@@ -56,15 +60,30 @@ def recommend_all(
 
 
 def _on_cpu(plpy: Any, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:
-    """Scores in a thread per core, while this one reads and writes."""
+    """Scores in a thread per core, or in as many as vae.max_memory allows, while this one reads and writes."""
+    threads, users, events = _sizes(memory.limit(plpy), version, k)
     first = CpuScorer(version, k)
-    scorers = [first, *(first.fork() for _ in range(1, workers.cores()))]
+    scorers = [first, *(first.fork() for _ in range(1, threads))]
 
     def rows_by(score: CpuScorer) -> Callable[[tuple[list[str], History]], list[Row]]:
         return lambda batch: write(batch[0], score(batch[1]))
 
-    batches = read(batch_size=_MAX_BATCH)
+    batches = read(batch_size=users, max_events=events)
     return workers.map_in_order([rows_by(scorer) for scorer in scorers], batches, lambda: look(plpy))
+
+
+def _sizes(limit: int, version: Version, k: int) -> tuple[int, int, int]:
+    """Gives how many threads, and users and events of a batch, fit into so many bytes; ScoringError where none do."""
+    fixed = _FIXED_BYTES + shared_bytes(version)
+    needed = 0
+    for threads in range(workers.cores(), 0, -1):
+        for users in (_MAX_BATCH, _MAX_BATCH // 4, _MAX_BATCH // 16):
+            events = MAX_EVENTS * users // _MAX_BATCH
+            waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + k * _BYTES_OF_AN_ITEM)
+            needed = fixed + threads * own_bytes(version, k, users, events) + (workers.AHEAD * threads + 1) * waiting
+            if needed <= limit:
+                return threads, users, events
+    raise memory.too_little(limit, needed)
 
 
 def _on_gpu(plpy: Any, gpu: Gpu, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:

@@ -30,6 +30,10 @@ _PANEL = 1024
 _SEGMENT = 16
 # Segments that are added at once, 16 * 20 bytes each.
 _SEGMENTS_AT_ONCE = 16_384
+# Links that are put into segments at once, some 80 bytes each meanwhile.
+_LINKS_AT_ONCE = 262_144
+# What a link and an event need while they are at work, in arrays of eight bytes an element.
+_BYTES_OF_A_LINK, _BYTES_OF_AN_EVENT = 80, 200
 # Tokens whose embeddings are gathered at once, and then added up by one dense product with their gates.
 _TOKENS_AT_ONCE = 256
 _LOWEST = np.finfo(np.float32).min
@@ -54,25 +58,66 @@ class _Links:
         items = len(weights["item_popularity"])
         if not len(linked):
             return None
-        counts = np.diff(weights["shortcut_start"]).astype(np.int64)
         # The catalogue may be larger than what is ranked.
-        known = len(counts)
-        owner = np.repeat(np.arange(known), counts)
-        cells = owner * items + linked
-        # Links of one item must lead to different items to be added at once.
-        unique, place = np.unique(cells, return_inverse=True)
-        if len(unique) < len(cells):
-            weight = np.bincount(place, weights=weight).astype(np.float32)
-            owner, linked = unique // items, (unique % items).astype(np.int32)
-            counts = np.bincount(owner, minlength=known)
-        start = _starts(-(-counts // _SEGMENT))
-        segments = int(start[-1])
-        padded_item = np.full((segments, _SEGMENT), items, dtype=np.int32)
-        padded_weight = np.zeros((segments, _SEGMENT), dtype=np.float32)
-        place = np.arange(len(linked)) + np.repeat(start[:-1] * _SEGMENT - _starts(counts)[:-1], counts)
-        padded_item.reshape(-1)[place] = linked
-        padded_weight.reshape(-1)[place] = weight
+        given = weights["shortcut_start"].astype(np.int64)
+        start = _starts(-(-np.diff(given) // _SEGMENT))
+        padded_item = np.full((int(start[-1]), _SEGMENT), items, dtype=np.int32)
+        padded_weight = np.zeros((int(start[-1]), _SEGMENT), dtype=np.float32)
+        for first, last in _pieces(given, _LINKS_AT_ONCE):
+            own = slice(given[first], given[last])
+            owner = np.repeat(np.arange(first, last), np.diff(given[first : last + 1]))
+            # Links of one item must lead to different items to be added at once: of the same, the first has the sum.
+            cells = owner * items + linked[own]
+            _, first_of, place_of = np.unique(cells, return_index=True, return_inverse=True)
+            total = np.bincount(place_of, weights=weight[own], minlength=len(first_of))
+            place = np.arange(len(owner)) + start[owner] * _SEGMENT + given[first] - given[owner]
+            padded_item.reshape(-1)[place[first_of]] = linked[own][first_of]
+            padded_weight.reshape(-1)[place[first_of]] = total
         return _Links(start=start, item=padded_item, weight=padded_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """What a tile is: so many users, and columns in groups of 2 ** halvings, whose maxima give a threshold."""
+
+    users: int
+    columns: int
+    halvings: int
+
+    @staticmethod
+    def of(items: int, k: int) -> _Shape:
+        # Whole panels, and at least one column more than items: the links' empty places.
+        columns = -(-(items + 1) // _PANEL) * _PANEL
+        return _Shape(
+            users=max(1, min(_MAX_TILE, _TILE_BYTES // (4 * columns))),
+            columns=columns,
+            # There should be at least four times k groups.
+            halvings=min(6, max(0, (items // (4 * k)).bit_length() - 1)),
+        )
+
+
+def shared_bytes(version: Version) -> int:
+    """Gives the bytes at most that a scorer and its forks share, beyond the version's own weights."""
+    weights = version.weights
+    # The gates of items and the links in segments; a choice of the items has weights of its own.
+    segments = int((-(-np.diff(weights["shortcut_start"]) // _SEGMENT)).sum())
+    own = ("output_weight", "shortcut_item", "shortcut_weight") if version.ranked is not None else ()
+    return (
+        sum(int(weights[name].nbytes) for name in own)
+        + 4 * len(weights["item_embedding"])
+        + segments * _SEGMENT * 8
+        + _LINKS_AT_ONCE * _BYTES_OF_A_LINK
+    )
+
+
+def own_bytes(version: Version, k: int, users: int, events: int) -> int:
+    """Gives the bytes at most that one scorer needs for itself, for batches of so many users and events."""
+    shape = _Shape.of(version.item_count, k)
+    # Where the logits reach the threshold is a byte each; where they do, and the maxima twice, is some more.
+    tile = shape.users * (6 * shape.columns + 4 * _PANEL + 8 * (shape.columns >> shape.halvings))
+    links = _SEGMENTS_AT_ONCE * _SEGMENT * _BYTES_OF_A_LINK // 4
+    width = sum(int(version.weights[name].shape[-1]) for name in ("item_embedding", "output_weight"))
+    return tile + links + users * (16 * width + 40 * k) + events * _BYTES_OF_AN_EVENT
 
 
 class CpuScorer:
@@ -96,10 +141,7 @@ class CpuScorer:
             "age": weights["age_embedding"] @ gate + weights["age_gate"],
             "order": weights["order_embedding"] @ gate + weights["order_gate"],
         }
-        # Groups of 2 ** halvings columns: there should be at least four times k, whose maxima give the threshold.
-        self._halvings = min(6, max(0, (self._items // (4 * self._k)).bit_length() - 1))
-        # Whole panels, and at least one column more than items: the links' empty places.
-        self._columns = -(-(self._items + 1) // _PANEL) * _PANEL
+        self._shape = _Shape.of(self._items, self._k)
         popularity = weights["item_popularity"]
         order = np.argsort(-popularity, kind="stable")[: self._k]
         self._popular = order, popularity[order]
@@ -113,10 +155,10 @@ class CpuScorer:
         return other
 
     def _make_buffers(self) -> None:
-        self._tile = max(1, min(_MAX_TILE, _TILE_BYTES // (4 * self._columns)))
-        self._logits = np.empty((self._tile, self._columns), dtype=np.float32)
-        self._panel = np.empty((self._tile, _PANEL), dtype=np.float32)
-        self._maxima = np.empty((self._tile, self._columns >> self._halvings), dtype=np.float32)
+        shape = self._shape
+        self._logits = np.empty((shape.users, shape.columns), dtype=np.float32)
+        self._panel = np.empty((shape.users, _PANEL), dtype=np.float32)
+        self._maxima = np.empty((shape.users, shape.columns >> shape.halvings), dtype=np.float32)
 
     def __call__(self, history: History) -> Scored:
         """Gives the best items of these users, whose events may repeat."""
@@ -130,8 +172,8 @@ class CpuScorer:
         # What was bought twice is left out once.
         seen_user, seen_item = seen_columns(history, self._version.targets, self._version.columns)
         seen_user, seen_item = np.divmod(np.unique(seen_user * self._items + seen_item), self._items)
-        for first in range(0, users, self._tile):
-            last = min(first + self._tile, users)
+        for first in range(0, users, self._shape.users):
+            last = min(first + self._shape.users, users)
             logits = self._logits[: last - first]
             logits[:, : self._items] = self._weights["output_bias"]
             logits[:, self._items :] = -np.inf
@@ -211,7 +253,7 @@ class CpuScorer:
                 self._links.start[item[begin:finish]] - (end[begin:finish] - end[begin]), own_segments
             )
             row = np.repeat(user[begin:finish], own_segments)
-            cell = self._links.item.take(segment, axis=0) + (row * self._columns)[:, None]
+            cell = self._links.item.take(segment, axis=0) + (row * self._shape.columns)[:, None]
             weight = self._links.weight.take(segment, axis=0) * share[row][:, None]
             cells[cell] += weight
 
@@ -238,7 +280,7 @@ class CpuScorer:
         # k groups have a logit that large.
         threshold = np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
         cell = np.flatnonzero(logits >= threshold[:, None])
-        user, item = np.divmod(cell, self._columns)
+        user, item = np.divmod(cell, self._shape.columns)
         count = np.bincount(user, minlength=users)
         value = logits.reshape(-1)[cell]
         # One number that sorts by falling value and then by rising item: the bits of a float, made to rise with it.
@@ -268,8 +310,8 @@ class CpuScorer:
         output = self._weights["output_weight"]
         total = np.zeros(users)
         ones = np.ones(_PANEL, dtype=np.float32)
-        groups = _PANEL >> self._halvings
-        for number, first in enumerate(range(0, self._columns, _PANEL)):
+        groups = _PANEL >> self._shape.halvings
+        for number, first in enumerate(range(0, self._shape.columns, _PANEL)):
             own = logits[:, first : first + _PANEL]
             panel = self._panel[:users]
             rows = output[first : first + _PANEL]
@@ -280,7 +322,7 @@ class CpuScorer:
             # As exact as a pairwise sum: a panel at a time, and then in double precision.
             total += panel @ ones
             maxima = own
-            for _ in range(self._halvings):
+            for _ in range(self._shape.halvings):
                 half = maxima.shape[1] // 2
                 maxima = np.maximum(maxima[:, :half], maxima[:, half:])
             self._maxima[:users, number * groups : (number + 1) * groups] = maxima

@@ -5,7 +5,6 @@ Live calls do not ask: one user is scored before a GPU would have begun.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from .cuda_kernels import MAX_K
 from .errors import INVALID_PARAMETER, ScoringError
 from .gpu_costs import Costs, Work
+from .memory import size
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "float16x3", "tf32", "float16")
@@ -22,7 +22,6 @@ _SETTINGS = "select " + ", ".join(
     f"nullif(pg_catalog.current_setting('vae.{name}', true), '') as {name}"
     for name in ("device", "gpu_memory", "gpu_precision", "gpu_costs")
 )
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 # Without vae.gpu_memory: others may use the same GPU.
 _DEFAULT_MEMORY, _SHARE_OF_FREE_MEMORY = 2 << 30, 0.5
 
@@ -45,7 +44,7 @@ def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
     row = plpy.execute(_SETTINGS)[0]
     setting = _one_of("device", row["device"] or "auto", DEVICES)
     precision = _one_of("gpu_precision", row["gpu_precision"] or "float32", PRECISIONS)
-    memory = _bytes("gpu_memory", row["gpu_memory"]) if row["gpu_memory"] else None
+    memory = size("gpu_memory", row["gpu_memory"]) if row["gpu_memory"] else None
     costs = Costs.from_setting(row["gpu_costs"])
     if setting == "cpu" or (setting == "auto" and costs.seconds_on_cpu(work) <= costs.seconds_on_gpu(work)):
         return None
@@ -72,18 +71,6 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
             f"vae.{name} is {value!r}", sqlstate=INVALID_PARAMETER, hint=f"set it to one of {', '.join(known)}"
         )
     return value
-
-
-def _bytes(name: str, value: str) -> int:
-    """Gives the bytes of a size as PostgreSQL writes it: 2GB, 512 MB, or a number of bytes."""
-    found = re.fullmatch(r"\s*(\d{1,15})\s*([kMGT]?B)?\s*", value)
-    if not found:
-        raise ScoringError(
-            f"vae.{name} is {value!r}",
-            sqlstate=INVALID_PARAMETER,
-            hint=f"give a size, as in: set vae.{name} = '2GB'",
-        )
-    return int(found[1]) * _UNITS[(found[2] or "").upper()]
 
 
 def to_host(xp: Any, array: Any) -> Any:

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UNDEFINED_COLUMN, ScoringError
-from .features import FeatureBag, feature_bag
+from .features import FeatureBag, FeaturePipeline, feature_bag
 from .store import Version, execute
 from .tokens import History
+
+# Events of a batch: so many that it pays, so few that what users did for years fits into the memory.
+MAX_EVENTS = 131_072
+# Users, and about how many events, that are Python objects at one time: three of about 30 bytes an event.
+_FETCHED_USERS, _FETCHED_EVENTS = 64, 16_384
 
 # `{schema}` is the model's name as plpy.quote_ident gives it; everything else is a parameter.
 # An item or event type that the version does not know is left out.
@@ -83,11 +88,13 @@ def read_histories(
     batch_size: int,
     keys: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
+    max_events: int = MAX_EVENTS,
 ) -> Iterator[tuple[list[str], History]]:
-    """Gives (user keys, events) of all users, or of those with the chosen keys, `batch_size` users at a time.
+    """Gives (user keys, events) of all users, or of those with the chosen keys, in batches.
 
-    Some may have no known events. The events are those of the table, where one may stand twice: History.distinct has
-    each once. `keys` are the item keys of the version, if the caller has them.
+    A batch is complete with `batch_size` users, or with those in whom it came to `max_events` events or more. Some may
+    have no known events. The events are those of the table, where one may stand twice: History.distinct has each once.
+    `keys` are the item keys of the version, if the caller has them.
     """
     schema = plpy.quote_ident(version.model)
     # Compared in the key's own type, so that an index of the shop is used.
@@ -100,22 +107,35 @@ def read_histories(
     parameters = [list(version.event_types), *([list(chosen)] if chosen is not None else [])]
     plan = plpy.prepare(query, ["text[]", "text[]"][: len(parameters)])
     cursor = plpy.cursor(plan, parameters)
-    while rows := cursor.fetch(batch_size):
-        user = np.repeat(np.arange(len(rows)), [len(row["items"] or ()) for row in rows])
-        item = numbers.of(list(chain.from_iterable(row["items"] or () for row in rows)))
-        event_type = _joined(rows, "event_types", np.int64)
-        # An item or event type that the version does not know is left out.
-        known = (item >= 0) & (event_type >= 0)
-        yield (
-            [row["user_key"] for row in rows],
-            History(
-                counts=np.bincount(user[known], minlength=len(rows)),
-                item=item[known],
-                event_type=event_type[known],
-                occurred_at=_joined(rows, "times", np.float64)[known],
-                features=feature_bag(pipeline, (row["documents"] or () for row in rows)) if pipeline.size else None,
-            ),
-        )
+    users: list[str] = []
+    parts: list[History] = []
+    size = 4
+    while rows := cursor.fetch(min(size, batch_size - len(users))):
+        users += [row["user_key"] for row in rows]
+        parts.append(_history_of(rows, numbers, pipeline))
+        # As many as the last ones let expect, but growing slowly: the next one may have done more.
+        fitting = _FETCHED_EVENTS * len(rows) // max(1, len(parts[-1].item))
+        size = max(1, min(2 * size, fitting, _FETCHED_USERS))
+        if len(users) == batch_size or sum(len(part.item) for part in parts) >= max_events:
+            yield users, History.joined(parts)
+            users, parts = [], []
+    if users:
+        yield users, History.joined(parts)
+
+
+def _history_of(rows: Any, numbers: _ItemNumbers, pipeline: FeaturePipeline) -> History:
+    user = np.repeat(np.arange(len(rows)), [len(row["items"] or ()) for row in rows])
+    item = numbers.of(list(chain.from_iterable(row["items"] or () for row in rows)))
+    event_type = _joined(rows, "event_types", np.int64)
+    # An item or event type that the version does not know is left out.
+    known = (item >= 0) & (event_type >= 0)
+    return History(
+        counts=np.bincount(user[known], minlength=len(rows)),
+        item=item[known],
+        event_type=event_type[known],
+        occurred_at=_joined(rows, "times", np.float64)[known],
+        features=feature_bag(pipeline, (row["documents"] or () for row in rows)) if pipeline.size else None,
+    )
 
 
 class _ItemNumbers:

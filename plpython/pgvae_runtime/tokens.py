@@ -65,6 +65,23 @@ class History:
     features: FeatureBag | None = None
     is_ordered: bool = False
 
+    @staticmethod
+    def joined(parts: Sequence[History]) -> History:
+        """Gives the history of the users of all parts, one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        features = parts[0].features
+        for part in parts[1:]:
+            if features is not None and part.features is not None:
+                features = features.followed_by(part.features)
+        return History(
+            counts=np.concatenate([part.counts for part in parts]),
+            item=np.concatenate([part.item for part in parts]),
+            event_type=np.concatenate([part.event_type for part in parts]),
+            occurred_at=np.concatenate([part.occurred_at for part in parts]),
+            features=features,
+        )
+
     def users(self) -> NDArray[np.int64]:
         """Gives the user's number of each event, shape [N]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)

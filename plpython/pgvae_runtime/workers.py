@@ -12,15 +12,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 # Seconds between two looks at whether the statement was cancelled, while the main thread waits.
 _PATIENCE = 0.1
-
-_open: set[_Pool[Any, Any]] = set()
+# How much is read ahead of each thread.
+AHEAD = 3
 
 
 def cores() -> int:
@@ -33,7 +33,7 @@ def map_in_order(
 ) -> Generator[Result]:
     """Gives function(each) of all that is given, in its order, each function in a thread of its own.
 
-    At most three times as many as there are functions are read ahead. `look` is called every now and then while
+    At most AHEAD times as many as there are functions are read ahead. `look` is called every now and then while
     the main thread waits; what it raises, and what a function raises, ends the work. The threads have ended when
     the iterator has, however it ends.
     """
@@ -42,20 +42,11 @@ def map_in_order(
     try:
         for each in given:
             waiting.append(pool.begin(each))
-            while len(waiting) >= 3 * len(functions) or (waiting and waiting[0].done.is_set()):
+            while len(waiting) >= AHEAD * len(functions) or (waiting and waiting[0].done.is_set()):
                 yield waiting.popleft().result(look)
         while waiting:
             yield waiting.popleft().result(look)
     finally:
-        pool.close()
-
-
-def close_all() -> None:
-    """Ends all threads, those of an iterator that nobody asks any more.
-
-    PostgreSQL forgets a function between two of its rows when a statement fails there, and Python is not told.
-    """
-    for pool in list(_open):
         pool.close()
 
 
@@ -81,7 +72,6 @@ class _Pool(Generic[Given, Result]):
         self._threads = [
             threading.Thread(target=self._work, args=(function,), name="pgvae", daemon=True) for function in functions
         ]
-        _open.add(self)
         # A new thread has the mask of the one that starts it. PostgreSQL's handlers belong into the main thread.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -102,7 +92,6 @@ class _Pool(Generic[Given, Result]):
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        _open.discard(self)
 
     def _work(self, function: Callable[[Given], Result]) -> None:
         while (job := self._jobs.get()) is not None and not self._closed:

@@ -1,0 +1,130 @@
+"""Scores many pairs of user and item at once: each user's history is read and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import blas, memory, workers
+from .batch import look, report_progress
+from .errors import INVALID_PARAMETER, ScoringError
+from .features import FeatureBag
+from .history import read_histories
+from .scoring import score_users
+from .store import Version, execute
+from .tokens import History
+
+# (user key, item key, score)
+Row = tuple[str | None, str | None, float | None]
+Batch = tuple[list[str], History]
+
+_USERS = 256
+_ITEMS = """
+select i.item_key, i.item_index
+from vae_private.scoring_items i
+where i.version_id = $1 and i.item_key = any ($2)
+"""
+
+
+def score_pairs(
+    plpy: Any, version: Version, user_keys: Sequence[str | None], item_keys: Sequence[str | None]
+) -> Iterator[Row]:
+    """Gives (user key, item key, score) of each pair, a user's pairs one after the other.
+
+    The score is what `score` gives; None where a key is null or the item outside the catalogue. ScoringError where the
+    lists differ in length.
+    """
+    if len(user_keys) != len(item_keys):
+        raise ScoringError(
+            f"item_ids has {len(item_keys)} elements, user_ids has {len(user_keys)}",
+            sqlstate=INVALID_PARAMETER,
+            hint="the arrays belong together: make them with array_agg over the same rows in the same order",
+        )
+    return _scored(plpy, version, user_keys, item_keys)
+
+
+def _scored(
+    plpy: Any, version: Version, user_keys: Sequence[str | None], item_keys: Sequence[str | None]
+) -> Iterator[Row]:
+    users = list(dict.fromkeys(key for key in user_keys if key is not None))
+    pairs = _Pairs(users, user_keys, _item_indexes(plpy, version, item_keys))
+    done = 0
+    for pair in pairs.without_user.tolist():
+        yield user_keys[pair], item_keys[pair], None
+    for own, scores in _in_batches(plpy, version, users, pairs):
+        for pair, score in zip(own.tolist(), scores.tolist(), strict=True):
+            # No score is below 0: an item outside the catalogue.
+            yield user_keys[pair], item_keys[pair], score if score >= 0 else None
+        done += len(own)
+        report_progress(plpy, f"pgvae {version.model}: {done} pairs scored")
+
+
+def _item_indexes(plpy: Any, version: Version, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
+    """Gives the row of each item in the tensors, [P]; -1 outside the catalogue."""
+    keys = [key for key in dict.fromkeys(item_keys) if key is not None]
+    rows = execute(plpy, _ITEMS, ["bigint", "text[]"], [version.version_id, keys])
+    index: dict[str | None, int] = {row["item_key"]: row["item_index"] for row in rows}
+    return np.fromiter((index.get(key, -1) for key in item_keys), np.int64, count=len(item_keys))
+
+
+class _Pairs:
+    """P pairs of user and item, found by user."""
+
+    def __init__(self, users: Sequence[str], user_keys: Sequence[str | None], item: NDArray[np.int64]) -> None:
+        self._number: dict[str | None, int] = {key: number for number, key in enumerate(users)}
+        user = np.fromiter((self._number.get(key, -1) for key in user_keys), np.int64, count=len(user_keys))
+        self._order = np.argsort(user, kind="stable")
+        self._start = np.searchsorted(user[self._order], np.arange(len(users) + 1))
+        self._item = item
+        self.without_user = self._order[: self._start[0]]
+
+    def of(self, users: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Gives the numbers of these users' pairs, each one's user (a number in `users`), and each one's item."""
+        number = np.array([self._number[key] for key in users], dtype=np.int64)
+        first, count = self._start[number], self._start[number + 1] - self._start[number]
+        user = np.repeat(np.arange(len(users)), count)
+        pair = self._order[np.arange(len(user)) + np.repeat(first - (np.cumsum(count) - count), count)]
+        return pair, user, self._item[pair]
+
+
+def _in_batches(
+    plpy: Any, version: Version, users: list[str], pairs: _Pairs
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Gives the numbers of pairs and their scores, -1 outside the catalogue; a thread per core computes."""
+    threads = min(workers.cores(), -(-len(users) // _USERS))
+    # Logits, scores and what the softmax makes of them.
+    size = memory.users_at_once(plpy, 4 * 4 * version.item_count * max(1, threads), _USERS)
+
+    def score(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        own, user, item = pairs.of(batch[0])
+        scores, _ = score_users(np, version.weights, batch[1].distinct(), max_history=version.max_history)
+        return own, np.where(item >= 0, scores[user, item], np.float32(-1))
+
+    def read() -> Iterator[Batch]:
+        unread = dict.fromkeys(users)
+        for keys, history in read_histories(plpy, version, size, chosen=users):
+            for key in keys:
+                del unread[key]
+            yield keys, history
+        # Of whom nothing is known, in no table.
+        unknown = list(unread)
+        for first in range(0, len(unknown), size):
+            keys = unknown[first : first + size]
+            yield keys, _nothing_of(version, len(keys))
+
+    functions: list[Callable[[Batch], Any]] = [score] * threads
+    if not functions:
+        return
+    with blas.one_thread(), closing(workers.map_in_order(functions, read(), lambda: look(plpy))) as scored:
+        yield from scored
+
+
+def _nothing_of(version: Version, users: int) -> History:
+    none = np.zeros(0, dtype=np.int64)
+    features = FeatureBag.empty(users) if version.user_pipeline.size else None
+    counts, times = np.zeros(users, dtype=np.int64), np.zeros(0)
+    return History(counts=counts, item=none, event_type=none, occurred_at=times, features=features)

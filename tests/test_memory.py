@@ -1,0 +1,118 @@
+"""Runs over all users keep to vae.max_memory, and leave no thread behind."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from shop import refusal
+
+Connection = psycopg.Connection[Any]
+
+LISTS = "select user_key, item_keys, is_cold_start from vae_private.recommend_all((select model_id from vae.models), 5)"
+# What the least batches of the tiny shop need.
+LEAST = 56
+
+
+def megabytes(connection: Connection) -> float:
+    """Gives the memory that the connection's server process has for itself."""
+    status = Path(f"/proc/{connection.info.backend_pid}/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    assert found
+    return int(found[1]) / 1024
+
+
+@contextmanager
+def watched(connection: Connection) -> Iterator[list[float]]:
+    """Puts the most memory that the connection's server process had meanwhile into the list."""
+    most, stop = [megabytes(connection)], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.002):
+            most[0] = max(most[0], megabytes(connection))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def test_a_run_over_long_histories_keeps_to_the_limit(trained: Connection) -> None:
+    trained.execute(
+        "insert into events select user_id, item_id, 'view', timestamptz '2024-03-01' + n * interval '1 minute'"
+        " from (select user_id, min(item_id) as item_id from events group by 1) u, generate_series(1, 25000) n"
+    )
+    trained.execute("select * from shop.recommend((select min(user_id) from events))")
+    before = megabytes(trained)
+    trained.execute(f"set vae.max_memory = '{LEAST}MB'")
+    with watched(trained) as most:
+        found = trained.execute(LISTS).fetchall()
+    assert most[0] - before < LEAST
+    trained.execute("reset vae.max_memory")
+    assert sorted(found) == sorted(trained.execute(LISTS).fetchall())
+
+
+def test_a_limit_that_nothing_fits_into_says_what_does(shared_trained: Connection) -> None:
+    shared_trained.execute("set vae.max_memory = '8MB'")
+    try:
+        refused = refusal(shared_trained, LISTS)
+        assert refused.sqlstate == "53200"
+        assert "vae.max_memory is 8MB, and this needs" in str(refused.message_detail)
+        remedy = str(refused.message_hint).removeprefix("raise it: ").partition(";")[0]
+        shared_trained.execute(remedy.encode())
+        assert len(shared_trained.execute(LISTS).fetchall()) == 30
+        # Live calls do not ask.
+        shared_trained.execute("set vae.max_memory = '1kB'")
+        assert shared_trained.execute("select shop.score(user_id, item_id) > 0 from events limit 1").fetchone() == (
+            True,
+        )
+    finally:
+        shared_trained.execute("reset vae.max_memory")
+
+
+@pytest.mark.parametrize("value", ["much", "-1MB", "1 PB"])
+def test_a_limit_that_is_no_size_is_refused(shared_trained: Connection, value: str) -> None:
+    shared_trained.execute("select set_config('vae.max_memory', %s, false)", [value])
+    try:
+        refused = refusal(shared_trained, LISTS)
+        assert refused.sqlstate == "22023"
+        assert f"vae.max_memory is '{value}'" in str(refused.message_detail)
+    finally:
+        shared_trained.execute("reset vae.max_memory")
+
+
+THREADS = """
+create function pg_temp.threads() returns text[] language plpython3u as $$
+import threading
+return sorted(thread.name for thread in threading.enumerate())
+$$
+"""
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select count(1 / (user_key::bigint % 7)) from vae_private.recommend_all(1, 5)",
+        "select 1 / (s.user_key::bigint % 7) from (select (vae_private.recommend_all(1, 5)).user_key) s",
+        "select (vae_private.recommend_all(1, 5)).user_key limit 3",
+    ],
+    ids=["in an aggregate", "between two rows", "no more rows wanted"],
+)
+def test_no_thread_outlives_a_statement(shared_trained: Connection, query: str) -> None:
+    shared_trained.execute("drop function if exists pg_temp.threads")
+    shared_trained.execute(THREADS)
+    if "/" in query:
+        refusal(shared_trained, query)
+    else:
+        assert len(shared_trained.execute(query.encode()).fetchall()) == 3
+    assert shared_trained.execute("select pg_temp.threads()").fetchone() == (["MainThread"],)

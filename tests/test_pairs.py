@@ -1,0 +1,79 @@
+"""Many pairs of user and item at once, and the same user again and again."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import psycopg
+import pytest
+
+from shop import Shop, refusal
+
+Connection = psycopg.Connection[Any]
+
+USERS, ITEMS = Shop().users, Shop().items
+STRANGER, NO_ITEM = -1, -1
+
+
+def score(connection: Connection, user: Any, item: Any) -> Any:
+    found = connection.execute("select shop.score(%s, %s)", [user, item]).fetchone()
+    assert found is not None
+    return found[0]
+
+
+def score_pairs(connection: Connection, users: list[Any], items: list[Any]) -> list[Any]:
+    query = "select user_id, item_id, score from shop.score_pairs(%s::bigint[], %s::bigint[])"
+    return connection.execute(query, [users, items]).fetchall()
+
+
+def test_pairs_have_the_scores_of_single_calls(shared_trained: Connection) -> None:
+    users = [user for user in [*USERS, STRANGER] for _ in [*ITEMS, NO_ITEM]]
+    items = [item for _ in [*USERS, STRANGER] for item in [*ITEMS, NO_ITEM]]
+    # In no order, and some twice.
+    users, items = users[::-2] + users[::2] + users[:5], items[::-2] + items[::2] + items[:5]
+    found = score_pairs(shared_trained, users, items)
+    pairs = [(user, item) for user, item, _ in found]
+    assert sorted(pairs) == sorted(zip(users, items, strict=True))
+    # A user's pairs stand together.
+    assert len([1 for one, other in itertools.pairwise(pairs) if one[0] != other[0]]) == len(USERS)
+    for user, item, value in found:
+        expected = score(shared_trained, user, item)
+        assert (value is None) == (item == NO_ITEM)
+        assert value == (None if expected is None else pytest.approx(expected, rel=1e-5))
+
+
+def test_pairs_with_nulls_have_no_score(shared_trained: Connection) -> None:
+    found = score_pairs(shared_trained, [None, USERS[0], None], [ITEMS[0], None, None])
+    assert sorted(found, key=str) == sorted(
+        [(None, ITEMS[0], None), (USERS[0], None, None), (None, None, None)], key=str
+    )
+    for users, items in (("null", "array[1]"), ("array[1]", "null"), ("array[]", "array[]")):
+        query = f"select * from shop.score_pairs({users}::bigint[], {items}::bigint[])"
+        assert shared_trained.execute(query.encode()).fetchall() == []
+
+
+def test_arrays_of_different_lengths_are_refused(shared_trained: Connection) -> None:
+    refused = refusal(shared_trained, "select * from shop.score_pairs(array[1, 2], array[3])")
+    assert refused.sqlstate == "22023"
+    assert "item_ids has 1 elements, user_ids has 2" in str(refused.message_primary)
+    assert "array_agg" in str(refused.message_hint)
+
+
+def test_a_score_that_is_remembered_knows_what_the_user_did_since(trained: Connection) -> None:
+    user, item = USERS[0], ITEMS[-1]
+    before = score(trained, user, item)
+    assert score(trained, user, item) == before
+    with trained.transaction():
+        # The same statement's time and the same transaction, but another history.
+        trained.execute("insert into events values (%s, %s, 'purchase', now())", [user, item])
+        inside = score(trained, user, item)
+        assert inside != before
+    assert score(trained, user, item) == inside
+    both = trained.execute(
+        "select shop.score(u, %s), shop.score(%s, %s) from unnest(%s::bigint[]) u", [item, user, item, USERS[:3]]
+    ).fetchall()
+    assert [mine for _, mine in both] == [inside] * 3
+    assert [other for other, _ in both] == [score(trained, u, item) for u in USERS[:3]]
+    trained.execute("delete from events where user_id = %s and occurred_at > now() - interval '1 hour'", [user])
+    assert score(trained, user, item) == before
