@@ -21,6 +21,10 @@ CALLS = {
     "features": [f"{SOME_USERS} cross join lateral shop.features(u.user_id) r"],
     "recommend": [f"{SOME_USERS} cross join lateral shop.recommend(u.user_id) r join items using (item_id)"],
     "score": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.score(u.user_id, i.item_id) > 0"],
+    "score_pairs": [
+        "(select array_agg(user_id) as user_ids, array_agg(item_id) as item_ids from events) a"
+        " cross join lateral shop.score_pairs(a.user_ids, a.item_ids) r join items using (item_id)"
+    ],
     "embedding": [f"{SOME_USERS} where cardinality(shop.embedding(u.user_id)) > 0"],
     "churn": [f"{SOME_USERS} cross join lateral shop.churn(u.user_id) r join users own on own.user_id = r.user_id"],
     "explain_churn": [f"{SOME_USERS} cross join lateral shop.explain_churn(u.user_id) r"],
