@@ -602,6 +602,14 @@ def test_every_command_explains_itself(name: str) -> None:
     assert silent == []
 
 
+def test_help_lists_every_command_from_the_first_day_on() -> None:
+    from pgvae.cli import _ORDER
+
+    listed = re.findall(r"^\W*(\w+)  ", CliRunner().invoke(app, ["--help"]).output, re.MULTILINE)
+    assert [name for name in listed if name in _ORDER] == list(_ORDER)
+    assert set(typer.main.get_command(app).commands) == set(_ORDER)  # type: ignore[attr-defined]
+
+
 def test_every_command_is_in_the_documentation() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
     leaves = [name for name, command in COMMANDS.items() if not getattr(command, "commands", None)]

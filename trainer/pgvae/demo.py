@@ -70,15 +70,36 @@ join demo_shop.items i using (item_id)
 order by r.rank;""",
     ),
     Question(
-        text="Which categories are recommended most often at rank 1, over all users?",
+        text="Who may leave? Of those in the middle band, whom we would miss most:",
         query="""\
-select i.category, count(*) as users
-from demo.recommendations r
+select c.user_id, c.churn_probability, c.expected_purchases, c.reasons
+from demo.churn c
+where c.risk_band = 'medium'
+order by c.expected_purchases desc
+limit 3;""",
+    ),
+    Question(
+        text="What will be sold in the next four weeks, between which bounds?",
+        query="""\
+select i.title, i.category, d.expected_units, d.units_low, d.units_high,
+    d.last_period_units
+from demo.demand d
 join demo_shop.items i using (item_id)
-where r.rank = 1
-group by i.category
-order by users desc
-limit 5;""",
+order by d.expected_units desc nulls last
+limit 3;""",
+    ),
+    Question(
+        text="And what goes with the first of them?",
+        query="""\
+select r.rank, i.title, i.category, r.lift, r.support
+from demo.related_items r
+join demo_shop.items i on i.item_id = r.related_item_id
+where r.item_id = (
+    select d.item_id from demo.demand d
+    order by d.expected_units desc nulls last
+    limit 1)
+order by r.rank
+limit 3;""",
     ),
     Question(
         text="Where do these scores come from?",

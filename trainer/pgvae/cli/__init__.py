@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import psycopg
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from pgvae.console import err
 from pgvae.errors import PgvaeError
 
+# As they are needed: a first day, then the daily work.
+_ORDER = (
+    *("demo", "up", "down", "psql", "status", "doctor", "install", "uninstall", "load", "simulate"),
+    *("train", "evaluate", "tune", "report", "refresh", "retrain", "export", "import", "prune"),
+)
+
+
+class _InOrder(TyperGroup):
+    """Lists its commands in the order of _ORDER."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(
+            super().list_commands(ctx), key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER)
+        )
+
+
 app = typer.Typer(
     name="pgvae",
+    cls=_InOrder,
     help="Train a behaviour model on the shop events in PostgreSQL and score users from plain SQL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
