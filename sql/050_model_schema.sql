@@ -42,6 +42,7 @@ cross join lateral (values
     (39, 'view', 'offers', true, 'each offer in sums: whom it goes to, how many will buy and what it brings'),
     (40, 'function', format('explain(%s, %s, jsonb)', m.user_id_type, m.item_id_type), true, 'the past events that the score of one item for one user comes from'),
     (40, 'function', format('because(%s, %s)', m.user_id_type, m.item_id_type), true, 'why an item is recommended to a user, as a sentence for people'),
+    (40, 'function', format('item_titles(%s[])', m.item_id_type), true, 'the titles of some items, as because says them'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
     (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
@@ -49,6 +50,8 @@ cross join lateral (values
     (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
     (46, 'materialized view', 'related_items_materialized', false, 'what related_items reads: a row per item'),
     (47, 'view', 'related_items', true, 'what goes with every item, as of the last vae.refresh'),
+    (48, 'materialized view', 'explanations_materialized', false, 'what explanations reads: a row per user'),
+    (49, 'view', 'explanations', true, 'why the first recommendation of every user is recommended, as of the last vae.refresh'),
     (50, 'function', format('item_days(%s, timestamptz, timestamptz, text[])', m.item_id_type), true, 'what happened to one item on each day'),
     (51, 'function', 'all_item_days(timestamptz, timestamptz, text[])', true, 'what happened to every item on each day'),
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
@@ -514,6 +517,9 @@ begin
                 when made.object like 'because(%' then
                     ', of the two items of the history that contribute most to the score. Items have the title that the shop''s table of'
                     ' items holds (title, name, product_name, item_name or description), else their key.'
+                when made.object = 'explanations' then
+                    '. A row per user and item of the history that speaks for it, five at most; where none does, one row for the'
+                    ' features or the popularity. Join on user_id; for the sentence alone take rank = 1. It shows what users did.'
                 when made.object like 'recommend_for(%' then
                     '. events is an array of objects: item_id, and if you like event_type (the shop''s word or the standard one, else'
                     ' view) and occurred_at (else now, in the order of the array). The option features gives columns of the user, the'

@@ -44,6 +44,8 @@ to vae_scorer;
 
 grant execute on function
     vae_private.explain(integer, text, text, jsonb),
+    vae_private.because(integer, text, text),
+    vae_private.explain_all(integer),
     vae_private.recommend_for(integer, jsonb, integer, jsonb),
     vae_private.recommend_for_items(integer, text[], text[], float8[], integer, jsonb),
     vae_private.related(integer, text, integer, jsonb),

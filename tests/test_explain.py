@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import random
 import time
+from datetime import date
 from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
 
+from pgvae.config import TrainingConfig
+from pgvae.connection import connect
+from pgvae.dataset import read_dataset
+from pgvae.simulate import simulate
+from pgvae.simulate.config import SimulationConfig
+from pgvae.training import fit
+from pgvae_runtime.explain import Groups, latest, losses
+from pgvae_runtime.scoring import mask_seen, score_users
+from pgvae_runtime.tokens import History
 from shop import Shop, refusal
 
 SHOP = Shop()
@@ -105,6 +115,54 @@ def test_deleting_what_is_named_lowers_the_score_more_than_deleting_by_chance(
     assert np.mean(np.array(losses["named"]) > np.array(losses["chance"])) > 0.6
 
 
+def test_explanations_of_simulated_users_are_faithful(database: str) -> None:
+    """Of a thousand users: the score without what is named, without as many by chance, and without the newest."""
+    simulate(database, SimulationConfig(users=1500, items=200, days=120, seed=3, until=date(2026, 1, 1)))
+    with connect(database) as connection:
+        Shop(schema="sim").create_model(connection)
+        connection.commit()
+        dataset = read_dataset(connection, "shop")
+    config = TrainingConfig(epochs=5, hidden=32, latent=32)
+    weights = fit(dataset, config, max_history=100, phase="test", epochs=5).weights
+    history = dataset.history(np.arange(dataset.user_count)).distinct()
+    scores, _ = score_users(np, weights, history, max_history=100)
+    users = np.arange(len(scores))
+    unseen = scores.copy()
+    mask_seen(np, unseen, history, [dataset.event_types.index("purchase")])
+    best = unseen.argmax(axis=1)
+    tokens, at = latest(history, 100)
+    groups = Groups.by_item(tokens, len(dataset.item_keys))
+    found = losses(weights, tokens, at, groups, best)
+    items = np.bincount(groups.user, minlength=len(users))
+    several = items >= 5
+    assert np.count_nonzero(several) > 1000
+
+    def fall_without_two(order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Gives by how much the logarithm of the score falls without the two items that come first in an order."""
+        sorted_groups = np.lexsort((order, groups.user))
+        place = np.arange(len(order)) - np.repeat(np.cumsum(items) - items, items)
+        kept = ~np.isin(groups.of, sorted_groups[place < 2])
+        rest = History(
+            counts=np.bincount(np.repeat(users, np.diff(tokens.start))[kept], minlength=len(users)),
+            item=tokens.item[kept],
+            event_type=tokens.event_type[kept],
+            occurred_at=at[kept],
+        )
+        left, _ = score_users(np, weights, rest, max_history=100)
+        return np.log(scores[users, best] / np.maximum(left[users, best], 1e-30))[several]
+
+    named, newest = fall_without_two(-found.of_group), fall_without_two(-at[groups.last])
+    chance = fall_without_two(np.random.default_rng(1).random(len(groups.user)))
+    against = fall_without_two(found.of_group)
+    assert named.mean() > 3 * max(chance.mean(), newest.mean())
+    assert np.mean(named > chance) > 0.8
+    assert chance.mean() > 0 > against.mean()
+    # What single events contribute goes with what all of them do together, and is less: several say the same.
+    together = np.bincount(groups.user, weights=found.of_group, minlength=len(users))[several]
+    assert np.corrcoef(together, found.logit[several])[0, 1] > 0.8
+    assert 0.2 < together.mean() / found.logit[several].mean() < 1
+
+
 def test_five_hundred_events_are_explained_at_once(trained: psycopg.Connection) -> None:
     user = 77
     trained.execute(
@@ -148,7 +206,41 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
     assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [("because " + " and ".join(phrases),)]
     assert rows(trained, "select shop.because(404, %s)", [item]) == [("because it is popular",)]
     assert rows(trained, "select shop.because(null, %s)", [item]) == [(None,)]
-    trained.execute("create table goods as select distinct item_id as id, 'Good ' || item_id as \"Name\" from events")
-    SHOP.create_model(trained, "other", items="goods", items_key="id")
-    body = rows(trained, "select prosrc from pg_proc where oid = 'other.because(bigint, bigint)'::regprocedure")
-    assert 'left(k."Name"::text, 80) from public.goods k' in body[0][0]
+    # With the shop's titles, in the view too.
+    trained.execute(
+        "create table goods as select distinct item_id as id, case when item_id % 2 = 0 then 'Good ' || item_id end"
+        ' as "Name" from events'
+    )
+    trained.execute("update vae.models set items_schema = 'public', items_table = 'goods', items_key_column = 'id'")
+    trained.execute("select vae.rebuild_model('shop')")
+    trained.execute("call vae.refresh('shop', views => '{explanations}')")
+    titled = [f"you {verbs[part[2]]} {'Good ' if part[1] % 2 == 0 else ''}{part[1]}" for part in best]
+    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [("because " + " and ".join(titled),)]
+    assert rows(trained, "select distinct because from shop.explanations where user_id = %s", [user]) == [
+        ("because " + " and ".join(titled),)
+    ]
+    found = rows(
+        trained,
+        "select count(*), count(*) filter (where e.because = shop.because(e.user_id, e.item_id)),"
+        " bool_or(e.because like '%Good%') from shop.explanations e where e.rank = 1",
+    )
+    assert found == [(30, 30, True)]
+
+
+def test_recommendations_are_refreshed_before_they_are_explained(trained: psycopg.Connection) -> None:
+    before = rows(trained, "select * from shop.explanations order by user_id, rank")
+    assert len(before) > 60
+    assert rows(trained, "select row_count, version, state from vae.refreshes where view = 'explanations'") == [
+        (30, 1, "succeeded")
+    ]
+    trained.execute("update vae.versions set version = 7")
+    found = refusal(trained, "call vae.refresh('shop', views => '{explanations}')")
+    assert found.sqlstate == "55000"
+    assert "recommendations of model shop are of version 1, the active one is 7" in (found.message_primary or "")
+    assert "call vae.refresh('shop')" in (found.message_hint or "")
+    assert rows(trained, "select * from shop.explanations order by user_id, rank") == before
+    trained.execute("refresh materialized view shop.recommendations_materialized with no data")
+    found = refusal(trained, "call vae.refresh('shop', views => '{explanations}')")
+    assert "model shop has no recommendations yet" in (found.message_primary or "")
+    trained.execute("call vae.refresh('shop', full => true)")
+    assert rows(trained, "select distinct model_version from shop.explanations") == [(7,)]

@@ -386,6 +386,8 @@ def test_what_an_earlier_release_stored_is_read_until_the_next_refresh(trained: 
     assert before
     trained.execute(
         """
+        drop view shop.explanations;
+        drop materialized view shop.explanations_materialized;
         drop view shop.recommendations;
         drop materialized view shop.recommendations_materialized, shop.recommendations_changed;
         create materialized view shop.recommendations_materialized as

@@ -27,7 +27,7 @@ from pgvae.model import AttentionVae
 from pgvae.server import Server
 from pgvae.shortcut import Links
 from pgvae.training import _losses
-from pgvae_runtime import device, forward
+from pgvae_runtime import device, explain, forward
 from pgvae_runtime.features import FeatureBag
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
@@ -128,6 +128,51 @@ def test_one_item_again_and_again_is_scored_as_pytorch_does() -> None:
     network, links = random_network(dataset, TINY, 0), random_links(dataset, 0)
     scores, _ = score_users(np, network.weights() | links.tensors(), history, max_history=12)
     np.testing.assert_allclose(scores, torch_scores(network, links, history, 12), rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 100_000])
+def test_what_users_lose_without_an_item_is_what_scoring_without_it_gives(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    for name in ("_GROUPS_AT_ONCE", "_TOKENS_AT_ONCE", "_LINKS_AT_ONCE"):
+        monkeypatch.setattr(explain, name, at_once)
+    generator = np.random.default_rng(2)
+    dataset, history = random_dataset(generator, [0, 1, 1, 3, 0, MAX_HISTORY, 40, 17, 2, 0], ITEMS)
+    weights = random_network(dataset, TINY, 2).weights() | random_links(dataset, 2).tensors()
+    target = generator.integers(0, ITEMS, len(history.counts))
+    tokens, at = explain.latest(history, MAX_HISTORY)
+    groups = explain.Groups.by_item(tokens, ITEMS)
+    found = explain.losses(weights, tokens, at, groups, target)
+
+    def logit(user: int, kept: np.ndarray[Any, Any], features: FeatureBag | None) -> float:
+        own = History(
+            counts=np.array([len(kept)]),
+            item=tokens.item[kept],
+            event_type=tokens.event_type[kept],
+            occurred_at=at[kept],
+            features=features,
+        )
+        if not len(kept) and (features is None or not features.counts()[0]):
+            return 0.0
+        own_tokens = own.tokens(MAX_HISTORY)
+        logits = forward.decode(np, weights, forward.encode(np, weights, own_tokens))
+        forward.add_shortcut(np, weights, own_tokens, logits)
+        return float(logits[0, target[user]] - weights["output_bias"][target[user]])
+
+    expected = []
+    for user in range(len(history.counts)):
+        assert dataset.user_features is not None
+        bag = dataset.user_features.take(np.array([user]))
+        own = np.arange(tokens.start[user], tokens.start[user + 1])
+        whole = logit(user, own, bag)
+        assert found.logit[user] == pytest.approx(whole, abs=1e-5)
+        assert found.of_features[user] == pytest.approx(whole - logit(user, own, None), abs=1e-5)
+        expected += [whole - logit(user, own[tokens.item[own] != i], bag) for i in np.unique(tokens.item[own])]
+    assert len(expected) == len(found.of_group) > 30
+    np.testing.assert_allclose(found.of_group, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        np.bincount(groups.user, minlength=10), [len(np.unique(tokens.item[a:b])) for a, b in pairwise(tokens.start)]
+    )
 
 
 def test_a_sampled_z_is_centred_on_the_mean_that_is_scored_with() -> None:
@@ -287,6 +332,53 @@ def test_the_view_holds_what_live_calls_give(shop: Connection) -> None:
         """
     ).fetchone()
     assert differences == ((USERS + 5) * 15,) * 5
+
+
+def test_the_view_holds_the_explanations_of_live_calls(shop: Connection) -> None:
+    found = shop.execute(
+        """
+        with live as (
+            select r.user_id, r.item_id, l.*
+            from shop.recommendations r
+            cross join shop.explain(r.user_id, r.item_id, '{"by": "item"}') l
+            where r.rank = 1 and l.part = 'item' and l.contribution > 0 and l.rank <= 5
+        )
+        select count(*), count(*) filter (where v.item_id = l.item_id and v.part = l.part
+                and v.event_item_id = l.event_item_id and v.event_type = l.event_type
+                and v.occurred_at = l.occurred_at),
+            count(*) filter (where abs(v.contribution - l.contribution) <= 1e-4 and abs(v.share - l.share) <= 1e-4),
+            count(*) filter (where v.model_version = l.model_version)
+        from live l full join (select * from shop.explanations where part = 'item') v using (user_id, rank)
+        """
+    ).fetchone()
+    assert found is not None
+    assert found == (found[0],) * 4
+    assert found[0] > 3 * USERS
+    sentences = shop.execute(
+        "select count(*), count(distinct e.user_id),"
+        " count(*) filter (where e.because = shop.because(e.user_id, e.item_id)),"
+        " count(*) filter (where r.item_id = e.item_id) from shop.explanations e"
+        " join shop.recommendations r on r.user_id = e.user_id and r.rank = 1 where e.rank = 1"
+    ).fetchone()
+    assert sentences == (USERS + 5,) * 4
+    counted = shop.execute(
+        "select sum(e.event_count), max(e.event_count) from shop.explanations e where e.user_id = %s and e.rank <= 5",
+        [USERS - 1],
+    ).fetchone()
+    assert counted is not None
+    assert 5 <= counted[0] <= MAX_HISTORY
+    # Of whom nothing is known, and of whom only features are.
+    others = shop.execute(
+        "select distinct user_id > %s, part, because, rank, event_item_id, event_type, occurred_at, event_count, share"
+        " from shop.explanations where user_id >= %s order by 1",
+        [USERS + 3, USERS],
+    ).fetchall()
+    nothing = (1, None, None, None, None, None)
+    assert others[0] == (False, "popularity", "because it is popular", *nothing)
+    assert others[1:] in (
+        [(True, "features", "because of what is known about you", *nothing)],
+        [(True, "popularity", "because it is popular", *nothing)],
+    )
 
 
 def test_the_refresh_went_through_many_batches_and_knows_each_user_once(shop: Connection) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import audience as audiences
-from . import batch, blas, churn, device, forward, outcomes, pairs, runs, sales, segments
+from . import batch, blas, churn, device, explanations, forward, outcomes, pairs, runs, sales, segments
 from .errors import INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
@@ -201,6 +201,24 @@ def explain(
         )
         for rank, part in enumerate(parts, start=1)
     ]
+
+
+@_translated
+def because(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> str | None:
+    """Gives the sentence that says why an item is recommended to a user; None for null."""
+    if user_key is None or item_key is None:
+        return None
+    version = active_version(plpy, model_id)
+    item = item_index(plpy, version, item_key)
+    if item is None:
+        raise unknown_items(version, [item_key])
+    return explanations.because(plpy, version, user_key, item)
+
+
+@_translated
+def explain_all(plpy: Any, model_id: int) -> Iterator[explanations.Row]:
+    """Gives a row per user for a materialized view, see explanations.explanations_of_all."""
+    return _translated_rows(plpy, explanations.explanations_of_all(plpy, active_version(plpy, model_id)))
 
 
 _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}

@@ -10,18 +10,27 @@ in place of the derivative, Ancona et al. 2018). The shortcut is such a sum by i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import forward
-from .features import FeatureBag
 from .forward import Weights
 from .tokens import History, Tokens, age_bucket, order_bucket
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+# Groups that are left out one by one, and tokens of what they leave: computed at once.
+_GROUPS_AT_ONCE = 512
+_TOKENS_AT_ONCE = 250_000
+# Links that are looked at at once.
+_LINKS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,69 +46,147 @@ class Row:
     gate: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The N tokens of U users in G groups, each of one user and one item, users one after the other.
+
+    `of` [N] is the group of each token; `size`, `user` and `last` [G] are the number of a group's tokens, whose they
+    are, and the latest of them.
+    """
+
+    of: Integers
+    size: Integers
+    user: Integers
+    last: Integers
+
+    @staticmethod
+    def by_event(tokens: Tokens) -> Groups:
+        """Makes a group of each token."""
+        return Groups._of(tokens, np.arange(len(tokens.item)))
+
+    @staticmethod
+    def by_item(tokens: Tokens, items: int) -> Groups:
+        """Makes a group of all tokens of a user and an item; `items` is the size of the catalogue."""
+        pairs = _users(tokens) * items + tokens.item
+        return Groups._of(tokens, np.unique(pairs, return_inverse=True)[1])
+
+    @staticmethod
+    def _of(tokens: Tokens, group: Integers) -> Groups:
+        size = np.bincount(group)
+        last = np.zeros(len(size), dtype=np.int64)
+        np.maximum.at(last, group, np.arange(len(group)))
+        return Groups(of=group, size=size, user=_users(tokens)[last], last=last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What U users' logits of an item each lose by deletion.
+
+    `logit` [U] lacks the item's bias, `of_group` [G] is what it loses without a group of tokens, `of_features` [U]
+    without the user's features; `shortcut_of` [N] is each token's part of the shortcut.
+    """
+
+    logit: Doubles
+    of_group: Doubles
+    of_features: Doubles
+    shortcut_of: Doubles
+
+
+def latest(history: History, max_history: int) -> tuple[Tokens, Doubles]:
+    """Gives the tokens of a history whose events are all different, and when they happened, [N]."""
+    order = history._order()
+    end = np.cumsum(history.counts)
+    order = order[np.repeat(end, history.counts) - np.arange(len(order)) <= max_history]
+    at = history.occurred_at[order]
+    kept = History(
+        counts=np.minimum(history.counts, max_history),
+        item=history.item[order],
+        event_type=history.event_type[order],
+        occurred_at=at,
+        features=history.features,
+        is_ordered=True,
+    )
+    return kept.tokens(max_history), at
+
+
+def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target: Integers) -> Losses:
+    """Gives what the logits of one item each, `target` [U], lose without each group of tokens; `at` [N] is in seconds.
+
+    Without an event others can be of another age or order. Only those are embedded anew: of 500 histories of 500 events
+    that is a few thousand tokens, not a quarter of a million. Memory is bounded by the tokens, whatever their groups.
+    """
+    users = tokens.user_count
+    embedded = forward.embed(np, weights, tokens)
+    values = _gated(weights, tokens, embedded)
+    totals = forward.sum_rows(np, tokens.start, values)
+    removed = _sums(values, groups)
+    features = tokens.features
+    own = np.zeros((users, embedded.shape[1]), dtype=np.float32)
+    has_features = np.zeros(users, dtype=bool)
+    if features is not None:
+        own, has_features = (
+            forward.mean_of_features(np, weights["user_feature_embedding"], features),
+            features.counts() > 0,
+        )
+    counts = np.diff(tokens.start)
+    shortcut, without, shortcut_of = _shortcut(weights, tokens, groups, target)
+
+    whole = _cosine(weights, totals, own, has_features | (counts > 0), target)
+    for first, last in _blocks(counts[groups.user]):
+        user = groups.user[first:last]
+        sums = totals[user] - removed[first:last] + _moved(weights, tokens, at, values, groups, first, last)
+        left = counts[user] - groups.size[first:last]
+        sums[left == 0] = 0.0
+        without[first:last] += _cosine(weights, sums, own[user], has_features[user] | (left > 0), target[user])
+    bare = whole
+    if has_features.any():
+        bare = np.where(has_features, _cosine(weights, totals, np.zeros_like(own), counts > 0, target), whole)
+    logit = whole + shortcut
+    return Losses(logit=logit, of_group=logit[groups.user] - without, of_features=whole - bare, shortcut_of=shortcut_of)
+
+
 def explain_item(weights: Weights, history: History, target: int, *, max_history: int, by_item: bool) -> list[Row]:
     """Gives the parts of an item's logit for one user, events first, by contribution; each column adds up to the logit.
 
     Of a user of whom nothing is known there is one row, the logarithm of the item's share of the popularity.
     """
-    order = np.lexsort((history.event_type, history.item, history.occurred_at))[-max_history:]
-    at = history.occurred_at[order]
-    latest = History(
-        counts=np.array([len(order)]),
-        item=history.item[order],
-        event_type=history.event_type[order],
-        occurred_at=at,
-        features=history.features,
-    )
-    tokens = latest.tokens(max_history)
+    tokens, at = latest(history, max_history)
     features = tokens.features if tokens.features is not None and tokens.features.counts()[0] else None
     if not len(at) and features is None:
-        popularity = float(weights["item_popularity"][target])
-        value = float(np.log(popularity)) if popularity > 0 else float("nan")
+        value = log_popularity(weights, target)
         return [Row(part="popularity", contribution=value, relevance=value)]
-    group = np.unique(tokens.item, return_inverse=True)[1] if by_item else np.arange(len(at))
-    groups = int(group.max(initial=-1)) + 1
-
-    # Variant 0 is the whole history, variant 1 + g is without group g, the last one without the features.
-    keep = np.ones((groups + 2, len(at)), dtype=bool)
-    keep[1 + group, np.arange(len(at))] = False
-    sums, norms = _sums_without(weights, tokens, at, keep, group)
-    own = _feature_mean(weights, features)
-    pooled = sums / norms[:, None]
-    pooled[:-1] += own
-    pooled *= np.float32(np.sqrt(pooled.shape[1]))
-    direction = forward.decode_direction(np, weights, forward.mean_of_latent(np, weights, pooled))
-    with_features = np.full(len(keep), features is not None)
-    with_features[-1] = False
-    # A direction has length 1 also where nothing is known, and then means nothing.
-    known = with_features | (np.count_nonzero(keep, axis=1) > 0)
-    cosine = np.where(known, direction @ weights["output_weight"][target], 0.0)
-    shortcut, shortcut_of = _shortcut(weights, tokens.item, keep, target)
-    logits = cosine + shortcut
-    relevance, of_features = _relevance(weights, tokens, pooled[0], float(norms[0]), own, target)
-
+    groups = Groups.by_item(tokens, len(weights["item_embedding"])) if by_item else Groups.by_event(tokens)
+    found = losses(weights, tokens, at, groups, np.array([target]))
+    relevance, of_features = _relevance(weights, tokens, target)
+    parts = relevance + found.shortcut_of
+    gates = forward.encoder_gates(np, weights, tokens, forward.embed(np, weights, tokens))
     bias = float(weights["output_bias"][target])
-    gates = _gates(weights, tokens)
-    rows = []
-    for number in range(groups):
-        chosen = np.flatnonzero(group == number)
-        last = int(chosen[-1])
-        rows.append(
-            Row(
-                part="item" if by_item else "event",
-                contribution=float(logits[0] - logits[1 + number]),
-                relevance=float(relevance[chosen].sum() + shortcut_of[chosen].sum()),
-                item=int(tokens.item[last]),
-                event_type=int(tokens.event_type[last]),
-                at=float(at[last]),
-                gate=float(gates[chosen].mean()),
-            )
+    count = len(groups.size)
+    rows = [
+        Row(
+            part="item" if by_item else "event",
+            contribution=loss,
+            relevance=relevant,
+            item=item,
+            event_type=kind,
+            at=time,
+            gate=gate,
         )
+        for loss, relevant, gate, item, kind, time in zip(
+            found.of_group.tolist(),
+            np.bincount(groups.of, weights=parts, minlength=count).tolist(),
+            (np.bincount(groups.of, weights=gates, minlength=count) / groups.size).tolist(),
+            tokens.item[groups.last].tolist(),
+            tokens.event_type[groups.last].tolist(),
+            at[groups.last].tolist(),
+            strict=True,
+        )
+    ]
     rows.sort(key=lambda row: -row.contribution)
     if features is not None:
-        rows.append(Row(part="features", contribution=float(logits[0] - logits[-1]), relevance=of_features))
+        rows.append(Row(part="features", contribution=float(found.of_features[0]), relevance=of_features))
     rows.append(Row(part="popularity", contribution=bias, relevance=bias))
-    total = float(logits[0]) + bias
+    total = float(found.logit[0]) + bias
     rows.append(
         Row(
             part="remainder",
@@ -110,42 +197,59 @@ def explain_item(weights: Weights, history: History, target: int, *, max_history
     return rows
 
 
-def _gates(weights: Weights, tokens: Tokens) -> Floats:
-    gates: Floats = forward.encoder_gates(np, weights, tokens, forward.embed(np, weights, tokens))
-    return gates
+def log_popularity(weights: Weights, item: int) -> float:
+    """Gives the logarithm of an item's share of the popularity, nan where it has none."""
+    popularity = float(weights["item_popularity"][item])
+    return float(np.log(popularity)) if popularity > 0 else float("nan")
 
 
-def _feature_mean(weights: Weights, features: FeatureBag | None) -> Floats:
-    width = weights["item_embedding"].shape[1]
-    if features is None:
-        return np.zeros(width, dtype=np.float32)
-    mean: Floats = forward.mean_of_features(np, weights["user_feature_embedding"], features)[0]
-    return mean
-
-
-def _sums_without(
-    weights: Weights, tokens: Tokens, at: NDArray[np.float64], keep: NDArray[np.bool_], group: Integers
-) -> tuple[Floats, Floats]:
-    """Gives sum a_i h_i, [V, Z], and sqrt(sum a_i^2), [V], of each variant of a history.
-
-    Without an event others can be of another age or order. Only those are embedded anew: of 500 variants of 500 events
-    that is a few thousand tokens, not a quarter of a million.
-    """
-    variants = len(keep)
-    embedded = forward.embed(np, weights, tokens)
+def _gated(weights: Weights, tokens: Tokens, embedded: Floats) -> Floats:
+    """Gives a_i h_i and a_i^2 of each token, [N, Z + 1]."""
     gates = forward.encoder_gates(np, weights, tokens, embedded)
-    values = np.concatenate((gates[:, None] * embedded, (gates * gates)[:, None]), axis=1)
-    by_group = np.argsort(group, kind="stable")
-    removed = np.zeros((variants, values.shape[1]), dtype=np.float32)
-    removed[1:-1] = forward.sum_rows(np, np.searchsorted(group[by_group], np.arange(variants - 1)), values[by_group])
-    sums = values.sum(axis=0) - removed
+    return np.concatenate((gates[:, None] * embedded, (gates * gates)[:, None]), axis=1)
 
-    variant, token = np.nonzero(keep)
-    counts = keep.sum(axis=1)
+
+def _sums(values: Floats, groups: Groups) -> Floats:
+    """Gives the sum of the rows of each group, [G, ...]; most groups have one, and are taken as they are."""
+    sums = values[groups.last]
+    several = groups.size > 1
+    if several.any():
+        own = np.flatnonzero(several[groups.of])
+        own = own[np.argsort(groups.of[own], kind="stable")]
+        sums[several] = forward.sum_rows(np, _starts(groups.size[several]), values[own])
+    return sums
+
+
+def _cosine(weights: Weights, sums: Floats, own: Floats, known: NDArray[np.bool_], target: Integers) -> Doubles:
+    """Gives the network's part of the logits of one item each, [V], from sum a_i h_i and sum a_i^2, [V, Z + 1].
+
+    A direction has length 1 also where nothing is known, and then means nothing.
+    """
+    pooled = sums[:, :-1] / np.sqrt(np.maximum(sums[:, -1:], 1e-12)) + own
+    pooled *= np.float32(np.sqrt(pooled.shape[1]))
+    direction = forward.decode_direction(np, weights, forward.mean_of_latent(np, weights, pooled))
+    cosine = np.einsum("vz,vz->v", direction, weights["output_weight"][target])
+    return np.where(known, cosine, 0.0).astype(np.float64)
+
+
+def _moved(
+    weights: Weights, tokens: Tokens, at: Doubles, values: Floats, groups: Groups, first: int, last: int
+) -> Floats:
+    """Gives by how much the sums of the groups from `first` to `last` change since other tokens are of another age or
+    order, [last - first, Z + 1].
+    """
+    variants = last - first
+    user = groups.user[first:last]
+    counts = np.diff(tokens.start)[user]
+    variant = np.repeat(np.arange(variants), counts)
+    token = np.arange(len(variant)) + np.repeat(tokens.start[user] - _starts(counts)[:-1], counts)
+    kept = groups.of[token] != first + variant
+    variant, token = variant[kept], token[kept]
+    counts = counts - groups.size[first:last]
     time = at[token]
-    moment = np.cumsum(np.diff(time, prepend=-np.inf) != 0) if len(time) else np.zeros(0, dtype=np.int64)
-    last = np.repeat(np.cumsum(counts) - 1, counts)
-    age, order = age_bucket(time[last] - time), order_bucket(moment[last] - moment)
+    moment = np.cumsum(np.diff(time, prepend=-np.inf) != 0)
+    end = np.repeat(np.cumsum(counts) - 1, counts)
+    age, order = age_bucket(time[end] - time), order_bucket(moment[end] - moment)
     other = np.flatnonzero((age != tokens.age[token]) | (order != tokens.order[token]))
     moved = Tokens(
         start=np.array([0, len(other)]),
@@ -154,35 +258,50 @@ def _sums_without(
         age=age[other],
         order=order[other],
     )
-    embedded = forward.embed(np, weights, moved)
-    gates = forward.encoder_gates(np, weights, moved, embedded)
-    anew = np.concatenate((gates[:, None] * embedded, (gates * gates)[:, None]), axis=1)
+    anew = _gated(weights, moved, forward.embed(np, weights, moved))
     start = np.searchsorted(variant[other], np.arange(variants + 1))
-    sums += forward.sum_rows(np, start, anew - values[token[other]])
-    sums[counts == 0] = 0.0
-    return sums[:, :-1], np.sqrt(np.maximum(sums[:, -1], 1e-12))
+    sums: Floats = forward.sum_rows(np, start, anew - values[token[other]])
+    return sums
 
 
-def _shortcut(
-    weights: Weights, item: Integers, keep: NDArray[np.bool_], target: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gives the shortcut's part of each variant's logit, [V], and of the whole history's by token, [N]."""
-    links = np.flatnonzero(weights["shortcut_item"] == target)
-    owner = np.searchsorted(weights["shortcut_start"], links, side="right") - 1
-    column = np.bincount(owner, weights=weights["shortcut_weight"][links], minlength=len(weights["shortcut_start"]) - 1)
-    different, place, times = np.unique(item, return_inverse=True, return_counts=True)
-    present = np.zeros((len(keep), len(different)), dtype=bool)
-    variant, token = np.nonzero(keep)
-    present[variant, place[token]] = True
-    counts = np.maximum(present.sum(axis=1), 1)
-    by_token = (column[different] / times)[place] / np.sqrt(counts[0])
-    return (present @ column[different]) / np.sqrt(counts), by_token
+def _shortcut(weights: Weights, tokens: Tokens, groups: Groups, target: Integers) -> tuple[Doubles, Doubles, Doubles]:
+    """Gives the shortcut's part of the logits, [U], what is left of it without each group, [G], and by token, [N]."""
+    known = len(weights["shortcut_start"]) - 1
+    pairs, place, times = np.unique(_users(tokens) * known + tokens.item, return_inverse=True, return_counts=True)
+    user, item = np.divmod(pairs, known)
+    weight = _links(weights, item, target[user])
+    count = np.maximum(np.bincount(user, minlength=tokens.user_count), 1)
+    total = np.bincount(user, weights=weight, minlength=tokens.user_count)
+    # An item of a group is gone once all its tokens are.
+    own, pair = groups.user, place[groups.last]
+    is_gone = groups.size == times[pair]
+    left = (total[own] - np.where(is_gone, weight[pair], 0.0)) / np.sqrt(np.maximum(count[own] - is_gone, 1))
+    by_token = (weight / times)[place] / np.sqrt(count[_users(tokens)])
+    return total / np.sqrt(count), left, by_token
 
 
-def _relevance(
-    weights: Weights, tokens: Tokens, pooled: Floats, norm: float, own: Floats, target: int
-) -> tuple[Floats, float]:
-    """Gives the encoder's part of an item's logit by token, [N], and by the features, as a linear map of both."""
+def _links(weights: Weights, item: Integers, target: Integers) -> Doubles:
+    """Gives the weights of the links from items to other items, [P]; 0 where there is none."""
+    start = weights["shortcut_start"].astype(np.int64)
+    counts = start[item + 1] - start[item]
+    found = np.zeros(len(item))
+    ends = np.cumsum(counts)
+    for first, last in _cuts(ends, _LINKS_AT_ONCE):
+        own = np.repeat(np.arange(first, last), counts[first:last])
+        link = np.arange(len(own)) + (start[item] - (ends - counts))[own] + (ends - counts)[first]
+        is_right = weights["shortcut_item"][link] == target[own]
+        found += np.bincount(own[is_right], weights=weights["shortcut_weight"][link[is_right]], minlength=len(item))
+    return found
+
+
+def _relevance(weights: Weights, tokens: Tokens, target: int) -> tuple[Floats, float]:
+    """Gives the network's part of an item's logit by token, [N], and by the features, as a linear map of both."""
+    embedded = forward.embed(np, weights, tokens)
+    gates = forward.encoder_gates(np, weights, tokens, embedded)
+    own = np.zeros(embedded.shape[1], dtype=np.float32)
+    if tokens.features is not None:
+        own = forward.mean_of_features(np, weights["user_feature_embedding"], tokens.features)[0]
+    pooled = forward.pool(np, weights, tokens)[0]
     u1 = weights["encoder_weight"] @ pooled + weights["encoder_bias"]
     z = pooled + weights["mean_weight"] @ np.tanh(u1) + weights["mean_bias"]
     gate = forward.sigmoid(np, weights["decoder_gate_weight"] @ z + weights["decoder_gate_bias"])
@@ -193,8 +312,7 @@ def _relevance(
     back = gate * back
     back = back + weights["encoder_weight"].T @ (_slope(u1) * (weights["mean_weight"].T @ back))
     back = back * np.float32(np.sqrt(len(pooled)))
-    embedded = forward.embed(np, weights, tokens)
-    gates = forward.encoder_gates(np, weights, tokens, embedded)
+    norm = max(float(np.sqrt(gates @ gates)), 1e-12)
     return gates * (embedded @ back) / norm, float(own @ back)
 
 
@@ -202,3 +320,25 @@ def _slope(u: Floats) -> Floats:
     """Gives tanh(u) / u, 1 at 0."""
     small = np.abs(u) < 1e-4
     return np.where(small, np.float32(1.0), np.tanh(u) / np.where(small, np.float32(1.0), u))
+
+
+def _users(tokens: Tokens) -> Integers:
+    return np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+
+
+def _starts(counts: Integers) -> Integers:
+    return np.concatenate(([0], np.cumsum(counts)))
+
+
+def _blocks(sizes: Integers) -> Iterator[tuple[int, int]]:
+    """Cuts groups into blocks of bounded numbers of groups, and of tokens of theirs."""
+    for first, last in _cuts(np.cumsum(sizes), _TOKENS_AT_ONCE):
+        for begin in range(first, last, _GROUPS_AT_ONCE):
+            yield begin, min(begin + _GROUPS_AT_ONCE, last)
+
+
+def _cuts(ends: Any, most: int) -> Iterator[tuple[int, int]]:
+    """Cuts things that end at `ends` into runs of about `most`, or of a larger one; gives (first, last) of each."""
+    cuts = np.flatnonzero(np.diff(ends // most)) + 1
+    edges = [0, *cuts.tolist(), len(ends)]
+    return ((first, last) for first, last in pairwise(edges) if last > first)

@@ -188,3 +188,12 @@ def item_index(plpy: Any, version: Version, item_key: str) -> int | None:
         [version.version_id, item_key],
     )
     return rows[0]["item_index"] if rows else None
+
+
+def item_type(plpy: Any, version: Version) -> str:
+    """Gives the type of the shop's item keys."""
+    rows = execute(
+        plpy, "select m.item_id_type from vae.models m where m.model_id = $1", ["integer"], [version.model_id]
+    )
+    found: str = rows[0]["item_id_type"]
+    return found

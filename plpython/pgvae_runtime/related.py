@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import batch, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
-from .history import item_keys
+from .history import item_keys, item_type
 from .literals import array_element
 from .scoring import score_users
 from .session import default_type, not_in_catalogue
@@ -168,9 +168,6 @@ def _support(plpy: Any, version: Version, items: Sequence[int], found: Sequence[
     """Gives for found items how many users have a target event on them and on one of the given ones, with the rights of
     the caller.
     """
-    key_type = execute(
-        plpy, "select m.item_id_type from vae.models m where m.model_id = $1", ["integer"], [version.model_id]
-    )[0]["item_id_type"]
     keys = {
         row["item_index"]: row["item_key"]
         for row in execute(
@@ -183,7 +180,7 @@ def _support(plpy: Any, version: Version, items: Sequence[int], found: Sequence[
     }
     rows = execute(
         plpy,
-        _SUPPORT.format(schema=plpy.quote_ident(version.model), key_type=key_type),
+        _SUPPORT.format(schema=plpy.quote_ident(version.model), key_type=item_type(plpy, version)),
         ["text[]", "text[]", "text[]", "bigint"],
         [
             [keys[item] for item in items],

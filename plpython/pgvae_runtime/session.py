@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag, feature_bag
+from .history import item_type
 from .store import Version, execute
 from .tokens import History
 
@@ -170,9 +171,7 @@ def not_in_catalogue(version: Version, keys: Sequence[str]) -> str:
 
 
 def _item_rows(plpy: Any, version: Version, names: Sequence[str], keys: Sequence[str]) -> list[tuple[int | None, str]]:
-    key_type = execute(
-        plpy, "select m.item_id_type from vae.models m where m.model_id = $1", ["integer"], [version.model_id]
-    )[0]["item_id_type"]
+    key_type = item_type(plpy, version)
     query = _ITEM_INDEXES.format(key_type=key_type)
 
     def read(some: Sequence[str]) -> list[tuple[int | None, str]]:
