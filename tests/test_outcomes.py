@@ -236,6 +236,10 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
     assert value["pgvae", "churn_ece"] < 0.03
     assert value["pgvae", "response_calibration_error"] < 0.2
     assert value["pgvae", "response_lift"] > 1.5 > value["random", "response_lift"]
+    bands = [point for point in fitted.curves if point.curve == "churn_bands"]
+    assert [point.label for point in bands] == ["low", "medium", "high"]
+    assert bands[0].x < 0.5 <= bands[1].x < 0.8 <= bands[2].x
+    assert [point.y for point in bands] == pytest.approx([point.x for point in bands], abs=0.06)
     curves = {(point.curve, point.method) for point in fitted.curves}
     assert {
         ("churn_calibration", "pgvae"),

@@ -532,7 +532,8 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
             user_count=9,
         )
         for method, metric, value in (
-            ("pgvae", "demand_wape", 0.4), ("last_period", "demand_wape", 0.5), ("pgvae", "demand_coverage", 0.83)
+            ("pgvae", "demand_wape", 0.4), ("last_period", "demand_wape", 0.5), ("pgvae", "demand_coverage", 0.83),
+            ("pgvae", "churn_auc", 0.81), ("rfm", "churn_auc", 0.77),
         )
     ]  # fmt: skip
     version = replace(
@@ -542,6 +543,7 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
             *points("demand", "pgvae", [(900.0, 1000.0), (3.0, 0.0)]),
             *points("churn_calibration", "pgvae", [(0.1, 0.12), (0.8, 0.75)]),
             *points("churn_calibration", "rfm", [(0.2, 0.3)]),
+            *(replace(p, weight=50.0) for p in points("churn_bands", "pgvae", [(0.2, 0.1), (0.6, 0.7), (0.9, 1.0)])),
             *points("response_lift", "pgvae", [(0.1, 0.4), (1.0, 1.0)]),
             *points("response_lift", "popularity", [(0.1, 0.2), (1.0, 1.0)]),
         ],
@@ -551,10 +553,17 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "off by 40.0" in text
     assert "50.0" in text
     assert "4.0 times as many as offers by chance; bestsellers 20.0" in text
+    assert "Of 150 people 90 bought nothing in the newest horizon, 85 were expected to." in text
+    assert "in 81.0 % of the cases; by recency, frequency and money 77.0 %" in text
+    assert "about as well" not in text
     assert "Who is leaving" in text
+    assert "Can the risk of leaving be planned with?" in text
     assert "Who answers an offer" not in text
     assert "<script" not in html
     # A version that a simpler method equals does not boast.
+    lead = replace(measured[0], method="rfm", metric="churn_log_loss_lead", value=0.001, lower=-0.01, upper=0.01)
+    even = replace(version, metrics=[*version.metrics, lead])
+    assert "foretells it about as well" in Page(render(even, report.insight)).text("business")
     equal = replace(
         version, metrics=[replace(m, value=0.4) if m.metric == "demand_wape" else m for m in version.metrics]
     )

@@ -14,7 +14,7 @@ from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, in_half, 
 from pgvae.regression import fit_logistic
 from pgvae_runtime import forward
 from pgvae_runtime.behaviour import names
-from pgvae_runtime.outcomes import Outlook, item_probability, outlook, sigmoid
+from pgvae_runtime.outcomes import Outlook, item_probability, outlook, risk_band, sigmoid
 
 SPLIT = "horizon"
 _RIDGE = 1e-4
@@ -60,6 +60,7 @@ def measure(honest: Sequence[Seen], weights: Weights, setting: Setting) -> tuple
         ]
         if method != "base_rate":
             curves += calibration_curve("churn_calibration", method, 1.0 - p, 1.0 - truth)
+    curves += band_curve(1.0 - found.purchase, 1.0 - truth)
     counts = checked.window.purchases.astype(np.float64)
     latest = np.bincount(
         np.repeat(np.arange(len(truth)), checked.window.history.counts),
@@ -227,6 +228,24 @@ def calibration_curve(curve: str, method: str, p: Floats, truth: Floats) -> list
             weight=float(len(band)),
         )
         for position, band in enumerate(np.array_split(order, min(_BANDS, len(order))), start=1)
+    ]
+
+
+def band_curve(churn: Floats, truth: Floats) -> list[CurvePoint]:
+    """Gives the mean probability of no purchase and how often none came, of each band of risk that has users."""
+    band = np.array([risk_band(p) for p in churn.tolist()])
+    return [
+        CurvePoint(
+            curve="churn_bands",
+            method="pgvae",
+            position=position,
+            x=float(churn[own].mean()),
+            y=float(truth[own].mean()),
+            weight=float(np.count_nonzero(own)),
+            label=name,
+        )
+        for position, name in enumerate(("low", "medium", "high"), start=1)
+        if (own := band == name).any()
     ]
 
 

@@ -214,6 +214,35 @@ def demand(points: Sequence[Point]) -> Markup:
         return _svg(figure, "demand, expected and sold")
 
 
+def bands(points: Sequence[Point]) -> Markup:
+    """Draws of each band of risk how many were expected to leave, and how many did, in shares of its people."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.75 * len(points) + 1.0), layout="constrained")
+        axes = figure.subplots()
+        y = np.arange(len(points))[::-1]
+        for shift, colour, label, values in (
+            (0.2, _SERIES[0], "expected to leave", [point.x for point in points]),
+            (-0.2, _SERIES[1], "left", [point.y for point in points]),
+        ):
+            axes.barh(y + shift, values, height=0.36, color=colour, label=label)
+            for place, value in zip(y + shift, values, strict=True):
+                axes.annotate(
+                    _percent(round(value, 3)),
+                    (value, place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=_INK,
+                )
+        axes.set_yticks(y, [f"{_short(point.label or '')}\n{point.weight:,.0f} people" for point in points])
+        axes.set_xlim(0, 1.18)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "people who left, by band of risk")
+
+
 def gains(points: Sequence[Point], title: str) -> Markup:
     """Draws the share of the purchases that the best so many hundredths of the offers reach, a line for each method."""
     with matplotlib.rc_context(_STYLE):

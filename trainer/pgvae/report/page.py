@@ -100,6 +100,8 @@ class _Business:
 
     demand: Markup | str
     demand_sentences: tuple[str, ...]
+    bands: Markup | str
+    churn_sentences: tuple[str, ...]
     pictures: list[tuple[str, Markup, str]]
 
 
@@ -108,6 +110,7 @@ def _business(version: PublishedVersion) -> _Business:
     for point in version.points:
         curves.setdefault(point.curve, []).append(point)
     demand = [point for point in curves.get("demand", []) if point.method == words.OWN]
+    bands = curves.get("churn_bands", [])
     pictures = [
         (heading, charts.calibration(curves[name], heading), meaning)
         for name, (heading, meaning) in words.CALIBRATIONS.items()
@@ -119,6 +122,8 @@ def _business(version: PublishedVersion) -> _Business:
     return _Business(
         demand=charts.demand(demand) if demand else "",
         demand_sentences=words.demand_sentences(version),
+        bands=charts.bands(bands) if bands else "",
+        churn_sentences=words.churn_sentences(version, bands),
         pictures=pictures,
     )
 

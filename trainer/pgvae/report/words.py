@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgvae.report.insight import Insight
@@ -178,10 +178,9 @@ def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k:
 # Curves of predicted probabilities against what happened: a heading, and what it means for a manager.
 CALIBRATIONS = {
     "churn_calibration": (
-        "Who is leaving",
-        "People in ten groups by the predicted probability that they buy nothing within the horizon. Where the dot is"
-        " on the dashed line, so many did leave: the number may be used to plan with. Groups above it left more often"
-        " than predicted.",
+        "Can the risk of leaving be planned with?",
+        "People in ten groups by their predicted risk. Where a dot is on the dashed line, as many left as predicted:"
+        " the number may be used to plan with. Groups above the line left more often than predicted.",
     ),
     "response_calibration": (
         "Who answers an offer",
@@ -189,6 +188,31 @@ CALIBRATIONS = {
         " expected buyers of an audience may be added up.",
     ),
 }
+
+
+def churn_sentences(version: PublishedVersion, bands: Sequence[Point]) -> tuple[str, ...]:
+    """Says how well it is known who leaves, beside the baseline; `bands` are the points of the curve churn_bands."""
+    found = {(row.method, row.metric): row for row in version.metrics if row.split == "horizon"}
+    sentences = []
+    people = sum(point.weight for point in bands)
+    if people:
+        left = sum(point.weight * point.y for point in bands)
+        expected = sum(point.weight * point.x for point in bands)
+        sentences.append(
+            f"Of {people:,.0f} people {left:,.0f} bought nothing in the newest horizon,"
+            f" {expected:,.0f} were expected to."
+        )
+    own, other = (found.get((method, "churn_auc")) for method in (OWN, "rfm"))
+    if own is not None:
+        beside = f"; by recency, frequency and money {percent(other.value)}" if other is not None else ""
+        sentences.append(
+            "Of one who left and one who stayed, it names the one at higher risk rightly in"
+            f" {percent(own.value)} of the cases{beside}, by chance 50 %."
+        )
+    lead = found.get(("rfm", "churn_log_loss_lead"))
+    if lead is not None and lead.lower is not None and lead.lower <= 0:
+        sentences.append("A regression on recency, frequency and money foretells it about as well.")
+    return tuple(sentences)
 
 
 def lift_sentence(points: Iterable[Point]) -> str:
@@ -350,8 +374,9 @@ def _privacy(version: PublishedVersion) -> tuple[str, ...]:
         f" {', '.join(column.name for column in users.columns)}, with the values that were frequent enough to learn."
         if users.columns
         else "It stores nothing of the users' table.",
-        "The predictions that a refresh writes name people by the shop's own key, beside item keys and scores. They go"
-        " when the model is dropped, and change with the next refresh.",
+        "The predictions that a refresh writes name people by the shop's own key, beside item keys and scores;"
+        f" {version.model}.explanations also says which of their events led to the first recommendation. They go when"
+        " the model is dropped, and change with the next refresh.",
         "Who is removed from the shop's tables is out of live scores at once, out of the stored predictions with the"
         " next refresh, and has no influence on the weights after the next training.",
         "The report shows averages, and a map of a sample of people as points without keys.",
