@@ -17,8 +17,9 @@ from shop import refusal
 Connection = psycopg.Connection[Any]
 
 LISTS = "select user_key, item_keys, is_cold_start from vae_private.recommend_all((select model_id from vae.models), 5)"
+EXPLANATIONS = "select user_key, item_key, because from vae_private.explain_all((select model_id from vae.models))"
 # What the least batches of the tiny shop need.
-LEAST = 56
+LEAST = {LISTS: 56, EXPLANATIONS: 38}
 
 
 def megabytes(connection: Connection) -> float:
@@ -47,19 +48,20 @@ def watched(connection: Connection) -> Iterator[list[float]]:
         watcher.join()
 
 
-def test_a_run_over_long_histories_keeps_to_the_limit(trained: Connection) -> None:
+@pytest.mark.parametrize("query", [LISTS, EXPLANATIONS], ids=["recommendations", "explanations"])
+def test_a_run_over_long_histories_keeps_to_the_limit(trained: Connection, query: str) -> None:
     trained.execute(
         "insert into events select user_id, item_id, 'view', timestamptz '2024-03-01' + n * interval '1 minute'"
         " from (select user_id, min(item_id) as item_id from events group by 1) u, generate_series(1, 25000) n"
     )
     trained.execute("select * from shop.recommend((select min(user_id) from events))")
     before = megabytes(trained)
-    trained.execute(f"set vae.max_memory = '{LEAST}MB'")
+    trained.execute(f"set vae.max_memory = '{LEAST[query]}MB'")
     with watched(trained) as most:
-        found = trained.execute(LISTS).fetchall()
-    assert most[0] - before < LEAST
+        found = trained.execute(query.encode()).fetchall()
+    assert most[0] - before < LEAST[query]
     trained.execute("reset vae.max_memory")
-    assert sorted(found) == sorted(trained.execute(LISTS).fetchall())
+    assert sorted(found) == sorted(trained.execute(query.encode()).fetchall())
 
 
 def test_a_limit_that_nothing_fits_into_says_what_does(shared_trained: Connection) -> None:

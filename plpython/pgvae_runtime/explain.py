@@ -28,9 +28,9 @@ Integers = NDArray[np.int64]
 
 # Groups that are left out one by one, and tokens of what they leave: computed at once.
 _GROUPS_AT_ONCE = 512
-_TOKENS_AT_ONCE = 250_000
+_TOKENS_AT_ONCE = 16_384
 # Links that are looked at at once.
-_LINKS_AT_ONCE = 1_000_000
+_LINKS_AT_ONCE = 131_072
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,14 @@ def latest(history: History, max_history: int) -> tuple[Tokens, Doubles]:
         is_ordered=True,
     )
     return kept.tokens(max_history), at
+
+
+def own_bytes(weights: Weights, tokens: int) -> int:
+    """Gives how much memory `losses` takes at most of that many tokens, in bytes, cautiously."""
+    hidden, width = weights["encoder_weight"].shape
+    row = 4 * (width + 1)
+    moved = _TOKENS_AT_ONCE * (128 + 2 * row)
+    return int(tokens * (256 + 4 * row) + moved + _GROUPS_AT_ONCE * 24 * max(hidden, width) + _LINKS_AT_ONCE * 40)
 
 
 def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target: Integers) -> Losses:

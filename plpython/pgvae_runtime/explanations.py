@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, runs
+from . import blas, memory, runs
 from .batch import look, report_progress
 from .errors import NOT_READY, ScoringError
-from .explain import Groups, explain_item, latest, log_popularity, losses
+from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
 from .history import item_keys, item_type, read_histories, read_history
 from .literals import array_element
 from .store import Version, execute
 from .tokens import History
-from .workers import cores, map_in_order
+from .workers import AHEAD, cores, map_in_order
 
 # (user key, item key, sentence, version), and between them of each part, as array literals: its kind, the key of the
 # item, the event type, seconds since 1970, events, contribution, share
@@ -28,6 +28,11 @@ Row = tuple[str, str, str, str, str, str, str, str, str, str, int]
 _Batch = tuple[list[str], History, NDArray[np.int64]]
 # Users of a batch, and items of the history that are named for each.
 _USERS = 256
+# Events of a batch, and fewer where memory is short; what a row takes that waits to be stored; the threads' stacks, the
+# catalogue's keys and what is read from the events at one time.
+_EVENTS = (16_384, 4096, 1024)
+_BYTES_OF_A_ROW = 4096
+_FIXED_BYTES = 24 << 20
 _MOST_PARTS = 5
 # Items that the sentence names.
 _IN_WORDS = 2
@@ -98,8 +103,10 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     keys = item_keys(plpy, version)
     numbers = {key: number for number, key in enumerate(keys)}
 
+    threads, events = _sizes(memory.limit(plpy), version)
+
     def read() -> Iterator[_Batch]:
-        for users, history in read_histories(plpy, version, _USERS, keys=keys):
+        for users, history in read_histories(plpy, version, _USERS, keys=keys, max_events=events):
             best = _best_items(plpy, version, users)
             target = [numbers[best[user]] if user in best else -1 for user in users]
             yield users, history, np.array(target, dtype=np.int64)
@@ -108,7 +115,7 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
         return batch, _parts(version, batch[1].distinct(), batch[2])
 
     done = 0
-    with blas.one_thread(), closing(map_in_order([explain] * cores(), read(), lambda: look(plpy))) as batches:
+    with blas.one_thread(), closing(map_in_order([explain] * threads, read(), lambda: look(plpy))) as batches:
         for (users, _, target), parts in batches:
             named = {part.item: keys[part.item] for own in parts for part in own[:_IN_WORDS] if part.item is not None}
             titles = _titles(plpy, version, named.values())
@@ -118,6 +125,18 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
                     done += 1
             report_progress(plpy, f"pgvae {version.model}: {done} recommendations explained")
     runs.record(version, "explanations", done)
+
+
+def _sizes(limit: int, version: Version) -> tuple[int, int]:
+    """Gives how many threads, and events of a batch, fit into so many bytes; ScoringError where none do."""
+    needed = 0
+    for threads in range(cores(), 0, -1):
+        for events in _EVENTS:
+            waiting = events * 64 + _USERS * _BYTES_OF_A_ROW
+            needed = _FIXED_BYTES + threads * own_bytes(version.weights, events) + (AHEAD * threads + 1) * waiting
+            if needed <= limit:
+                return threads, events
+    raise memory.too_little(limit, needed)
 
 
 def _best_items(plpy: Any, version: Version, users: Sequence[str]) -> dict[str, str]:
