@@ -86,6 +86,101 @@ comment on function vae_private.event_bins(vae.models, bigint, timestamptz, inte
     '(expected) and in the newest days (actual); the counts of all users beside them. For vae.check_drift.';
 
 
+create or replace function vae_private.drift_subjects(m vae.models, active vae.versions)
+returns text[]
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select array['churn', 'recommendations'] || array(
+    select format('%s.%s', s.source, c.entry ->> 'name')
+    from (values (1, 'users'), (2, 'items')) s (place, source)
+    cross join lateral jsonb_array_elements(active.features -> s.source -> 'columns') with ordinality c (entry, place)
+    -- Of words and tags a row has many.
+    where c.entry ->> 'kind' in ('category', 'number', 'time')
+        and c.entry ->> 'name' = any (case s.source when 'users' then m.user_features else m.item_features end)
+    order by s.place, c.place)
+$$;
+
+comment on function vae_private.drift_subjects(vae.models, vae.versions) is
+    'Lists the predictions and the feature columns of a version whose distribution vae.check_drift follows.';
+
+
+create or replace function vae_private.stored_bins(m vae.models, active vae.versions, subject text)
+returns table (
+    bin text, expected bigint, actual bigint, expected_count bigint, actual_count bigint, window_start timestamptz, newest timestamptz)
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+    source constant text := split_part(stored_bins.subject, '.', 1);
+    column_name constant text := substr(stored_bins.subject, length(source) + 2);
+    learnt constant jsonb := (
+        select c from jsonb_array_elements(active.features -> source -> 'columns') c where c ->> 'name' = column_name);
+    -- As many bins as others have, out of those that the version reads a number by.
+    edges constant float8[] := array(
+        select e.value::float8
+        from jsonb_array_elements_text(learnt -> 'edges') with ordinality e (value, place)
+        where e.place % ceil(jsonb_array_length(learnt -> 'edges') / 9.0)::integer = 0
+        order by e.place);
+    present text;
+begin
+    present := case
+        when stored_bins.subject = 'churn' then format(
+            'select format(''%%s to %%s'', b.tenth / 10.0, (b.tenth + 1) / 10.0) as bin from %I.churn c'
+            ' cross join lateral (select least(floor(c.churn_probability * 10), 9)::numeric(2, 0) as tenth) b'
+            ' where c.churn_probability is not null and c.model_version = $2', m.name)
+        when stored_bins.subject = 'recommendations' then format(
+            'select coalesce(''from '' || l.limits[width_bucket(r.probability, l.limits)], ''under 0.001'') as bin from %I.recommendations r'
+            ' cross join (values (''{0.001,0.002,0.005,0.01,0.02,0.05,0.1,0.2,0.5}''::float8[])) l (limits)'
+            ' where r.rank = 1 and r.probability is not null and r.model_version = $2', m.name)
+        when learnt ->> 'kind' = 'category' then format(
+            -- Of a long list of values only whether the version knows them.
+            'select case when f.features ->> $3 is null then ''missing'' when not $4 ? (f.features ->> $3) then ''unknown value'''
+            ' when jsonb_array_length($4) > 50 then ''known value'' else f.features ->> $3 end as bin from %I.%I f',
+            m.name, case source when 'users' then 'user_features' else 'item_features' end)
+        else format(
+            'select case when f.features ->> $3 is null then ''missing'''
+            ' else coalesce(''from '' || $5[width_bucket((f.features ->> $3)::float8, $5)], ''least'') end as bin from %I.%I f',
+            m.name, case source when 'users' then 'user_features' else 'item_features' end) end;
+    -- What they were when the version was trained nobody counted: its first measurement stands for that.
+    return query execute format(
+        'with present as materialized (select p.bin, count(*) as n from (%s) p group by p.bin),'
+        ' total as (select sum(p.n)::bigint as n from present p),'
+        ' first as ('
+        '    select o.bins, o.actual_count, o.observed_at'
+        '    from vae.observations o'
+        '    where o.version_id = $1 and o.measure = ''drift'' and o.subject = $6 and o.bins is not null'
+        '    order by o.observation_id'
+        '    limit 1),'
+        ' before as ('
+        '    select b ->> ''bin'' as bin, round((b ->> ''actual'')::float8 * f.actual_count)::bigint as n'
+        '    from first f'
+        '    cross join jsonb_array_elements(f.bins) b)'
+        ' select coalesce(p.bin, b.bin), case when f.bins is null then p.n else coalesce(b.n, 0) end, coalesce(p.n, 0),'
+        '    coalesce(f.actual_count, t.n), t.n, coalesce(f.observed_at, statement_timestamp()), statement_timestamp()'
+        ' from present p'
+        ' full join before b on b.bin = p.bin'
+        ' cross join total t'
+        ' left join first f on true', present)
+    using active.version_id, active.version, column_name, learnt -> 'vocabulary', edges, stored_bins.subject;
+end;
+$$;
+
+comment on function vae_private.stored_bins(vae.models, vae.versions, text) is
+    'Counts users by stored probability of leaving, by probability of their best recommendation, or users and items by a feature: now '
+    '(actual), and when that was first measured for the version (expected). For vae.check_drift.';
+
+
 create or replace function vae.check_drift(model text, days integer default null)
 returns table (
     subject text, status text, psi double precision, chance double precision, detail text, remedy text, model_version integer,
@@ -103,6 +198,10 @@ declare
     m vae.models;
     active vae.versions;
     span interval;
+    counted jsonb;
+    more jsonb;
+    stored text;
+    failures jsonb := '{}';
     found record;
 begin
     select * into m from vae.models where models.model_id = id;
@@ -120,15 +219,35 @@ begin
     span := least(
         make_interval(days => coalesce(check_drift.days, (m.options ->> 'horizon_days')::integer)),
         active.window_end - active.window_start);
+    select coalesce(jsonb_agg(to_jsonb(b)), '[]') into counted
+    from vae_private.event_bins(m, active.version_id, active.window_end, span) b;
+    foreach stored in array vae_private.drift_subjects(m, active) loop
+        begin
+            select coalesce(jsonb_agg(to_jsonb(b) || jsonb_build_object('subject', stored)), '[]') into more
+            from vae_private.stored_bins(m, active, stored) b;
+            counted := counted || more;
+        exception
+            when object_not_in_prerequisite_state then
+                -- Before its first refresh a view has nothing to compare.
+                null;
+            when insufficient_privilege or undefined_column or undefined_table then
+                -- One that cannot be read takes nothing from the others.
+                failures := failures || jsonb_build_object(stored, sqlerrm);
+        end;
+    end loop;
     for found in
         with bins as (
-            select b.*, b.expected::float8 / nullif(sum(b.expected) over s, 0) as share_then, b.actual::float8 / nullif(sum(b.actual) over s, 0) as share_now
-            from vae_private.event_bins(m, active.version_id, active.window_end, span) b
+            select b.*, b.expected::float8 / nullif(sum(b.expected) over s, 0) as share_then,
+                b.actual::float8 / nullif(sum(b.actual) over s, 0) as share_now
+            from jsonb_to_recordset(counted) b (
+                subject text, bin text, expected bigint, actual bigint, expected_count bigint, actual_count bigint,
+                window_start timestamptz, newest timestamptz)
             window s as (partition by b.subject)
         ), parts as (
             -- A share under 1 % counts as 1 %: what is rare anyway comes and goes.
-            select b.*, (greatest(b.share_now, 0.01) - greatest(b.share_then, 0.01)) * ln(greatest(b.share_now, 0.01) / greatest(b.share_then, 0.01)) as part
+            select b.*, (l.now - l.before) * ln(l.now / l.before) as part
             from bins b
+            cross join lateral (select greatest(b.share_now, 0.01) as now, greatest(b.share_then, 0.01) as before) l
             where b.share_then is not null and b.share_now is not null
         ), judged as (
             select b.subject, sum(b.part) as psi,
@@ -142,21 +261,26 @@ begin
             from parts b
             group by b.subject
         )
-        select s.subject,
-            case when j.psi is null then 'unknown'
+        select s.subject, j.bins, j.psi, j.chance, j.expected_count, j.actual_count, j.window_start, j.window_end,
+            case when j.psi is null and not f.failed and not exists (select from bins b where b.subject = 'activity') then 'critical'
+                when j.psi is null then 'unknown'
                 when j.gone is not null then 'critical'
                 when j.psi < 0.1 or j.psi <= j.chance then 'ok'
                 when j.psi < 0.25 then 'warning'
                 else 'critical' end as status,
-            j.psi, j.chance,
-            case when j.psi is null then 'there are no events to compare'
+            case when f.failed then failures ->> s.subject
+                when j.psi is null and not exists (select from bins b where b.subject = 'activity') then 'there are no events'
+                when j.psi is null then 'one of the windows holds no events'
                 when j.gone is not null then format('no events of type %s since %s', j.gone, j.window_start)
                 else j.largest end as detail,
-            case when j.psi is null or j.gone is not null then 'check what loads the events'
-                when j.psi >= 0.1 and j.psi > j.chance then format('train again with: pgvae retrain %s --activate', model) end as remedy,
-            j.bins, j.expected_count, j.actual_count, j.window_start, j.window_end
-        from unnest(array['event types', 'items', 'activity']) with ordinality as s (subject, place)
+            case when f.failed then 'it is compared where the caller may read it'
+                when j.psi is null or j.gone is not null then 'check what loads the events'
+                when j.psi >= 0.1 and j.psi > j.chance then format('train again with: pgvae retrain %s --activate', model) end as remedy
+        from unnest(array['event types', 'items', 'activity'] || vae_private.drift_subjects(m, active)) with ordinality as s (subject, place)
         left join judged j using (subject)
+        cross join lateral (select failures ? s.subject as failed) f
+        -- A version without probabilities has none to compare.
+        where s.place <= 3 or j.psi is not null or f.failed
         order by s.place
     loop
         -- A standby answers too; it cannot log.
@@ -176,7 +300,8 @@ $$;
 
 comment on function vae.check_drift(text, integer) is
     'Compares the newest days of events (by default as many as the horizon) with the last ones that the active version was trained on, '
-    'by the population stability index: events by type, events by popularity of their item then, users by activity. Under 0.1 is ok, as is '
+    'by the population stability index: events by type, events by popularity of their item then, users by activity. Stored '
+    'probabilities and feature columns are compared with their first measurement for that version. Under 0.1 is ok, as is '
     'what chance reaches once in twenty times, under 0.25 a warning, from 0.25 on critical. Reads the events with the rights of the '
     'caller; logged in vae.observations, where vae.health finds it.';
 

@@ -112,7 +112,7 @@ with facts as (
             else 'the active version was not verified since the last upgrade of pgvae' end,
         format('select * from vae.verify(%L)', f.model)
             || case when not v.passed then '; if it fails again: pgvae doctor, and vae.rollback to an older version' else '' end,
-        format('verified at %s, the largest difference was %s', date_trunc('second', v.verified_at), v.max_difference)
+        format('verified at %s, the largest difference was %s', date_trunc('second', v.verified_at), trim(to_char(v.max_difference, '9.9EEEE')))
     from facts f
     left join lateral (
         select min(l.verified_at) as verified_at, bool_and(l.passed) as passed, max(l.max_difference) as max_difference,
@@ -147,18 +147,18 @@ with facts as (
     union all
     select f.model, 10, 'drift',
         coalesce(d.status, 'unknown'),
-        case when d.status is null then 'was not measured for the active version' else d.problem end,
+        case when d.status is null then 'was not measured for the active version' else coalesce(d.problem, 'could not be measured') end,
         coalesce(d.remedy, format('select * from vae.check_drift(%L)', f.model)),
         format('measured at %s, the largest index is %s', date_trunc('second', d.observed_at), round(d.largest::numeric, 3))
     from facts f
     left join lateral (
         select
             case when bool_or(o.status = 'critical') then 'critical' when bool_or(o.status = 'warning') then 'warning'
-                when bool_or(o.status = 'unknown') then 'unknown' when count(*) > 0 then 'ok' end as status,
+                when bool_or(o.status = 'ok') then 'ok' when count(*) > 0 then 'unknown' end as status,
             string_agg(format('%s: %s (index %s)', o.subject, o.detail, round(o.value::numeric, 3)), '; ' order by o.value desc nulls last)
-                filter (where o.status <> 'ok') as problem,
+                filter (where o.status in ('critical', 'warning')) as problem,
             (array_agg(o.remedy order by array_position(array['critical', 'warning', 'unknown'], o.status), o.value desc)
-                filter (where o.status <> 'ok'))[1] as remedy,
+                filter (where o.status in ('critical', 'warning')))[1] as remedy,
             max(o.value) as largest, min(o.observed_at) as observed_at
         from (
             select distinct on (o.subject) o.*

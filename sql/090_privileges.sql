@@ -185,6 +185,8 @@ grant execute on function
     vae.check_drift(text, integer),
     vae.hit_rate(text),
     vae_private.event_bins(vae.models, bigint, timestamptz, interval),
+    vae_private.drift_subjects(vae.models, vae.versions),
+    vae_private.stored_bins(vae.models, vae.versions, text),
     vae_private.chance_psi(bigint, bigint, bigint)
 to vae_operator;
 

@@ -144,10 +144,58 @@ def test_drift_needs_a_version_and_a_window(trained: Connection) -> None:
     assert refusal(trained, "select * from vae.check_drift('shop', 0)").sqlstate == "22023"
     assert refusal(trained, "select * from vae.check_drift('nothing')").sqlstate == "VA001"
     trained.execute("delete from events")
+    assert {(row["status"], row["psi"]) for row in drift(trained).values()} == {("critical", None)}
+    assert checks(trained)["drift"][0] == "critical"
+    Shop().add(trained, [(Shop().users[0], Shop().items[0], "purchase", BEGIN + timedelta(days=300))])
     assert {row["status"] for row in drift(trained).values()} == {"unknown"}
     assert checks(trained)["drift"][0] == "unknown"
     trained.execute("update vae.versions set state = 'retired'")
     assert refusal(trained, "select * from vae.check_drift('shop')").sqlstate == "VA002"
+
+
+def test_columns_are_compared_with_their_first_measurement(connection: Connection, role: str) -> None:
+    Shop().make(connection)
+    connection.execute(
+        "create table users as select distinct user_id, (array['north', 'south', 'west'])[1 + user_id % 3] as region"
+        " from events;"
+        "create table items as select distinct item_id, (item_id % 10)::numeric as price, array['a', 'b'] as labels"
+        " from events"
+    )
+    Shop().create_model(connection, users="users", items="items")
+    publish_network(connection.info.dsn, "shop", QUICK, 1)
+    connection.execute("select * from vae.activate('shop', 1)")
+    found = drift(connection)
+    assert list(found) == ["event types", "items", "activity", "users.region", "items.price"]
+    assert {row["psi"] for row in found.values()} == {0}
+    before = connection.execute("select region, count(*) from users group by region order by region").fetchall()
+    assert (
+        connection.execute(
+            "select b ->> 'bin', round((b ->> 'actual')::float8 * 30)::int from vae.observations"
+            " cross join jsonb_array_elements(bins) b where subject = 'users.region'"
+        ).fetchall()
+        == before
+    )
+    # Northerners move to a region that the version has never heard of, some to none; prices double.
+    connection.execute("update users set region = case when user_id % 6 = 0 then 'east' end where region = 'north'")
+    connection.execute("update items set price = price * 2")
+    count = dict(before)
+    gone = connection.execute("select count(*) from users where region is null").fetchone()
+    assert gone
+    found = drift(connection)
+    shares = [(count["north"] / 30, 0.01), (0.01, gone[0] / 30), (0.01, (count["north"] - gone[0]) / 30)]
+    assert found["users.region"]["psi"] == pytest.approx(sum((now - was) * math.log(now / was) for was, now in shares))
+    assert (found["users.region"]["status"], found["items"]["psi"]) == ("critical", 0)
+    assert found["items.price"]["psi"] > 0
+    assert "users.region: north " in checks(connection)["drift"][1]
+    # Whoever may read the events alone has those compared.
+    connection.execute(f"grant vae_operator to {role}; grant usage on schema shop to {role}")
+    connection.execute(f"grant select (user_id) on users to {role}; grant select (item_id) on items to {role}")
+    connection.execute(f"grant select on events to {role}")
+    with psycopg.connect(as_role(connection.info.dsn, role), autocommit=True) as operator:
+        found = drift(operator)
+    assert (found["event types"]["status"], found["users.region"]["status"]) == ("ok", "unknown")
+    assert found["users.region"]["detail"] == "permission denied for table users"
+    connection.execute(f"drop owned by {role}")
 
 
 # Hit rate

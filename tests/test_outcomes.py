@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from conftest import as_role, create_database, drop_database
 from pgvae.dataset import Dataset
@@ -680,3 +681,37 @@ def test_whoever_scores_may_ask_and_readers_may_read(shop: Connection, role: str
             assert found.sqlstate == "42501"
     finally:
         shop.execute(f"drop owned by {role}")
+
+
+# Drift
+
+
+def test_stored_probabilities_are_compared_with_their_first_measurement(shop: Connection) -> None:
+    measure = "select subject, psi, status, actual_count from vae.check_drift('shop') where subject ~ 'churn|recomm'"
+    try:
+        users = shop.execute("select count(*) from shop.churn where churn_probability is not null").fetchone()
+        best = shop.execute(
+            "select count(*) from shop.recommendations where rank = 1 and probability is not null"
+        ).fetchone()
+        assert users and best
+        first = [("churn", 0.0, "ok", users[0]), ("recommendations", 0.0, "ok", best[0])]
+        assert shop.execute(measure).fetchall() == first
+        assert shop.execute(measure).fetchall() == first
+        shares = shop.execute(
+            "select min(least(floor(churn_probability * 10), 9) / 10), count(*)::float8 / sum(count(*)) over ()"
+            " from shop.churn where churn_probability is not null group by least(floor(churn_probability * 10), 9)"
+        ).fetchall()
+        # As if all had been about to stay.
+        bins = [{"bin": "0.0 to 0.1", "expected": 1, "actual": 1}]
+        shop.execute("update vae.observations set bins = %s where subject = 'churn'", [Jsonb(bins)])
+        now = {"0.0": 0.0} | {f"{tenth:.1f}": share for tenth, share in shares}
+        expected = sum(
+            (max(share, 0.01) - was) * np.log(max(share, 0.01) / was)
+            for tenth, share in now.items()
+            for was in [1.0 if tenth == "0.0" else 0.01]
+        )
+        churn, recommendations = shop.execute(measure).fetchall()
+        assert churn[1:3] == (pytest.approx(expected), "critical")
+        assert recommendations == first[1]
+    finally:
+        shop.execute("delete from vae.observations")

@@ -29,7 +29,7 @@ def upgrade() -> None:
             "subject",
             sa.Text(),
             nullable=False,
-            comment="What was measured: event types, items, activity, recommendations.",
+            comment="What was measured: event types, items, a column, recommendations and so on.",
         ),
         sa.Column("value", sa.DOUBLE_PRECISION(), comment="What was found; null: there was nothing to measure."),
         sa.Column("chance", sa.DOUBLE_PRECISION(), comment="Of drift: what chance alone exceeds once in twenty times."),
@@ -41,11 +41,13 @@ def upgrade() -> None:
             postgresql.JSONB(),
             comment="Of drift: the share of each bin when the version was trained (expected) and now (actual).",
         ),
-        sa.Column("expected_count", sa.BigInteger(), comment="Of drift: users then; of the hit rate: recommendations."),
+        sa.Column(
+            "expected_count", sa.BigInteger(), comment="Of drift: users or rows then; of the hit rate: recommendations."
+        ),
         sa.Column(
             "actual_count",
             sa.BigInteger(),
-            comment="Of drift: users now; of the hit rate: recommendations that were bought.",
+            comment="Of drift: users or rows now; of the hit rate: recommendations that were bought.",
         ),
         sa.Column("window_start", sa.DateTime(timezone=True), comment="From when on events were counted."),
         sa.Column("window_end", sa.DateTime(timezone=True), comment="Until when."),

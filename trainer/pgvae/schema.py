@@ -691,7 +691,10 @@ observations = Table(
     ),
     Column("measure", Text, nullable=False, comment="drift (population stability index) or hit rate."),
     Column(
-        "subject", Text, nullable=False, comment="What was measured: event types, items, activity, recommendations."
+        "subject",
+        Text,
+        nullable=False,
+        comment="What was measured: event types, items, a column, recommendations and so on.",
     ),
     Column("value", DOUBLE_PRECISION, comment="What was found; null: there was nothing to measure."),
     Column("chance", DOUBLE_PRECISION, comment="Of drift: what chance alone exceeds once in twenty times."),
@@ -703,9 +706,11 @@ observations = Table(
         JSONB,
         comment="Of drift: the share of each bin when the version was trained (expected) and now (actual).",
     ),
-    Column("expected_count", BigInteger, comment="Of drift: users then; of the hit rate: recommendations."),
+    Column("expected_count", BigInteger, comment="Of drift: users or rows then; of the hit rate: recommendations."),
     Column(
-        "actual_count", BigInteger, comment="Of drift: users now; of the hit rate: recommendations that were bought."
+        "actual_count",
+        BigInteger,
+        comment="Of drift: users or rows now; of the hit rate: recommendations that were bought.",
     ),
     _timestamp("window_start", "From when on events were counted."),
     _timestamp("window_end", "Until when."),
