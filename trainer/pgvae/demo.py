@@ -81,8 +81,9 @@ limit 3;""",
     Question(
         text="What will be sold in the next four weeks, between which bounds?",
         query="""\
-select i.title, i.category, d.expected_units, d.units_low, d.units_high,
-    d.last_period_units
+select i.title, i.category, d.expected_units::integer as units,
+    d.units_low::integer as low, d.units_high::integer as high,
+    d.last_period_units::integer as last_weeks
 from demo.demand d
 join demo_shop.items i using (item_id)
 order by d.expected_units desc nulls last
