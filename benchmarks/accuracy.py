@@ -183,6 +183,10 @@ def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any
         "epochs": selected.best_epoch,
         "epochs_tried": len(selected.curve),
         "shortcut": asdict(selected.shortcut),
+        "validation_ndcg": {
+            f"{choice.way} × {choice.scale:g}" if choice.way else "none": round(ndcg, 5)
+            for choice, ndcg in selected.judged.items()
+        },
         "epoch_seconds": round(float(np.mean([epoch.seconds for epoch in final.curve])), 2),
         "seconds_to_95_percent": _to_95_percent(curve),
         "weights_mb": round(sum(tensor.nbytes for tensor in final.weights.values()) / 2**20, 1),

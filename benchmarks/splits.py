@@ -158,8 +158,8 @@ def _tmall(folder: Path) -> Task:
     return Task(
         name=folder.name,
         k=20,
-        protocol="leave one out: each user's last purchase is the test, the one before it validation; all items of the"
-        " history masked",
+        protocol="leave one out: each user's last purchase is the test, the one before it validation, by chance among"
+        " those of a day; all items of the history masked",
         part=part,
         # No item of the test is in the user's history, of whatever type: the split masks all of it.
         validation=make_holdout(part, last, seen=range(len(types))),
@@ -170,10 +170,14 @@ def _tmall(folder: Path) -> Task:
 
 
 def _without_last_purchase(events: Dataset) -> tuple[Dataset, Dataset]:
-    """Gives the events without each user's last purchase, and these; a user with a single purchase keeps it."""
+    """Gives the events without each user's last purchase, and these; a user with a single purchase keeps it.
+
+    Of those at one moment, as most are, one is drawn: a moment is a day, and the items of small numbers are popular.
+    """
     bought = np.flatnonzero(np.isin(events.event_type, events.targets))
+    chance = np.random.default_rng(1).random(len(bought))
+    bought = bought[np.lexsort((chance, events.occurred_at[bought], events.user[bought]))]
     counts = np.unique(events.user[bought], return_counts=True)[1]
-    # Events lie in the order of users and times.
     last = bought[np.cumsum(counts) - 1][counts > 1]
     chosen = np.zeros(len(events.user), dtype=bool)
     chosen[last] = True

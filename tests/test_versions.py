@@ -27,7 +27,17 @@ from pgvae.server import Server
 from pgvae.shortcut import WAYS, Links, shortcuts
 from pgvae.train import Listener
 from pgvae.train import train as run_training
-from pgvae.training import _SHORTCUT_SCALES, NO_SHORTCUT, VALIDATION_K, Fit, ShortcutChoice, fit, scorer
+from pgvae.training import (
+    NO_SHORTCUT,
+    SHORTCUT_SCALES,
+    VALIDATION_K,
+    Fit,
+    ShortcutChoice,
+    fit,
+    scorer,
+    with_links,
+)
+from pgvae_runtime import forward
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
 from variants import dataset_of, install_variant, publish_network
 
@@ -369,28 +379,40 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     # A network that has hardly learned needs help.
     config = replace(FAST_LEARNER, epochs=1, learning_rate=1e-4, neighbours=neighbours)
     fitted = fit(before, config, max_history=20, phase="evaluate", validation=validation)
-    own = {name: tensor for name, tensor in fitted.weights.items() if not name.startswith("shortcut_")}
-    ndcg = {NO_SHORTCUT: validation_ndcg(validation, own | Links.none(len(before.item_keys)).tensors())}
-    for way, links in shortcuts(before, neighbours, config.seed).items():
-        for scale in _SHORTCUT_SCALES:
-            choice = ShortcutChoice(way=way, scale=scale)
-            ndcg[choice] = validation_ndcg(validation, own | links.tensors(scale))
-    chosen = validation_ndcg(validation, fitted.weights)
-    assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
-    # Scales are tried up to a peak: no scale next to the chosen one is better, nor the first of another way.
-    assert chosen == max(peak(ndcg, way) for way in shortcuts(before, neighbours, config.seed))
     without = fit(
         before, replace(config, without=("shortcut",)), max_history=20, phase="evaluate", validation=validation
     )
     assert without.shortcut == NO_SHORTCUT
     assert without.weights["shortcut_item"].size == 0
+    own = without.weights
+    ndcg = {NO_SHORTCUT: validation_ndcg(validation, own)}
+    for way, links in shortcuts(before, neighbours, config.seed).items():
+        for scale in SHORTCUT_SCALES:
+            choice = ShortcutChoice(way=way, scale=scale)
+            ndcg[choice] = validation_ndcg(validation, with_links(own, links, scale))
+    chosen = validation_ndcg(validation, fitted.weights)
+    assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
+    # Equal but for the last bit of a score.
+    assert fitted.judged == pytest.approx(ndcg, rel=1e-3)
+    assert fitted.judged[fitted.shortcut] == max(fitted.judged.values())
 
 
-def peak(ndcg: dict[ShortcutChoice, float], way: str) -> float:
-    """Gives the best NDCG of the scales of a way, up to the first after which it falls."""
-    values = [ndcg[ShortcutChoice(way=way, scale=scale)] for scale in _SHORTCUT_SCALES]
-    falls = [number for number in range(1, len(values)) if values[number] < values[number - 1]]
-    return max(values[: falls[0]] if falls else values)
+def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_share(learnable: Dataset) -> None:
+    own = fit(learnable, replace(FAST_LEARNER, neighbours=0), max_history=20, phase="publish", epochs=2).weights
+    links = shortcuts(learnable, 64, seed=1, ways=["regression_30"])["regression_30"]
+    history = learnable.history(np.arange(200))
+    plain = scorer(with_links(own, links, 4.0), 20)(history)
+    np.testing.assert_array_equal(plain, scorer(own | links.tensors(4.0), 20)(history))
+    heavy = with_links(own, links, 128.0)
+    scores = scorer(heavy, 20)(history)
+    assert (scores > 0).all()
+    logits = forward.decode(np, own, forward.encode(np, own, history.tokens(20))).astype(np.float64)
+    sums = np.zeros_like(logits, dtype=np.float32)
+    forward.add_shortcut(np, links.tensors(), history.tokens(20), sums)
+    logits += 128.0 * sums
+    # The same order: logarithms of the shares are an eighth of the sums, but for a constant of each user.
+    apart = np.log(scores) - logits / 8
+    np.testing.assert_allclose(apart, np.broadcast_to(apart[:, :1], apart.shape), atol=1e-3)
 
 
 def test_training_lowers_the_loss_and_learns_who_likes_what(learnable: Dataset) -> None:

@@ -92,15 +92,24 @@ def _item_share(dataset: Dataset) -> NDArray[np.float64]:
 
 def ranked_batches(holdout: Holdout, scorer: Scorer) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Gives the users batch by batch with their scores, [users of the batch, I]: -inf where an item is not ranked."""
+    for part, history in histories(holdout):
+        scores = scorer(history)
+        leave_out(holdout, history, scores)
+        yield part, scores
+
+
+def histories(holdout: Holdout) -> Iterator[tuple[slice, History]]:
+    """Gives the users batch by batch with their histories."""
     size = max(1, _SCORES_BYTES // (4 * len(holdout.before.item_keys)))
-    unknown = np.flatnonzero(holdout.item_share == 0)
     for begin in range(0, len(holdout.users), size):
         part = slice(begin, begin + size)
-        history = holdout.before.history(holdout.users[part])
-        scores = scorer(history)
-        scores[history.seen(holdout.seen)] = -np.inf
-        scores[:, unknown] = -np.inf
-        yield part, scores
+        yield part, holdout.before.history(holdout.users[part])
+
+
+def leave_out(holdout: Holdout, history: History, scores: NDArray[np.float32]) -> None:
+    """Sets the scores of items that are not ranked to -inf, in place: seen ones, and those that no method can know."""
+    scores[history.seen(holdout.seen)] = -np.inf
+    scores[:, np.flatnonzero(holdout.item_share == 0)] = -np.inf
 
 
 def best_items(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_roo
 _MAX_USER_ITEMS = 1000
 _COOCCURRENCE = "cooccurrence"
 # The ways by regression, and their penalties.
-_REGRESSIONS = {"regression_100": 100.0, "regression_500": 500.0}
+_REGRESSIONS = {"regression_30": 30.0, "regression_100": 100.0, "regression_500": 500.0}
 WAYS = (_COOCCURRENCE, *_REGRESSIONS)
 # Links from an item, at most, in multiples of the links to one.
 _MOST_LINKS = 4
@@ -57,7 +57,7 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] 
 
     cooccurrence: D_I^-1/2 R^T D_U^-1 R D_I^-1/2, the normalised item-item graph (Shen et al. 2021, GF-CF, eq. 7).
     regression: each item regressed on its most similar ones, with an L2 penalty (as EASE, Steck 2019, restricted to a
-    sparse graph), for each of two penalties.
+    sparse graph), for each of three penalties.
     """
     matrix = _bounded_incidence(dataset, seed)
     found = {}

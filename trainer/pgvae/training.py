@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,30 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence, to_device
-from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
-from pgvae.shortcut import WAYS, Links, shortcuts
+from pgvae.ranking import (
+    Holdout,
+    Scorer,
+    best_items,
+    histories,
+    hits_of,
+    leave_out,
+    list_metrics,
+    per_user_metrics,
+    some_users,
+)
+from pgvae.shortcut import Links, shortcuts
 from pgvae.softmax import SampledSoftmax
+from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
 
 VALIDATION_K = 20
 # After each epoch so many users of the validation part are ranked.
 _VALIDATION_USERS = 5000
-# What the shortcut's links are multiplied by; the validation part chooses.
-_SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# How much the shortcut's links weigh beside the decoder's logits; the validation part chooses.
+SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+# From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
+_MOST_SCALE = 16.0
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
 # Share of the past epochs in the averaged network, after the first few. 0.7 is a mean over the last three or so.
@@ -39,7 +52,7 @@ _EXPLODED = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutChoice:
-    """One of the ways of pgvae.shortcut, and what its weights are multiplied by; without a way there is no shortcut."""
+    """One of the ways of pgvae.shortcut, and how much it weighs beside the decoder; no way, no shortcut."""
 
     way: str | None
     scale: float
@@ -65,12 +78,16 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve."""
+    """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve.
+
+    `judged` holds the validation part's NDCG of each shortcut that was tried, where one was to be chosen.
+    """
 
     weights: dict[str, NDArray[Any]]
     best_epoch: int
     curve: list[Epoch]
     shortcut: ShortcutChoice
+    judged: dict[ShortcutChoice, float] = field(default_factory=dict)
 
 
 def fit(
@@ -133,8 +150,19 @@ def fit(
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
-    weights, shortcut = _with_shortcut(run.best_weights, shortcut, dataset, config, judges, max_history)
-    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut=shortcut)
+    judged = {}
+    if "shortcut" in config.without or not config.neighbours:
+        shortcut = NO_SHORTCUT
+    elif judges:
+        ways = shortcuts(dataset, config.neighbours, config.seed)
+        judged = shortcut_ndcgs(judges, run.best_weights, ways, max_history)
+        # The first of equal ones: without a shortcut, then with the lighter one.
+        shortcut = max(judged, key=judged.__getitem__)
+    else:
+        ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
+    links = ways[shortcut.way] if shortcut.way else Links.none(len(dataset.item_keys))
+    weights = with_links(run.best_weights, links, shortcut.scale)
+    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut=shortcut, judged=judged)
 
 
 class _Run:
@@ -268,27 +296,41 @@ def _ndcg(judges: Holdout, weights: dict[str, NDArray[Any]], max_history: int) -
     return float(per_user_metrics(judges, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
 
 
-def _with_shortcut(
-    weights: dict[str, NDArray[Any]],
-    choice: ShortcutChoice,
-    dataset: Dataset,
-    config: TrainingConfig,
-    judges: Holdout | None,
-    max_history: int,
-) -> tuple[dict[str, NDArray[Any]], ShortcutChoice]:
-    """Gives the weights with the shortcut in the way and scale of the choice, or that rank best for the judges."""
-    none = weights | Links.none(len(dataset.item_keys)).tensors()
-    if "shortcut" in config.without or not config.neighbours or not (judges or choice.way):
-        return none, NO_SHORTCUT
-    ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if judges else [str(choice.way)])
-    if judges:
-        choice, best = NO_SHORTCUT, _ndcg(judges, none, max_history)
+def with_links(weights: dict[str, NDArray[Any]], links: Links, scale: float) -> dict[str, NDArray[Any]]:
+    """Gives the weights with links that weigh `scale` times as much beside the decoder's logits.
+
+    Above 16 it is the logits that are divided, which ranks alike.
+    """
+    share = min(1.0, _MOST_SCALE / max(scale, 1.0))
+    decoder = {name: weights[name] * np.float32(share) for name in ("output_weight", "output_bias")}
+    return weights | (decoder if share < 1.0 else {}) | links.tensors(scale * share)
+
+
+def shortcut_ndcgs(
+    judges: Holdout, weights: dict[str, NDArray[Any]], ways: dict[str, Links], max_history: int
+) -> dict[ShortcutChoice, float]:
+    """Gives the mean NDCG@20 of these weights without a shortcut and with each way in each scale.
+
+    Logits and links are linear: both are computed once per user, and added up for each choice.
+    """
+    choices = [ShortcutChoice(way=way, scale=scale) for way in ways for scale in SHORTCUT_SCALES]
+    hits = {choice: np.zeros((len(judges.users), VALIDATION_K), dtype=bool) for choice in (NO_SHORTCUT, *choices)}
+
+    def judge(choice: ShortcutChoice, part: slice, history: History, scores: NDArray[np.float32]) -> None:
+        leave_out(judges, history, scores)
+        hits[choice][part] = hits_of(best_items(scores, VALIDATION_K), *judges.truth(part))
+
+    for part, history in histories(judges):
+        tokens = history.tokens(max_history)
+        logits = forward.decode(np, weights, forward.encode(np, weights, tokens))
+        judge(NO_SHORTCUT, part, history, logits.copy())
         for way, links in ways.items():
-            for scale in _SHORTCUT_SCALES:
-                ndcg = _ndcg(judges, weights | links.tensors(scale), max_history)
-                if ndcg > best:
-                    choice, best = ShortcutChoice(way=way, scale=scale), ndcg
-    return (weights | ways[choice.way].tensors(choice.scale) if choice.way else none), choice
+            sums = np.zeros_like(logits)
+            forward.add_shortcut(np, links.tensors(), tokens, sums)
+            for scale in SHORTCUT_SCALES:
+                judge(ShortcutChoice(way=way, scale=scale), part, history, logits + np.float32(scale) * sums)
+    counts = np.diff(judges.truth_start)
+    return {choice: float(list_metrics(found, counts, VALIDATION_K)["ndcg"].mean()) for choice, found in hits.items()}
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
