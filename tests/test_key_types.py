@@ -42,6 +42,7 @@ CALLS = {
         " join items own on own.item_id = r.event_item_id"
     ],
     "because": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.because(u.user_id, i.item_id) like 'because %'"],
+    "item_titles": [f"{ALL_ITEMS} cross join lateral shop.item_titles(a.item_ids) r join items using (item_id, title)"],
     "recommend_for": [
         f"{SOME_ITEMS} cross join lateral shop.recommend_for("
         "jsonb_build_array(jsonb_build_object('item_id', i.item_id))) r join items own on own.item_id = r.item_id"
@@ -134,13 +135,13 @@ def test_every_view_joins_with_the_shops_tables_and_loses_no_row(typed: psycopg.
     columns = typed.execute(
         f"select o.object, a.attname from (select o.object from {PUBLIC} and o.kind = 'view') o"
         " join pg_attribute a on a.attrelid = to_regclass('shop.' || quote_ident(o.object))"
-        " where a.attname in ('user_id', 'item_id', 'related_item_id')"
+        " where a.attname in ('user_id', 'item_id', 'related_item_id', 'event_item_id')"
     ).fetchall()
     assert len(columns) >= 9
     for view, column in columns:
         table = "users" if column == "user_id" else "items"
         joined = f"select count(*) from shop.{view} v join {table} t on t.{table[:-1]}_id = v.{column}"
-        rows = value(typed, f"select count(*) from shop.{view} v")
+        rows = value(typed, f"select count(v.{column}) from shop.{view} v")
         assert value(typed, joined) == rows, (view, column)
         # No user of this shop is an outlier; whatever else is empty would join with anything.
         assert rows > 0 or view in ("outlier_users", "offer_responses"), view
