@@ -86,10 +86,13 @@ declare
     m vae.models;
     rules text[];
     is_sales boolean;
+    is_grouped boolean;
 begin
     select * into m from vae.models where models.model_id = clean_select.model_id;
     -- Whoever bought, and whether anybody knows who: it must have been in stock.
     is_sales := scope in ('sales to users', 'anonymous sales');
+    -- Two names of one event type may weigh differently: at one moment they are one event still, of the greater weight.
+    is_grouped := m.event_type_column is not null and scope not in ('admitted rows', 'anonymous sales');
     rules := array[
         format('e.%I is %s null', m.user_id_column, case when scope = 'anonymous sales' then '' else 'not' end),
         format('e.%I is not null', m.item_id_column),
@@ -131,21 +134,22 @@ begin
         '\n    %6$s as occurred_at,'
         '\n    %7$s as weight%13$s'
         '\nfrom %8$I.%9$I e%10$s'
-        '\nwhere %11$s',
+        '\nwhere %11$s%14$s',
         m.user_id_column, case m.user_id_type when 'text' then '::text' else '' end,
         m.item_id_column, case m.item_id_type when 'text' then '::text' else '' end,
         case when m.event_type_column is null then '''purchase''::text' else 't.event_type' end,
         case m.occurred_at_type
             when 'timestamptz' then format('e.%I', m.occurred_at_column)
             else format('(e.%I::timestamp at time zone ''UTC'')', m.occurred_at_column) end,
-        case when m.event_type_column is null then '4::real' else 't.weight' end,
+        case when m.event_type_column is null then '4::real' when is_grouped then 'max(t.weight)' else 't.weight' end,
         m.events_schema, m.events_table,
         case when m.event_type_column is null then ''
             else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
         array_to_string(rules, E'\n    and '),
-        case when scope not in ('admitted rows', 'anonymous sales') then ' distinct' else '' end,
+        case when m.event_type_column is null and scope not in ('admitted rows', 'anonymous sales') then ' distinct' else '' end,
         case when is_sales then format(E',\n    %s as quantity',
-            case when m.quantity_column is null then '1::float8' else format('coalesce(e.%I::float8, 1)', m.quantity_column) end) end
+            case when m.quantity_column is null then '1::float8' else format('coalesce(e.%I::float8, 1)', m.quantity_column) end) end,
+        case when is_grouped then E'\ngroup by 1, 2, 3, 4' || case when is_sales then ', 6' else '' end else '' end
     );
 end;
 $$;

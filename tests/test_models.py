@@ -217,6 +217,30 @@ def test_event_types_are_mapped_by_name_by_weight_or_by_both(shop: psycopg.Conne
     ]  # fmt: skip
 
 
+def test_two_names_of_one_type_at_one_moment_are_one_event(trained: psycopg.Connection) -> None:
+    """Live, in a refresh and in a training alike, with the greater weight."""
+    user, item = trained.execute("select user_id, item_id from events order by 1, 2 limit 1").fetchone() or ()
+    trained.execute("select vae.set_event_type('shop', 'look', 'view', 0.5)")
+    trained.execute(
+        "insert into events select %s, %s, n, '2024-03-01 10:00+00' from unnest(array['look', 'view']) n",
+        [user, item],
+    )
+    (of_view,) = trained.execute("select weight from vae.event_types where name = 'view'").fetchone() or ()
+    at_that_moment = "where occurred_at = '2024-03-01 10:00+00'"
+    assert trained.execute(f"select count(*) from shop.history(%s) {at_that_moment}".encode(), [user]).fetchall() == [
+        (1,)
+    ]
+    weights = trained.execute(f"select weight from shop.clean_events {at_that_moment}".encode()).fetchall()
+    assert weights == [(of_view,)]
+    trained.execute("call vae.refresh('shop')")
+    scores = trained.execute(
+        "select r.score, shop.score(r.user_id, r.item_id) from shop.recommendations r where r.user_id = %s", [user]
+    ).fetchall()
+    assert len(scores) > 1
+    for stored, live in scores:
+        assert live == pytest.approx(stored, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "query",
     [

@@ -553,7 +553,7 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "off by 40.0" in text
     assert "50.0" in text
     assert "4.0 times as many as offers by chance; bestsellers 20.0" in text
-    assert "Of 150 people 90 bought nothing in the newest horizon, 85 were expected to." in text
+    assert "Of 150 people 90 bought nothing in the newest 28 days, 85 were expected to." in text
     assert "in 81.0 % of the cases; by recency, frequency and money 77.0 %" in text
     assert "about as well" not in text
     assert "Who is leaving" in text

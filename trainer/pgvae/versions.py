@@ -67,6 +67,7 @@ class PublishedVersion:
 
     model: str
     max_history: int
+    horizon_days: int
     version_id: int
     version: int
     state: str
@@ -149,7 +150,8 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
         " user_count, item_count, seed, format, code_digest, trainer_version, config, durations, quality, features"
     )
     query = sql.SQL(
-        "select m.name as model, (m.options ->> 'max_history')::integer as max_history, {columns}"
+        "select m.name as model, (m.options ->> 'max_history')::integer as max_history,"
+        " (m.options ->> 'horizon_days')::integer as horizon_days, {columns}"
         " from vae.versions v join vae.models m using (model_id) where v.version_id = %s"
     ).format(columns=sql.SQL(", ").join(sql.Identifier("v", name) for name in columns.split(", ")))
     with connection.cursor(row_factory=dict_row) as cursor:

@@ -199,7 +199,7 @@ def churn_sentences(version: PublishedVersion, bands: Sequence[Point]) -> tuple[
         left = sum(point.weight * point.y for point in bands)
         expected = sum(point.weight * point.x for point in bands)
         sentences.append(
-            f"Of {people:,.0f} people {left:,.0f} bought nothing in the newest horizon,"
+            f"Of {people:,.0f} people {left:,.0f} bought nothing in the newest {version.horizon_days} days,"
             f" {expected:,.0f} were expected to."
         )
     own, other = (found.get((method, "churn_auc")) for method in (OWN, "rfm"))
