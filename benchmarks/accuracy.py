@@ -39,6 +39,12 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 METHODS = ("popularity", "item_knn", "ease", "graph_filter", "mult_vae", "pgvae")
 MAX_HISTORY = 500
 _METRICS = ("recall", "ndcg", "hit_rate")
+# pgvae without each of its parts: what is changed in its configuration.
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    **{f"without {part}": {"without": (part,)} for part in MODEL_PARTS},
+    "without λ schedule": {"anneal_epochs": 0.0},
+    "without KL term": {"kl_weight": 0.0},
+}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -83,7 +89,7 @@ def main(
     folders = [*(split or []), *(sorted(path for path in DATA.iterdir() if path.is_dir()) if all_ else [])]
     if not folders:
         raise typer.BadParameter("give --split DIR or --all")
-    names = ["pgvae", *(f"without {part}" for part in MODEL_PARTS)] if ablation else methods.split(",")
+    names = ["pgvae", *_ABLATIONS] if ablation else methods.split(",")
     for folder in folders:
         _run(folder, names, "ablation" if ablation else "accuracy", seed, mult_vae_seconds)
 
@@ -161,9 +167,7 @@ def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any
             "epoch_seconds": round(found.epoch_seconds, 2),
             "seconds_to_95_percent": _to_95_percent(found.curve),
         }
-    config = TrainingConfig(seed=seed)
-    if name.startswith("without "):
-        config = replace(config, without=(name.removeprefix("without "),))
+    config = replace(TrainingConfig(seed=seed), **_ABLATIONS.get(name, {}))
     selected = fit(
         task.part, config, max_history=MAX_HISTORY, phase="evaluate", validation=task.validation, on_epoch=_say
     )

@@ -158,8 +158,8 @@ def _tmall(folder: Path) -> Task:
     return Task(
         name=folder.name,
         k=20,
-        protocol="leave one out: each user's last purchase is the test, the one before it validation, by chance among"
-        " those of a day; all items of the history masked",
+        protocol="leave one out: each user's last purchase is the test; validation: one of the last day's of each user"
+        " with several, by chance; all items of the history masked",
         part=part,
         # No item of the test is in the user's history, of whatever type: the split masks all of it.
         validation=make_holdout(part, last, seen=range(len(types))),
@@ -170,15 +170,18 @@ def _tmall(folder: Path) -> Task:
 
 
 def _without_last_purchase(events: Dataset) -> tuple[Dataset, Dataset]:
-    """Gives the events without each user's last purchase, and these; a user with a single purchase keeps it.
+    """Gives the events without the last purchase of each user with another one on that day, and these.
 
-    Of those at one moment, as most are, one is drawn: a moment is a day, and the items of small numbers are popular.
+    So it is in the test: a history that ends on the data's last day, as three of four do, ends on the day of what is
+    held out. Which of the day's is drawn: the items of small numbers are popular, so the largest is no fair choice.
     """
     bought = np.flatnonzero(np.isin(events.event_type, events.targets))
     chance = np.random.default_rng(1).random(len(bought))
     bought = bought[np.lexsort((chance, events.occurred_at[bought], events.user[bought]))]
-    counts = np.unique(events.user[bought], return_counts=True)[1]
-    last = bought[np.cumsum(counts) - 1][counts > 1]
+    user, at = events.user[bought], events.occurred_at[bought]
+    is_last = np.append(user[1:] != user[:-1], True)
+    has_company = np.append(False, (user[1:] == user[:-1]) & (at[1:] == at[:-1]))
+    last = bought[is_last & has_company]
     chosen = np.zeros(len(events.user), dtype=bool)
     chosen[last] = True
     return _subset(events, ~chosen), _subset(events, chosen)
