@@ -560,6 +560,13 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "Can the risk of leaving be planned with?" in text
     assert "Who answers an offer" not in text
     assert "<script" not in html
+    answers = replace(
+        version,
+        metrics=[*version.metrics, replace(measured[0], metric="response_bias", value=0.96)],
+        points=[*version.points, *points("response_calibration", "pgvae", [(0.1, 0.12), (0.3, 0.28)])],
+    )
+    text = Page(render(answers, report.insight)).text("business")
+    assert "In the sum over all pairs, 96 purchases were expected for every 100 that came." in text
     # A version that a simpler method equals does not boast.
     lead = replace(measured[0], method="rfm", metric="churn_log_loss_lead", value=0.001, lower=-0.01, upper=0.01)
     even = replace(version, metrics=[*version.metrics, lead])

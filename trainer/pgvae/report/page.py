@@ -112,7 +112,11 @@ def _business(version: PublishedVersion) -> _Business:
     demand = [point for point in curves.get("demand", []) if point.method == words.OWN]
     bands = curves.get("churn_bands", [])
     pictures = [
-        (heading, charts.calibration(curves[name], heading), meaning)
+        (
+            heading,
+            charts.calibration(curves[name], heading),
+            meaning + (words.offer_sentence(version) if name == "response_calibration" else ""),
+        )
         for name, (heading, meaning) in words.CALIBRATIONS.items()
         if name in curves
     ]

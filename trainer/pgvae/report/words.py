@@ -215,6 +215,15 @@ def churn_sentences(version: PublishedVersion, bands: Sequence[Point]) -> tuple[
     return tuple(sentences)
 
 
+def offer_sentence(version: PublishedVersion) -> str:
+    """Says how far the expected buyers were off in the sum; nothing where it was not measured."""
+    found = {(row.method, row.metric): row.value for row in version.metrics if row.split == "horizon"}
+    bias = found.get((OWN, "response_bias"))
+    if bias is None:
+        return ""
+    return f" In the sum over all pairs, {100 * bias:.0f} purchases were expected for every 100 that came."
+
+
 def lift_sentence(points: Iterable[Point]) -> str:
     """Says what the tenth of the offers with the highest probabilities reach, beside the other methods."""
     nearest: dict[str, Point] = {}
