@@ -21,6 +21,7 @@ from pgvae import resources
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
+from pgvae.golden import golden_users
 from pgvae.install import install
 from pgvae.ranking import Holdout, make_holdout, per_user_metrics
 from pgvae.server import Server
@@ -38,6 +39,8 @@ from pgvae.training import (
     with_links,
 )
 from pgvae_runtime import forward
+from pgvae_runtime.scoring import score_users
+from pgvae_runtime.tokens import History
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
 from variants import dataset_of, install_variant, publish_network
 
@@ -413,6 +416,21 @@ def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_sh
     # The same order: logarithms of the shares are an eighth of the sums, but for a constant of each user.
     apart = np.log(scores) - logits / 8
     np.testing.assert_allclose(apart, np.broadcast_to(apart[:, :1], apart.shape), atol=1e-3)
+    # The scores that a database must give again are those of these weights.
+    config = replace(FAST_LEARNER, neighbours=64)
+    for weights in (with_links(own, links, 4.0), heavy):
+        golden = golden_users(learnable, config, weights, max_history=20)
+        known = [user for user in golden if user.items]
+        assert len(known) > 20
+        asked = History(
+            counts=np.array([len(user.items) for user in known]),
+            item=np.concatenate([user.items for user in known]),
+            event_type=np.concatenate([user.event_types for user in known]),
+            occurred_at=np.concatenate([user.occurred_at for user in known]),
+        )
+        scores, _ = score_users(np, weights, asked, max_history=20)
+        for user, row in zip(known, scores, strict=True):
+            np.testing.assert_allclose(row[user.top_items], user.top_scores, rtol=1e-5)
 
 
 def test_training_lowers_the_loss_and_learns_who_likes_what(learnable: Dataset) -> None:

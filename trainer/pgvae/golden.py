@@ -111,7 +111,9 @@ def _scores(
     tokens = history.tokens(max_history)
     direction = network.decode_direction(network.posterior(network.pool(tokens))[0])
     items = len(dataset.item_keys)
-    logits = direction @ network.item_directions(np.arange(items)).T / network.temperature + network.output_bias
+    # A heavy shortcut divides the decoder's logits: the length of the rows says by what, and not the temperature alone.
+    length = float(np.linalg.norm(weights["output_weight"].astype(np.float64), axis=1).mean())
+    logits = direction @ network.item_directions(np.arange(items)).T * length + network.output_bias
     start, linked = weights["shortcut_start"], torch.from_numpy(weights["shortcut_item"].astype(np.int64))
     weight = torch.from_numpy(weights["shortcut_weight"]).double()
     for user in range(tokens.user_count):
