@@ -92,9 +92,14 @@ def _make_model(dsn: str, users: int, items: int, events: int, width: int, neigh
             "select * from vae.create_model('shop', events => 'events', options => %s)",
             [f'{{"recommendations": {k}}}'],
         )
+    _publish_random(dsn, "shop", width, neighbours)
+
+
+def _publish_random(dsn: str, model: str, width: int, neighbours: int) -> None:
+    """Publishes a network that has learned nothing, and activates it."""
     config = TrainingConfig(hidden=width, latent=width)
     with psycopg.connect(dsn) as connection:
-        definition, dataset = read_definition(connection, "shop"), read_dataset(connection, "shop")
+        definition, dataset = read_definition(connection, model), read_dataset(connection, model)
         network = AttentionVae(dataset, config)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=max(parameter.shape[-1], 1) ** -0.5)
@@ -110,7 +115,7 @@ def _make_model(dsn: str, users: int, items: int, events: int, width: int, neigh
             metrics=[],
             durations={},
         )
-        connection.execute("select * from vae.activate('shop', 1)")
+        connection.execute("select * from vae.activate(%s, 1)", [model])
 
 
 def _links(items: int, neighbours: int) -> Links:
