@@ -16,11 +16,15 @@ select
     l.error as last_error,
     l.started_at as last_started_at
 from vae.models m
+-- By the views that there are, not by those in the log: two rows of the index for each, however long the log is.
+join pg_catalog.pg_namespace n on n.nspname = m.name
+join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relkind = 'm' and c.relname like '%\_materialized'
 join lateral (
-    select distinct on (r.view) r.*
+    select r.*
     from vae.refreshes r
-    where r.model_id = m.model_id
-    order by r.view, r.refresh_id desc
+    where r.model_id = m.model_id and r.view = regexp_replace(c.relname, '_materialized$', '')
+    order by r.refresh_id desc
+    limit 1
 ) l on true
 left join lateral (
     select r.*

@@ -48,13 +48,20 @@ with facts as (
     from facts f
     union all
     select f.model, 3, 'refreshed',
-        case when f.version is null then 'unknown' when p.oldest is null or p.empty_views > 0 then 'critical' else 'ok' end,
+        case when f.version is null then 'unknown' when e.views is not null or p.oldest is null or p.empty_views > 0 then 'critical' else 'ok' end,
         case when f.version is null then 'no version is active'
-            when p.oldest is null then 'no prediction view was ever refreshed' else format('%s prediction views were never refreshed well', p.empty_views) end,
+            when e.views is not null then format('never refreshed: %s', e.views)
+            else 'a prediction view was never refreshed well' end,
         case when f.version is not null then format('call vae.refresh(%L)', f.model) end,
         format('%s prediction views hold content', p.views)
     from facts f
     left join predictions p using (model)
+    left join lateral (
+        select string_agg(regexp_replace(c.relname, '_materialized$', ''), ', ' order by c.relname) as views
+        from pg_catalog.pg_namespace n
+        join pg_catalog.pg_class c on c.relnamespace = n.oid
+        where n.nspname = f.model and c.relkind = 'm' and c.relname like '%\_materialized' and not c.relispopulated
+    ) e on true
     union all
     select f.model, 4, 'last refresh',
         case when p.model is null then 'unknown' when p.failures is null then 'ok' else 'critical' end,
