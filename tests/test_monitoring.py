@@ -256,7 +256,7 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
     assert "recommendations" in checks(connection)["refreshed"][1]
     connection.execute("call vae.refresh('shop', views => array['recommendations'])")
     # One view of a release that was installed since, say.
-    assert checks(connection)["refreshed"][1].startswith("never refreshed: churn, demand, ")
+    assert checks(connection)["refreshed"][1].startswith("never refreshed: demand, ")
     connection.execute(str(health(connection)["remedy"]))
     row = health(connection)
     assert (row["status"], row["severity"], row["problems"], row["detail"], row["remedy"]) == ("ok", 0, 0, None, None)
