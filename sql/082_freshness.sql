@@ -19,18 +19,20 @@ from vae.models m
 -- By the views that there are, not by those in the log: two rows of the index for each, however long the log is.
 join pg_catalog.pg_namespace n on n.nspname = m.name
 join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relkind = 'm' and c.relname like '%\_materialized'
+-- A name has the collation C, with which no index of the log would be used.
+cross join lateral (select regexp_replace(c.relname, '_materialized$', '') collate "default" as view) w
 join lateral (
     select r.*
     from vae.refreshes r
-    where r.model_id = m.model_id and r.view = regexp_replace(c.relname, '_materialized$', '')
-    order by r.refresh_id desc
+    where r.model_id = m.model_id and r.view = w.view
+    order by -r.refresh_id
     limit 1
 ) l on true
 left join lateral (
     select r.*
     from vae.refreshes r
     where r.model_id = m.model_id and r.view = l.view and r.state = 'succeeded'
-    order by r.refresh_id desc
+    order by -r.refresh_id
     limit 1
 ) good on true
 left join vae.versions v on v.model_id = m.model_id and v.state = 'active';

@@ -321,15 +321,19 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
 
 
 def test_health_is_cheap_however_long_the_log(trained: Connection) -> None:
+    # Of one view, as where only recommendations are refreshed: the others must not be looked for in all of it.
     trained.execute(
-        "insert into vae.refreshes (model_id, view, state, version, started_at, seconds)"
-        " select 1, r.view, 'succeeded', 1, now() - n * interval '1 hour', 1"
-        " from generate_series(5000, 1, -1) n cross join (select distinct view from vae.refreshes) r"
+        "delete from vae.refreshes where view <> 'recommendations';"
+        " insert into vae.refreshes (model_id, view, state, version, started_at, seconds)"
+        " select 1, 'recommendations', 'succeeded', 1, now() - n * interval '1 hour', 1"
+        " from generate_series(30000, 1, -1) n;"
+        " analyze vae.refreshes"
     )
-    trained.execute("analyze vae.refreshes")
-    plan = trained.execute("explain (format json) select * from vae.health").fetchone()
-    # What costs more than this is compiled first, which takes a second.
-    assert plan and plan[0][0]["Plan"]["Total Cost"] < 100_000
+    plan = trained.execute("explain (analyze, buffers, format json) select * from vae.health").fetchone()
+    assert plan
+    # What is estimated to cost more than this is compiled first, which takes a second.
+    assert plan[0][0]["Plan"]["Total Cost"] < 100_000
+    assert plan[0][0]["Plan"]["Shared Hit Blocks"] + plan[0][0]["Plan"]["Shared Read Blocks"] < 1_000
 
 
 def test_a_monitor_needs_no_right_but_to_read(trained: Connection, server: Server, role: str) -> None:

@@ -13,7 +13,7 @@ depends_on = None
 
 def upgrade() -> None:
     """Adds the indexes."""
-    op.create_index("ix_refreshes_view", "refreshes", ["model_id", "view", "refresh_id"], schema="vae")
+    op.create_index("ix_refreshes_view", "refreshes", ["model_id", "view", sa.text("(-refresh_id)")], schema="vae")
     op.create_index(
         "ix_refreshes_running", "refreshes", ["model_id"], schema="vae", postgresql_where=sa.text("state = 'running'")
     )
