@@ -28,9 +28,10 @@ lint: bootstrap ## Style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: bootstrap ## Measure refreshes and live calls; writes benchmarks/results
+bench: bootstrap ## Measure refreshes, live calls and monitoring; writes benchmarks/results
 	@.venv/bin/python -m benchmarks.scoring $(ARGS)
 	@.venv/bin/python -m benchmarks.refresh
+	@.venv/bin/python -m benchmarks.monitoring
 
 gpu: ## On a machine with a GPU, torch and cupy: parity with the CPU, then speed; PYTHON=… chooses the Python
 	@$(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)
