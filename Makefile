@@ -4,7 +4,7 @@ PGVAE := .venv/bin/pgvae
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test survival lint bench accuracy gpu wheel clean
+.PHONY: help bootstrap demo test survival lint bench bench-full accuracy gpu wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -28,10 +28,20 @@ lint: bootstrap ## Style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: bootstrap ## Measure refreshes, live calls and monitoring; writes benchmarks/results
+bench: bootstrap ## Measure refreshes, live calls and other ways at a small size, in five minutes; writes benchmarks/results
 	@.venv/bin/python -m benchmarks.scoring $(ARGS)
 	@.venv/bin/python -m benchmarks.refresh
+	@.venv/bin/python -m benchmarks.live --users 5000 --items 5000 --calls 200 --idle 20
 	@.venv/bin/python -m benchmarks.monitoring
+
+bench-full: bootstrap ## The same at the size of a large shop, and how time and memory grow; about an hour
+	@.venv/bin/python -m benchmarks.scoring --users 100000 --items 20000 --width 200
+	@.venv/bin/python -m benchmarks.scoring --users 100000 --items 20000 --width 200 --k 100
+	@.venv/bin/python -m benchmarks.scoring --users 100000 --items 20000 --width 600 --no-peers
+	@.venv/bin/python -m benchmarks.scoring --users 100000 --items 20000 --width 600 --k 100 --no-peers
+	@.venv/bin/python -m benchmarks.refresh --users 200000 --items 20000
+	@.venv/bin/python -m benchmarks.live
+	@.venv/bin/python -m benchmarks.curves
 
 gpu: ## On a machine with a GPU, torch and cupy: parity with the CPU, then speed; PYTHON=… chooses the Python
 	@$(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)

@@ -7,20 +7,15 @@ learned.
 from __future__ import annotations
 
 import lzma
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import psycopg
 import typer
 
 from benchmarks.accuracy import DATA
-from benchmarks.refresh import _timed
 from benchmarks.report import Figure, report
-from benchmarks.scoring import _make_model, _publish_random
+from benchmarks.scoring import make_model, publish_random, throwaway_server, timed
 from pgvae.console import err
-from pgvae.install import install
-from pgvae.server import Server
 
 RETAIL = DATA / "online-retail" / "online_retail.csv.xz"
 TRAINED_UNTIL = ("2011-04-01", "2011-09-01")
@@ -56,35 +51,25 @@ def main(
     events: Annotated[int, typer.Option(help="Events of each user.")] = 20,
 ) -> None:
     """Measures vae.check_drift, vae.hit_rate and vae.health; then drift on Online Retail, where it is there."""
-    folder = Path(tempfile.mkdtemp(prefix="pgvae-bench-"))
-    folder.chmod(0o755)
-    server = Server(folder / "server", settings={"fsync": "off", "shared_buffers": "256MB", "max_wal_size": "4GB"})
-    server.up()
-    try:
-        dsn = server.dsn("postgres")
-        install(dsn)
+    with throwaway_server() as dsn:
         err.print(f"making {users * events} events", highlight=False)
-        _make_model(dsn, users, items, events, width=16, neighbours=4, k=20)
+        make_model(dsn, users, items, events, width=16, neighbours=4, k=20)
         figures = _cost(dsn, users, items)
         if RETAIL.exists():
             figures += _retail(dsn)
-    finally:
-        server.remove()
-        folder.rmdir()
     report(f"monitoring-{users}x{items}", figures, {"users": users, "items": items, "events_per_user": events})
 
 
 def _cost(dsn: str, users: int, items: int) -> list[Figure]:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("analyze vae.event_types")
         err.print("refreshing the recommendations", highlight=False)
         connection.execute("call vae.refresh('shop', array['recommendations'])")
         connection.execute(_BUY.format(users=users, items=items).encode())
-        drift = min(_timed(connection, "select * from vae.check_drift('shop')") for _ in range(2))
-        hits = min(_timed(connection, "select * from vae.hit_rate('shop')") for _ in range(2))
+        drift = min(timed(connection, "select * from vae.check_drift('shop')") for _ in range(2))
+        hits = min(timed(connection, "select * from vae.hit_rate('shop')") for _ in range(2))
         connection.execute(_LOG, [LOG_ROWS])
         connection.execute("analyze vae.refreshes")
-        health = min(_timed(connection, "select * from vae.health") for _ in range(3))
+        health = min(timed(connection, "select * from vae.health") for _ in range(3))
     return [
         Figure(figure="vae.check_drift", value=drift, unit="s"),
         Figure(figure="vae.hit_rate", value=hits, unit="s"),
@@ -109,7 +94,7 @@ def _retail(dsn: str) -> list[Figure]:
                 " item_id => 'stock_code', occurred_at => 'at')",
                 [model, f"{model}_events"],
             )
-            _publish_random(dsn, model, width=16, neighbours=4)
+            publish_random(dsn, model, width=16, neighbours=4)
             for days, before in zip(DAYS_LATER, (0, *DAYS_LATER), strict=False):
                 connection.execute(
                     _NEXT.format(model=model, known=_KNOWN).encode(), {"until": until, "before": before, "days": days}

@@ -7,19 +7,14 @@ learned. The first refresh is the full one: it fills an empty view, which is che
 from __future__ import annotations
 
 import statistics
-import tempfile
-import time
-from pathlib import Path
 from typing import Annotated
 
 import psycopg
 import typer
 
 from benchmarks.report import Figure, report
-from benchmarks.scoring import _make_model
+from benchmarks.scoring import make_model, throwaway_server, timed
 from pgvae.console import err
-from pgvae.install import install
-from pgvae.server import Server
 
 REFRESH = "call vae.refresh('shop', array['recommendations'])"
 # New events for every hundredth user, of another hundredth in each round; one event in ten of theirs is deleted.
@@ -53,19 +48,10 @@ def main(
     compare: Annotated[bool, typer.Option(help="Score everybody again at the end, and compare.")] = True,
 ) -> None:
     """Measures a full refresh and incremental ones on a throwaway server."""
-    folder = Path(tempfile.mkdtemp(prefix="pgvae-bench-"))
-    folder.chmod(0o755)
-    server = Server(folder / "server", settings={"fsync": "off", "shared_buffers": "256MB", "max_wal_size": "4GB"})
-    server.up()
-    try:
-        dsn = server.dsn("postgres")
-        install(dsn)
+    with throwaway_server() as dsn:
         err.print(f"making {users * events} events", highlight=False)
-        _make_model(dsn, users, items, events, width, neighbours, k)
+        make_model(dsn, users, items, events, width, neighbours, k)
         figures = _measure(dsn, users, items, k, compare)
-    finally:
-        server.remove()
-        folder.rmdir()
     facts: dict[str, object] = {
         "users": users,
         "items": items,
@@ -80,23 +66,21 @@ def main(
 def _measure(dsn: str, users: int, items: int, k: int, compare: bool) -> list[Figure]:
     changed, lookups = [], []
     with psycopg.connect(dsn, autocommit=True) as connection:
-        # What a long-lived server has done by itself.
-        connection.execute("analyze vae.event_types")
         err.print("the full refresh", highlight=False)
-        full = _timed(connection, REFRESH)
-        read_before = _timed(connection, "select count(*) from shop.recommendations")
-        unchanged = min(_timed(connection, REFRESH) for _ in range(2))
+        full = timed(connection, REFRESH)
+        read_before = timed(connection, "select count(*) from shop.recommendations")
+        unchanged = min(timed(connection, REFRESH) for _ in range(2))
         for round_number in range(3):
             err.print(f"1 % changed, round {round_number + 1} of 3", highlight=False)
             for statement in (_CHANGE, _DELETE):
                 connection.execute(statement.format(items=items, users=users, round_number=round_number).encode())
-            changed.append(_timed(connection, REFRESH))
+            changed.append(timed(connection, REFRESH))
         err.print("the explanations", highlight=False)
-        explanations = _timed(connection, "call vae.refresh('shop', array['explanations'])")
-        freshness = _timed(connection, "select * from vae.check_freshness('shop')")
-        read_after = _timed(connection, "select count(*) from shop.recommendations")
+        explanations = timed(connection, "call vae.refresh('shop', array['explanations'])")
+        freshness = timed(connection, "select * from vae.check_freshness('shop')")
+        read_after = timed(connection, "select count(*) from shop.recommendations")
         for user in range(1, users, users // 200):
-            lookups.append(_timed(connection, _ONE_USER.format(user=user)))
+            lookups.append(timed(connection, _ONE_USER.format(user=user)))
         modes = connection.execute(
             "select mode from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 3"
         ).fetchall()
@@ -132,14 +116,6 @@ def _measure(dsn: str, users: int, items: int, k: int, compare: bool) -> list[Fi
         )
         figures.append(Figure(figure="places that near-equal items exchanged", value=places, unit=f"of {users * k}"))
     return figures
-
-
-def _timed(connection: psycopg.Connection, query: str) -> float:
-    begun = time.perf_counter()
-    connection.execute(query.encode()).fetchall() if not query.startswith("call") else connection.execute(
-        query.encode()
-    )
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""How fast a database scores: a refresh of all users against the bare matrix product, and one user at a dashboard.
+"""How fast a database scores: a refresh of all users against the bare matrix product and against other ways.
 
 `python -m benchmarks.scoring` on a throwaway server; the network is random, since the speed does not depend on what it
-learned. The floor is the same matrix products in the same process with the same BLAS.
+learned. The floor is the same matrix products in the same process with the same BLAS. One user at a dashboard:
+benchmarks.live.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +21,7 @@ import psycopg
 import torch
 import typer
 
+from benchmarks.peers import exact_search, outside, row_by_row
 from benchmarks.report import Figure, report
 from pgvae.config import TrainingConfig
 from pgvae.console import err
@@ -34,6 +39,8 @@ select u as user_id, (n_items * power(random(), 3))::bigint as item_id, 'view' a
     timestamptz '2024-01-01' + random() * interval '300 days' as occurred_at
 from (select {items}::float8 - 1 as n_items) c, generate_series(1, {users}) u, generate_series(1, {events}) e
 """
+_REFRESH = "refresh materialized view {} shop.recommendations_materialized"
+_OUTSIDE = "COPY out, PyTorch, topk, COPY in"
 _FLOOR = """
 create function pg_temp.floor_seconds(users integer, items integer, width integer, batch integer) returns float8
 language plpython3u as $$
@@ -57,33 +64,44 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the items' directions and of the hidden layers.")] = 256,
     neighbours: Annotated[int, typer.Option(help="Links of an item in the shortcut; 0 leaves it out.")] = 64,
     k: Annotated[int, typer.Option(help="Recommendations per user.")] = 20,
-    calls: Annotated[int, typer.Option(help="Live calls to time.")] = 200,
+    rounds: Annotated[int, typer.Option(help="Times that all is measured; the medians count.")] = 3,
+    peers: Annotated[bool, typer.Option(help="Measure other ways, too.")] = True,
 ) -> None:
-    """Measures a refresh and live calls on a throwaway server."""
-    folder = Path(tempfile.mkdtemp(prefix="pgvae-bench-"))
-    folder.chmod(0o755)
-    server = Server(folder / "server", settings={"fsync": "off", "shared_buffers": "256MB", "max_wal_size": "4GB"})
-    server.up()
-    try:
-        dsn = server.dsn("postgres")
-        install(dsn)
+    """Measures a refresh on a throwaway server."""
+    with throwaway_server() as dsn:
         err.print(f"making {users * events} events", highlight=False)
-        _make_model(dsn, users, items, events, width, neighbours, k)
-        figures = _refresh(dsn, users, items, width) + _live(dsn, users, calls)
-    finally:
-        server.remove()
-    facts = {
+        make_model(dsn, users, items, events, width, neighbours, k)
+        figures = _refresh(dsn, users, items, width, k, rounds, peers)
+    facts: dict[str, object] = {
         "users": users,
         "items": items,
         "events_per_user": events,
         "width": width,
         "neighbours": neighbours,
         "k": k,
+        "rounds": rounds,
     }
     report(f"scoring-{users}x{items}-w{width}-n{neighbours}-k{k}", figures, facts)
 
 
-def _make_model(dsn: str, users: int, items: int, events: int, width: int, neighbours: int, k: int) -> None:
+@contextmanager
+def throwaway_server() -> Iterator[str]:
+    """Gives the DSN of a server with pgvae installed that is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="pgvae-bench-"))
+    folder.chmod(0o755)
+    settings = {"fsync": "off", "shared_buffers": "256MB", "max_wal_size": "4GB", "max_connections": "150"}
+    server = Server(folder / "server", settings=settings)
+    server.up()
+    try:
+        dsn = server.dsn("postgres")
+        install(dsn)
+        yield dsn
+    finally:
+        server.remove()
+        folder.rmdir()
+
+
+def make_model(dsn: str, users: int, items: int, events: int, width: int, neighbours: int, k: int) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(_EVENTS.format(users=users, items=items, events=events))  # type: ignore[arg-type]
         connection.execute("create index on events (user_id, occurred_at)")
@@ -92,10 +110,10 @@ def _make_model(dsn: str, users: int, items: int, events: int, width: int, neigh
             "select * from vae.create_model('shop', events => 'events', options => %s)",
             [f'{{"recommendations": {k}}}'],
         )
-    _publish_random(dsn, "shop", width, neighbours)
+    publish_random(dsn, "shop", width, neighbours)
 
 
-def _publish_random(dsn: str, model: str, width: int, neighbours: int) -> None:
+def publish_random(dsn: str, model: str, width: int, neighbours: int) -> None:
     """Publishes a network that has learned nothing, and activates it."""
     config = TrainingConfig(hidden=width, latent=width)
     with psycopg.connect(dsn) as connection:
@@ -136,70 +154,90 @@ def _links(items: int, neighbours: int) -> Links:
     )
 
 
-def _refresh(dsn: str, users: int, items: int, width: int) -> list[Figure]:
-    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "concurrent": [], "reading": []}
+def _refresh(dsn: str, users: int, items: int, width: int, k: int, rounds: int, peers: bool) -> list[Figure]:
+    seconds: dict[str, list[float]] = {"floor": [], "plain": [], "concurrent": [], "reading": [], "outside": []}
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(_FLOOR)
-        for round_number in range(3):
-            err.print(f"refresh, round {round_number + 1} of 3", highlight=False)
+        connection.execute("select * from shop.recommend(1, 10)")
+        for round_number in range(rounds):
+            err.print(f"refresh, round {round_number + 1} of {rounds}", highlight=False)
             row = connection.execute(
                 "select pg_temp.floor_seconds(%s, %s, %s, %s)", [users, items, width, 1024]
             ).fetchone()
             seconds["floor"].append(float(row[0]) if row else 0.0)
-            seconds["plain"].append(_timed(connection, "refresh materialized view shop.recommendations_materialized"))
-            seconds["concurrent"].append(
-                _timed(connection, "refresh materialized view concurrently shop.recommendations_materialized")
-            )
-            seconds["reading"].append(_timed(connection, "select count(*) from shop.clean_events"))
+            with peak_memory(connection.info.backend_pid) as megabytes:
+                seconds["plain"].append(timed(connection, _REFRESH.format("")))
+            seconds["concurrent"].append(timed(connection, _REFRESH.format("concurrently")))
+            seconds["reading"].append(timed(connection, "select count(*) from shop.clean_events"))
+            if peers:
+                seconds["outside"].append(outside(connection, k, max_history=200))
         connection.execute("create table in_stock as select distinct item_id from events where item_id % 10 = 0")
         connection.execute("select * from vae.set_candidates('shop', 'in_stock', 'in_stock', for_refresh => true)")
-        seconds["filtered"] = [
-            _timed(connection, "refresh materialized view shop.recommendations_materialized") for _ in range(3)
-        ]
+        seconds["filtered"] = [timed(connection, _REFRESH.format("")) for _ in range(rounds)]
         connection.execute("select vae.drop_candidates('shop', 'in_stock')")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return [
-        Figure(
-            figure="refresh", value=medians["plain"] / medians["floor"], unit="ratio", target=1.6, peer="matrix product"
-        ),
+        one_by_one = {"a PL/Python function for each user": row_by_row(connection, k, 200)} if peers else {}
+        one_by_one |= exact_search(connection, k, 3) if peers else {}
+    medians = {name: statistics.median(values) for name, values in seconds.items() if values}
+    plain = medians["plain"]
+    figures = [
+        Figure(figure="refresh", value=plain / medians["floor"], unit="ratio", target=1.6, peer="matrix product"),
         Figure(
             figure="refresh concurrently",
-            value=medians["concurrent"] / medians["plain"],
+            value=medians["concurrent"] / plain,
             unit="ratio",
             target=1.5,
             peer="refresh",
         ),
-        Figure(figure="refresh", value=medians["plain"], unit="s"),
+        Figure(figure="refresh", value=plain, unit="s"),
         Figure(figure="refresh among a tenth of the items", value=medians["filtered"], unit="s"),
         Figure(figure="matrix product", value=medians["floor"], unit="s"),
         Figure(figure="reading the cleaned events", value=medians["reading"], unit="s"),
-        Figure(figure="users scored", value=users / medians["plain"], unit="users/s"),
+        Figure(figure="users scored", value=users / plain, unit="users/s"),
+        Figure(figure="memory of a refresh beyond the session's own", value=megabytes[0], unit="MB", target=600),
     ]
+    if peers:
+        figures += [
+            Figure(figure="refresh", value=plain / medians["outside"], unit="ratio", target=1 / 1.5, peer=_OUTSIDE),
+            Figure(figure=_OUTSIDE, value=medians["outside"], unit="s"),
+        ]
+        targets = {"a PL/Python function for each user": 1 / 20}
+        for name, each in one_by_one.items():
+            figures += [
+                Figure(
+                    figure="refresh", value=plain / (users * each), unit="ratio", target=targets.get(name), peer=name
+                ),
+                Figure(figure=f"{name}, one user", value=1000 * each, unit="ms"),
+            ]
+    return figures
 
 
-def _live(dsn: str, users: int, calls: int) -> list[Figure]:
-    generator = np.random.default_rng(1)
-    first = []
-    for _ in range(5):
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            first.append(_timed(connection, "select * from shop.recommend(1, 10)"))
-    warm = []
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        for user in generator.integers(1, users, calls + 10):
-            begun = time.perf_counter()
-            connection.execute("select * from shop.recommend(%s, 10)", [int(user)]).fetchall()
-            warm.append(time.perf_counter() - begun)
-    warm = sorted(warm[10:])
-    return [
-        Figure(figure="first call of a connection", value=1000 * statistics.median(first), unit="ms", target=350),
-        Figure(figure="live call, median", value=1000 * statistics.median(warm), unit="ms", target=4),
-        Figure(figure="live call, 99th percentile", value=1000 * warm[int(0.99 * len(warm))], unit="ms", target=10),
-    ]
+@contextmanager
+def peak_memory(pid: int) -> Iterator[list[float]]:
+    """Puts into the list the megabytes at most that a server process had for itself, beyond what it had before."""
+    before, most, stop = _megabytes(pid), [0.0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.005):
+            most[0] = max(most[0], _megabytes(pid) - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        watcher.join()
 
 
-def _timed(connection: psycopg.Connection, query: str) -> float:
+def _megabytes(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def timed(connection: psycopg.Connection, query: str) -> float:
+    """Gives the seconds that a statement takes."""
     begun = time.perf_counter()
-    connection.execute(query)  # type: ignore[arg-type]
+    connection.execute(query.encode())
     return time.perf_counter() - begun
 
 

@@ -449,7 +449,9 @@ begin
         format(
             E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
-            '\njoin vae_private.scoring_items i on i.version_id = r.version_id and i.item_index = r.item_index'
+            -- By the index: a join would read the whole catalogue, since its view is a security barrier.
+            '\ncross join lateral (select i.item_key from vae_private.scoring_items i'
+            '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i'
             '\norder by r.rank\n',
             i, model_id));
     execute format(

@@ -78,7 +78,8 @@ begin
             E'\nselect r.rank, r.part, i.item_key::%s, r.event_type, to_timestamp(r.at), r.contribution, r.relevance, r.gate, r.share,'
             '\n    r.model_version'
             '\nfrom vae_private.explain(%s, $1::text, $2::text, $3) r'
-            '\nleft join vae_private.scoring_items i on i.version_id = r.version_id and i.item_index = r.item_index'
+            '\nleft join lateral (select i.item_key from vae_private.scoring_items i'
+            '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i on true'
             '\norder by r.rank\n',
             m.item_id_type, m.model_id));
 

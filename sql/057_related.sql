@@ -123,7 +123,8 @@ begin
             format(
                 E'\nselect r.rank, i.item_key::%s, %s, r.model_version'
                 '\nfrom vae_private.%s r'
-                '\njoin vae_private.scoring_items i on i.version_id = r.version_id and i.item_index = r.item_index'
+                '\ncross join lateral (select i.item_key from vae_private.scoring_items i'
+                '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i'
                 '\norder by r.rank\n',
                 i, typed.selected, format(typed.call, m.model_id)));
     end loop;

@@ -14,7 +14,7 @@ from . import memory, outcomes, runs
 from .batch import report_progress
 from .churn import look_ahead
 from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
-from .history import read_histories, read_history
+from .history import item_indexes, read_histories, read_history
 from .scoring import score_users
 from .store import Version, execute
 from .tokens import History
@@ -25,13 +25,6 @@ Row = tuple[int, str, float, bool, int]
 OfferRow = tuple[int, int, str, float, bool, int]
 # Users of a batch.
 _USERS = 512
-
-_ITEMS = """
-select w.place, w.item_key, i.item_index
-from unnest($1::text[]) with ordinality as w (item_key, place)
-left join vae_private.scoring_items i on i.version_id = $2 and i.item_key = w.item_key
-order by w.place
-"""
 
 _OFFERS = """
 select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers
@@ -61,20 +54,20 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
     """Gives the rows of some items; ScoringError where there is none, one is null, unknown or stands there twice."""
     if not item_keys:
         raise ScoringError(f"{what} names no item", sqlstate=INVALID_PARAMETER, hint="name one or more items")
-    rows = execute(plpy, _ITEMS, ["text[]", "bigint"], [list(item_keys), version.version_id])
-    seen: set[str] = set()
-    for row in rows:
-        key = row["item_key"]
+    indexes = item_indexes(plpy, version, {key for key in item_keys if key is not None})
+    # In the order of the items.
+    seen: dict[str, None] = {}
+    for key in item_keys:
         if key is None or key in seen:
             raise ScoringError(
                 f"{what} names item {'null' if key is None else key}{'' if key is None else ' twice'}",
                 sqlstate=INVALID_PARAMETER,
                 hint="name each item once",
             )
-        seen.add(key)
-        if row["item_index"] is None:
+        seen[key] = None
+        if key not in indexes:
             raise unknown_item(version, key)
-    return np.array([row["item_index"] for row in rows], dtype=np.int64)
+    return np.array([indexes[key] for key in seen], dtype=np.int64)
 
 
 def unknown_item(version: Version, item_key: str) -> ScoringError:

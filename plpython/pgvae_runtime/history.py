@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -23,10 +23,15 @@ _FETCHED_USERS, _FETCHED_EVENTS = 64, 16_384
 # `{schema}` is the model's name as plpy.quote_ident gives it; everything else is a parameter.
 # An item or event type that the version does not know is left out.
 _ONE_USER = """
-select i.item_index, h.event_type, extract(epoch from h.occurred_at)::float8 as occurred_at
+select h.item_id::text as item_key, h.event_type, extract(epoch from h.occurred_at)::float8 as occurred_at
 from {schema}.history($1::{key_type}) h
-join vae_private.scoring_items i on i.version_id = $2 and i.item_key = h.item_id::text
-where h.event_type = any ($3)
+where h.event_type = any ($2)
+"""
+# By the index: a join would read the whole catalogue, since its view is a security barrier.
+_ITEM_INDEXES = """
+select i.item_key, i.item_index
+from vae_private.scoring_items i
+where i.version_id = $1 and i.item_key = any ($2)
 """
 # No join with the catalogue, whose size the planner cannot know beneath the views: it sorted all events by item for it.
 _ALL_USERS = """
@@ -54,10 +59,12 @@ left join (
 def read_history(plpy: Any, version: Version, user_key: str) -> History:
     """Gives the events of one user, those of a minute ago included, with the rights of the caller."""
     query = _ONE_USER.format(schema=plpy.quote_ident(version.model), key_type=version.user_id_type)
-    rows = execute(plpy, query, ["text", "bigint", "text[]"], [user_key, version.version_id, list(version.event_types)])
+    events = execute(plpy, query, ["text", "text[]"], [user_key, list(version.event_types)])
+    indexes = item_indexes(plpy, version, {row["item_key"] for row in events})
+    rows = [row for row in events if row["item_key"] in indexes]
     return History(
         counts=np.array([len(rows)]),
-        item=np.array([row["item_index"] for row in rows], dtype=np.int64),
+        item=np.array([indexes[row["item_key"]] for row in rows], dtype=np.int64),
         event_type=np.array([version.event_types[row["event_type"]] for row in rows], dtype=np.int64),
         occurred_at=np.array([row["occurred_at"] for row in rows], dtype=np.float64),
         features=_read_features(plpy, version, user_key),
@@ -179,15 +186,15 @@ def item_keys(plpy: Any, version: Version) -> list[str]:
     return [row["item_key"] for row in rows]
 
 
+def item_indexes(plpy: Any, version: Version, keys: Collection[str]) -> dict[str, int]:
+    """Gives the row in the tensors of each of these items; an item outside the catalogue is not among them."""
+    rows = execute(plpy, _ITEM_INDEXES, ["bigint", "text[]"], [version.version_id, list(keys)])
+    return {row["item_key"]: row["item_index"] for row in rows}
+
+
 def item_index(plpy: Any, version: Version, item_key: str) -> int | None:
     """Gives the row of an item in the tensors; None for an item outside the catalogue."""
-    rows = execute(
-        plpy,
-        "select i.item_index from vae_private.scoring_items i where i.version_id = $1 and i.item_key = $2",
-        ["bigint", "text"],
-        [version.version_id, item_key],
-    )
-    return rows[0]["item_index"] if rows else None
+    return item_indexes(plpy, version, [item_key]).get(item_key)
 
 
 def item_type(plpy: Any, version: Version) -> str:

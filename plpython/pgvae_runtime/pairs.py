@@ -13,9 +13,9 @@ from . import blas, memory, workers
 from .batch import look, report_progress
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
-from .history import read_histories
+from .history import item_indexes, read_histories
 from .scoring import score_users
-from .store import Version, execute
+from .store import Version
 from .tokens import History
 
 # (user key, item key, score)
@@ -23,11 +23,6 @@ Row = tuple[str | None, str | None, float | None]
 Batch = tuple[list[str], History]
 
 _USERS = 256
-_ITEMS = """
-select i.item_key, i.item_index
-from vae_private.scoring_items i
-where i.version_id = $1 and i.item_key = any ($2)
-"""
 
 
 def score_pairs(
@@ -65,10 +60,8 @@ def _scored(
 
 def _item_indexes(plpy: Any, version: Version, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
     """Gives the row of each item in the tensors, [P]; -1 outside the catalogue."""
-    keys = [key for key in dict.fromkeys(item_keys) if key is not None]
-    rows = execute(plpy, _ITEMS, ["bigint", "text[]"], [version.version_id, keys])
-    index: dict[str | None, int] = {row["item_key"]: row["item_index"] for row in rows}
-    return np.fromiter((index.get(key, -1) for key in item_keys), np.int64, count=len(item_keys))
+    index = item_indexes(plpy, version, {key for key in item_keys if key is not None})
+    return np.fromiter((-1 if key is None else index.get(key, -1) for key in item_keys), np.int64, count=len(item_keys))
 
 
 class _Pairs:

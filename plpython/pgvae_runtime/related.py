@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import batch, forward, runs
 from .errors import INVALID_PARAMETER, ScoringError
-from .history import item_keys, item_type
+from .history import item_indexes, item_keys, item_type
 from .literals import array_element
 from .scoring import score_users
 from .session import default_type, not_in_catalogue
@@ -39,9 +39,8 @@ _KEPT_BASELINES = 4
 _SHARES_BYTES = 64 * 1024 * 1024
 
 _SUPPORT = """
-select i.item_index, s.support
+select s.item_id::text as item_key, s.support
 from {schema}.support($1::{key_type}[], $2::{key_type}[], $3) s
-join vae_private.scoring_items i on i.version_id = $4 and i.item_key = s.item_id::text
 """
 _BOUGHT = """
 select array_agg(distinct i.item_index) as items
@@ -112,14 +111,7 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
             sqlstate=INVALID_PARAMETER,
             hint="leave it out, as array_remove does",
         )
-    rows = execute(
-        plpy,
-        "select i.item_key, i.item_index from vae_private.scoring_items i"
-        " where i.version_id = $1 and i.item_key = any ($2)",
-        ["bigint", "text[]"],
-        [version.version_id, texts],
-    )
-    known = {row["item_key"]: row["item_index"] for row in rows}
+    known = item_indexes(plpy, version, texts)
     unknown = [key for key in texts if key not in known]
     if not known:
         raise unknown_items(version, unknown)
@@ -181,15 +173,11 @@ def _support(plpy: Any, version: Version, items: Sequence[int], found: Sequence[
     rows = execute(
         plpy,
         _SUPPORT.format(schema=plpy.quote_ident(version.model), key_type=item_type(plpy, version)),
-        ["text[]", "text[]", "text[]", "bigint"],
-        [
-            [keys[item] for item in items],
-            [keys[item] for item in found],
-            _target_names(version),
-            version.version_id,
-        ],
+        ["text[]", "text[]", "text[]"],
+        [[keys[item] for item in items], [keys[item] for item in found], _target_names(version)],
     )
-    return {row["item_index"]: row["support"] for row in rows}
+    support = {row["item_key"]: row["support"] for row in rows}
+    return {item: support[keys[item]] for item in found if keys[item] in support}
 
 
 def _target_names(version: Version) -> list[str]:

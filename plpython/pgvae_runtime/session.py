@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag, feature_bag
-from .history import item_type
+from .history import item_indexes, item_type
 from .store import Version, execute
 from .tokens import History
 
@@ -22,10 +22,10 @@ _DEFAULT_TYPES = ("view", "add_to_cart", "purchase")
 # What to do where PostgreSQL cannot read a key or a time: the classes of its errors of data.
 _DATA_EXCEPTION = "22"
 
-_ITEM_INDEXES = """
-select i.item_index, e.item_id::text as item_key
+# Spelled as the catalogue spells it.
+_KEYS = """
+select e.item_id::text as item_key
 from unnest($1::{key_type}[]) with ordinality as e (item_id, place)
-left join vae_private.scoring_items i on i.version_id = $2 and i.item_key = e.item_id::text
 order by e.place
 """
 _TIMES = """
@@ -172,13 +172,14 @@ def not_in_catalogue(version: Version, keys: Sequence[str]) -> str:
 
 def _item_rows(plpy: Any, version: Version, names: Sequence[str], keys: Sequence[str]) -> list[tuple[int | None, str]]:
     key_type = item_type(plpy, version)
-    query = _ITEM_INDEXES.format(key_type=key_type)
+    query = _KEYS.format(key_type=key_type)
 
-    def read(some: Sequence[str]) -> list[tuple[int | None, str]]:
-        rows = execute(plpy, query, ["text[]", "bigint"], [list(some), version.version_id])
-        return [(row["item_index"], row["item_key"]) for row in rows]
+    def read(some: Sequence[str]) -> list[str]:
+        return [row["item_key"] for row in execute(plpy, query, ["text[]"], [list(some)])]
 
-    return _read_each(plpy, read, names, keys, f"give keys of the type {key_type}")
+    spelled = _read_each(plpy, read, names, keys, f"give keys of the type {key_type}")
+    indexes = item_indexes(plpy, version, set(spelled))
+    return [(indexes.get(key), key) for key in spelled]
 
 
 def _times(plpy: Any, events: Sequence[GivenEvent]) -> list[float]:
