@@ -52,7 +52,15 @@ PAGES = sorted(
 # The tutorials show trainings as people run them. Here they are cut short: what they reach is measured elsewhere.
 SHORT = ("--epochs=5",)
 SHORT_ON_MANY_EVENTS = ("--epochs=3", "--hidden=32", "--latent=32")
-SETTINGS = {"vae.device", "vae.max_memory", "vae.gpu_memory", "vae.gpu_precision", "vae.gpu_costs", "vae.stale_after"}
+SETTINGS = {
+    "vae.device",
+    "vae.max_memory",
+    "vae.max_threads",
+    "vae.gpu_memory",
+    "vae.gpu_precision",
+    "vae.gpu_costs",
+    "vae.stale_after",
+}
 ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")
 
 

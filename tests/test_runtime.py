@@ -410,7 +410,7 @@ class Plpy:
         return [
             {
                 name: self.settings.get(name)
-                for name in ("device", "max_memory", "gpu_memory", "gpu_precision", "gpu_costs")
+                for name in ("device", "max_memory", "max_threads", "gpu_memory", "gpu_precision", "gpu_costs")
             }
         ]
 

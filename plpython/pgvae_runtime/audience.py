@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import memory, outcomes, runs
+from . import limits, outcomes, runs
 from .batch import report_progress
 from .churn import look_ahead
 from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
@@ -160,7 +160,7 @@ def _best_of_all(
         return best
     now, done = time.time(), 0
     # Logits, scores and what the softmax makes of them.
-    size = memory.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
+    size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
     for users, events in read_histories(plpy, version, size):
         history = events.distinct()
         found = _responses(version, history, items, now)

@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from . import blas, memory, runs, workers
+from . import blas, limits, runs, workers
 from .cpu import CpuScorer, Scored, own_bytes, shared_bytes
 from .device import Gpu
 from .history import MAX_EVENTS, item_keys, read_histories
@@ -60,8 +60,8 @@ def recommend_all(
 
 
 def _on_cpu(plpy: Any, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:
-    """Scores in a thread per core, or in as many as vae.max_memory allows, while this one reads and writes."""
-    threads, users, events = _sizes(memory.limit(plpy), version, k)
+    """Scores in as many threads as vae.max_threads and vae.max_memory allow, while this one reads and writes."""
+    threads, users, events = _sizes(limits.max_memory(plpy), limits.max_threads(plpy), version, k)
     first = CpuScorer(version, k)
     scorers = [first, *(first.fork() for _ in range(1, threads))]
 
@@ -72,18 +72,20 @@ def _on_cpu(plpy: Any, version: Version, k: int, read: Read, write: Write) -> Ge
     return workers.map_in_order([rows_by(scorer) for scorer in scorers], batches, lambda: look(plpy))
 
 
-def _sizes(limit: int, version: Version, k: int) -> tuple[int, int, int]:
-    """Gives how many threads, and users and events of a batch, fit into so many bytes; ScoringError where none do."""
+def _sizes(limit: int, most: int, version: Version, k: int) -> tuple[int, int, int]:
+    """Gives how many threads, `most` at most, and users and events of a batch, fit into so many bytes; ScoringError
+    where none do.
+    """
     fixed = _FIXED_BYTES + shared_bytes(version)
     needed = 0
-    for threads in range(workers.cores(), 0, -1):
+    for threads in range(most, 0, -1):
         for users in (_MAX_BATCH, _MAX_BATCH // 4, _MAX_BATCH // 16):
             events = MAX_EVENTS * users // _MAX_BATCH
             waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + k * _BYTES_OF_AN_ITEM)
             needed = fixed + threads * own_bytes(version, k, users, events) + (workers.AHEAD * threads + 1) * waiting
             if needed <= limit:
                 return threads, users, events
-    raise memory.too_little(limit, needed)
+    raise limits.too_little(limit, needed)
 
 
 def _on_gpu(plpy: Any, gpu: Gpu, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:

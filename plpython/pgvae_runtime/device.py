@@ -13,7 +13,7 @@ import numpy as np
 from .cuda_kernels import MAX_K
 from .errors import INVALID_PARAMETER, ScoringError
 from .gpu_costs import Costs, Work
-from .memory import size
+from .limits import size
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "float16x3", "tf32", "float16")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, memory, runs
+from . import blas, limits, runs
 from .batch import look, report_progress
 from .errors import NOT_READY, ScoringError
 from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
@@ -19,7 +19,7 @@ from .history import item_keys, item_type, read_histories, read_history
 from .literals import array_element
 from .store import Version, execute
 from .tokens import History
-from .workers import AHEAD, cores, map_in_order
+from .workers import AHEAD, map_in_order
 
 # (user key, item key, sentence, version), and between them of each part, as array literals: its kind, the key of the
 # item, the event type, seconds since 1970, events, contribution, share
@@ -103,7 +103,7 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     keys = item_keys(plpy, version)
     numbers = {key: number for number, key in enumerate(keys)}
 
-    threads, events = _sizes(memory.limit(plpy), version)
+    threads, events = _sizes(limits.max_memory(plpy), limits.max_threads(plpy), version)
 
     def read() -> Iterator[_Batch]:
         for users, history in read_histories(plpy, version, _USERS, keys=keys, max_events=events):
@@ -127,16 +127,16 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     runs.record(version, "explanations", done)
 
 
-def _sizes(limit: int, version: Version) -> tuple[int, int]:
-    """Gives how many threads, and events of a batch, fit into so many bytes; ScoringError where none do."""
+def _sizes(limit: int, most: int, version: Version) -> tuple[int, int]:
+    """Gives how many threads, `most` at most, and events of a batch, fit into so many bytes; ScoringError for none."""
     needed = 0
-    for threads in range(cores(), 0, -1):
+    for threads in range(most, 0, -1):
         for events in _EVENTS:
             waiting = events * 64 + _USERS * _BYTES_OF_A_ROW
             needed = _FIXED_BYTES + threads * own_bytes(version.weights, events) + (AHEAD * threads + 1) * waiting
             if needed <= limit:
                 return threads, events
-    raise memory.too_little(limit, needed)
+    raise limits.too_little(limit, needed)
 
 
 def _best_items(plpy: Any, version: Version, users: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, memory, workers
+from . import blas, limits, workers
 from .batch import look, report_progress
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
@@ -88,9 +88,9 @@ def _in_batches(
     plpy: Any, version: Version, users: list[str], pairs: _Pairs
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Gives the numbers of pairs and their scores, -1 outside the catalogue; a thread per core computes."""
-    threads = min(workers.cores(), -(-len(users) // _USERS))
+    threads = min(limits.max_threads(plpy), -(-len(users) // _USERS))
     # Logits, scores and what the softmax makes of them.
-    size = memory.users_at_once(plpy, 4 * 4 * version.item_count * max(1, threads), _USERS)
+    size = limits.users_at_once(plpy, 4 * 4 * version.item_count * max(1, threads), _USERS)
 
     def score(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         own, user, item = pairs.of(batch[0])

@@ -6,7 +6,6 @@ thread. NumPy gives the lock back while it computes: so a few threads that compu
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections import deque
@@ -21,11 +20,6 @@ Result = TypeVar("Result")
 _PATIENCE = 0.1
 # How much is read ahead of each thread.
 AHEAD = 3
-
-
-def cores() -> int:
-    """Gives how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(

@@ -1,4 +1,4 @@
-"""Runs over all users keep to vae.max_memory, and leave no thread behind."""
+"""Runs over all users keep to vae.max_memory and vae.max_threads, and leave no thread behind."""
 
 from __future__ import annotations
 
@@ -91,6 +91,21 @@ def test_a_limit_that_is_no_size_is_refused(shared_trained: Connection, value: s
         assert f"vae.max_memory is '{value}'" in str(refused.message_detail)
     finally:
         shared_trained.execute("reset vae.max_memory")
+
+
+def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connection) -> None:
+    expected = sorted(shared_trained.execute(LISTS).fetchall())
+    try:
+        for count in ("1", "64"):
+            shared_trained.execute("select set_config('vae.max_threads', %s, false)", [count])
+            assert sorted(shared_trained.execute(LISTS).fetchall()) == expected
+        for wrong in ("0", "many", "1.5"):
+            shared_trained.execute("select set_config('vae.max_threads', %s, false)", [wrong])
+            refused = refusal(shared_trained, LISTS)
+            assert refused.sqlstate == "22023"
+            assert f"vae.max_threads is '{wrong}'" in str(refused.message_detail)
+    finally:
+        shared_trained.execute("reset vae.max_threads")
 
 
 THREADS = """
