@@ -126,7 +126,11 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if to_regclass('cron.job') is null or not has_schema_privilege('cron', 'usage') then
+    -- Usage first: without it to_regclass is refused, too.
+    if not coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false) then
+        return;
+    end if;
+    if to_regclass('cron.job') is null then
         return;
     end if;
     return query execute $query$

@@ -110,6 +110,18 @@ def test_a_job_needs_a_role_that_logs_in_and_may_refresh(cron: Server, nightly: 
     assert refused.message_primary == "role group_role cannot log in, so pg_cron cannot run a job as it"
 
 
+def test_who_may_not_use_pg_cron_sees_no_schedules_and_drops_models(nightly: Connection) -> None:
+    nightly.execute("create role day_shift login in role vae_trainer")
+    nightly.execute("grant create on database nightly to day_shift")
+    Shop(events="day_events").make(nightly)
+    nightly.execute("grant select on day_events to day_shift")
+    with psycopg.connect(as_role(nightly.info.dsn, "day_shift"), autocommit=True) as trainer:
+        Shop(events="day_events").create_model(trainer, "day")
+        assert trainer.execute("select * from vae.schedules").fetchall() == []
+        trainer.execute("select vae.drop_model('day')")
+    assert nightly.execute("select name from vae.models").fetchall() == [("shop",)]
+
+
 def test_scheduling_again_changes_the_time_and_unscheduling_removes_it(nightly: Connection) -> None:
     first = nightly.execute("select vae.schedule('shop')").fetchone()
     assert nightly.execute("select vae.schedule('shop', '0 4 * * 1')").fetchone() == first
