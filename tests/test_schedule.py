@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import FAST, _pg_config, as_role, create_database
 from pgvae.cli import app, register_commands
+from pgvae.cli.refresh import run_refresh
 from pgvae.install import install
 from pgvae.server import Server, find_bindir
 from shop import QUICK, Shop, refusal
@@ -183,6 +184,12 @@ def test_a_refresh_tells_in_json_what_it_did(trained: Connection, run_cli: RunCl
     assert done.returncode == 3
     assert json.loads(done.stdout)["status"] == "busy"
     assert done.stderr == "model shop is being refreshed by another session\n"
+    # Not busy but failed, though the state is the same: somebody holds a view for longer than the role waits.
+    with psycopg.connect(dsn) as other, psycopg.connect(dsn, options="-c lock_timeout=50", autocommit=True) as mine:
+        other.execute("comment on materialized view shop.churn_materialized is 'held'")
+        document, failure = run_refresh(mine, "shop", ["churn"])
+    assert (document["status"], document["error"]["sqlstate"]) == ("failed", "55P03")
+    assert failure is not None
     trained.execute("drop table events cascade")
     done = run_cli("refresh", "shop", "--json", "--full", dsn=dsn)
     assert done.returncode == 1

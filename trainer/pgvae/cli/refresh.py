@@ -58,11 +58,16 @@ def run_refresh(
         connection.execute("call vae.refresh(%s, %s, %s)", [model, views, full])
     except psycopg.Error as error:
         failure = error
-    is_busy = isinstance(failure, psycopg.errors.LockNotAvailable)
+    views_done = [] if connection.broken else _refreshed(connection, model)
+    # A view that fails at the role's own lock_timeout has the same state. It ran for some seconds; of a refresh that gave way
+    # to another session's nobody counted them.
+    is_busy = isinstance(failure, psycopg.errors.LockNotAvailable) and all(
+        row["state"] == "succeeded" or row["seconds"] is None for row in views_done
+    )
     document: dict[str, Any] = {
         "model": model,
         "status": "busy" if is_busy else "failed" if failure else "succeeded",
-        "views": [] if connection.broken else _refreshed(connection, model),
+        "views": views_done,
         "error": None,
     }
     if failure:
