@@ -383,12 +383,13 @@ begin
             using errcode = 'invalid_parameter_value', hint = 'name each item once';
     end if;
     select * into wrong
-    from (values ('value', value, 0), ('cost', cost, 0), ('budget', budget, 0), ('max_users', max_users::numeric, 1)) n (name, given, least)
-    where n.given < n.least or n.given = 'NaN' or (n.name = 'max_users' and n.given is null)
+    from (values ('value', value, 0, 1e12), ('cost', cost, 0, 1e12), ('budget', budget, 0, 1e12), ('max_users', max_users::numeric, 1, 1e7)) n (name, given, least, most)
+    -- Not a number is above all numbers.
+    where n.given not between n.least and n.most or (n.name = 'max_users' and n.given is null)
     limit 1;
     if found then
         raise exception '% of offer "%" is %', wrong.name, name, coalesce(wrong.given::text, 'null')
-            using errcode = 'invalid_parameter_value', hint = format('give %s or more', wrong.least);
+            using errcode = 'invalid_parameter_value', hint = format('give a number from %s to %s', wrong.least, wrong.most);
     end if;
     if budget is not null and coalesce(cost, 0) = 0 then
         raise exception 'offer "%" has a budget of % and no cost', name, budget

@@ -104,6 +104,8 @@ with facts as (
         select r.view, r.started_at
         from vae.refreshes r
         where r.model_id = f.model_id and r.state = 'running'
+            -- A standby does not see the primary's sessions.
+            and not pg_catalog.pg_is_in_recovery()
             and not exists (select from pg_catalog.pg_stat_activity a where a.pid = r.backend_pid)
         order by r.refresh_id desc
         limit 1

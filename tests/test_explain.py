@@ -189,12 +189,13 @@ def test_who_is_unknown_is_explained_by_popularity(shared_trained: psycopg.Conne
 
 
 def test_bad_arguments_are_refused_by_name(shared_trained: psycopg.Connection) -> None:
-    for arguments, message in (
-        ("1, 404", "item 404 is not in the catalogue of version 1 of model shop"),
-        ('1, 404, \'{"by": "user"}\'', "option 'by' is \"user\""),
+    for call, sqlstate, message in (
+        ("explain(1, 404)", "VA051", "item 404 is not in the catalogue of version 1 of model shop"),
+        ("because(1, 404)", "VA051", "item 404 is not in the catalogue of version 1 of model shop"),
+        ('explain(1, 404, \'{"by": "user"}\')', "22023", "option 'by' is \"user\""),
     ):
-        refused = refusal(shared_trained, f"select * from shop.explain({arguments})")
-        assert (refused.sqlstate, refused.message_primary) == ("22023", f"pgvae: {message}")
+        refused = refusal(shared_trained, f"select * from shop.{call}")
+        assert (refused.sqlstate, refused.message_primary) == (sqlstate, f"pgvae: {message}")
 
 
 def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import batch, forward, runs
-from .errors import INVALID_PARAMETER, ScoringError
+from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
 from .history import item_indexes, item_keys, item_type
 from .literals import array_element
 from .scoring import score_users
@@ -124,7 +124,7 @@ def unknown_items(version: Version, keys: Sequence[str]) -> ScoringError:
     """Gives the refusal of items outside the catalogue."""
     return ScoringError(
         not_in_catalogue(version, keys),
-        sqlstate=INVALID_PARAMETER,
+        sqlstate=UNKNOWN_ITEM,
         hint="it holds the items that had an event, or features, when the version was trained;"
         f" for newer ones: pgvae train {version.model}",
     )
