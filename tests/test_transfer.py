@@ -200,6 +200,10 @@ def test_what_another_release_or_program_wrote_is_refused(
     refused(lambda d, t: d["version"].update(format=99), "has tensor format 99, this pgvae scores format")
     refused(lambda d, t: d["version"].update(mood="good"), r"holds vae.versions.mood, which this release does not know")
     refused(lambda d, t: d["rows"].update({"public.events": []}), "holds rows of public.events, which is no part")
+    refused(
+        lambda d, t: d["version"].update(created_by="me"), "gives the version a created_by, which only the database"
+    )
+    refused(lambda d, t: t.pop("catalogue"), "names 0 items, its weights are of 12")
     refused(lambda d, t: t.pop("mean_bias"), "do not fit together: tensor 'mean_bias' is missing")
     refused(lambda d, t: t.update(mean_bias=t["mean_bias"][1:]), "tensor 'mean_bias' is missing or has the wrong shape")
     with safe_open(path, "numpy") as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,9 +125,8 @@ def import_version(connection: psycopg.Connection, path: Path, *, model: str | N
     inserted = _insert(connection, "vae.versions", [values], path, returning="version_id")
     assert inserted is not None
     with connection.cursor() as cursor:
-        keys = json.loads(tensors.pop(_CATALOGUE).tobytes())
-        write_tensors(cursor, inserted, tensors)
-        write_catalogue(cursor, inserted, keys)
+        write_tensors(cursor, inserted, {name: tensor for name, tensor in tensors.items() if name != _CATALOGUE})
+        write_catalogue(cursor, inserted, _keys(tensors))
     for table, rows in document["rows"].items():
         _insert(connection, table, [row | {"version_id": inserted} for row in rows], path)
     connection.execute("select vae_private.finish_version(%s)", [inserted])
@@ -162,6 +162,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     if unknown := sorted(set(document["rows"]) - set(_CHILDREN)):
         raise PgvaeError(f"{path} holds rows of {unknown[0]}, which is no part of a version", hint=_EXPORT_AGAIN)
     version = document["version"]
+    if forged := sorted(set(version) & {*_OWN_COLUMNS, "origin"}):
+        raise PgvaeError(
+            f"{path} gives the version a {forged[0]}, which only the database gives it", hint=_EXPORT_AGAIN
+        )
     if version["format"] != forward.FORMAT:
         raise PgvaeError(
             f"the version of {path} has tensor format {version['format']}, this pgvae scores format {forward.FORMAT}",
@@ -173,7 +177,16 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         check_shapes(tensors, types=len(version["config"]["event_types"]), features=pipeline.size)
     except ScoringError as error:
         raise PgvaeError(f"the weights of {path} do not fit together: {error.message}", hint=_EXPORT_AGAIN) from error
+    keys, items = _keys(tensors), len(tensors["item_embedding"])
+    if len(keys) != items:
+        raise PgvaeError(f"{path} names {len(keys)} items, its weights are of {items}", hint=_EXPORT_AGAIN)
     return document, tensors
+
+
+def _keys(tensors: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Gives the keys of the items in the order of the tensors' rows; none without a catalogue."""
+    keys: list[str] = json.loads(tensors[_CATALOGUE].tobytes()) if _CATALOGUE in tensors else []
+    return keys
 
 
 _EXPORT_AGAIN = "copy it again from where it was exported, or export again; nothing was imported"
