@@ -221,6 +221,8 @@ def test_a_retrained_version_that_is_worse_does_not_go_live(trained: Connection)
     configs = trained.execute("select config - 'shortcut' from vae.versions order by version").fetchall()
     assert configs[0] == configs[1]
     assert trained.execute("select distinct model_version from shop.recommendations").fetchall() == [(2,)]
+    done = run_here("retrain", "shop", "--refresh", dsn)
+    assert (done.exit_code, "without --activate" in done.stderr) == (2, True)
     # The shop is too small for a split, so both get their figures by hand: the new one through a trigger.
     measured(trained, 2, 0.5, noise=0.01)
     trained.execute(

@@ -109,6 +109,12 @@ def test_a_standby_gives_the_answers_of_the_primary_and_follows_it(
             assert answers(copy) == second
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                 copy.execute(REFRESH)
+            # Whose session runs a refresh, only the primary sees.
+            primary.execute("insert into vae.refreshes (model_id, view) select model_id, 'churn' from vae.models")
+            query = "select status from vae.health_checks where check_name = 'interrupted refresh'"
+            primary.execute("update vae.refreshes set backend_pid = 0 where state = 'running'")
+            caught_up(primary)
+            assert (primary.execute(query).fetchall(), copy.execute(query).fetchall()) == ([("warning",)], [("ok",)])
 
 
 # PgBouncer

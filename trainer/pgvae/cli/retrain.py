@@ -40,6 +40,8 @@ def retrain(
     (without --activate: published), with 3 when it was published but a gate refused it, so that the active version
     stays, and with 1 after an error.
     """
+    if refresh and not activate:
+        raise typer.BadParameter("there is nothing to refresh without --activate", param_hint="--refresh")
     # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
     from pgvae.evaluate import config_of
     from pgvae.versions import read_version
