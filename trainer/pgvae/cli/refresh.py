@@ -59,8 +59,8 @@ def run_refresh(
     except psycopg.Error as error:
         failure = error
     views_done = [] if connection.broken else _refreshed(connection, model)
-    # A view that fails at the role's own lock_timeout has the same state. Its seconds were counted; those of a refresh that
-    # gave way to another session were not.
+    # A view that fails at the role's own lock_timeout has the same state. Its seconds were counted; those of a refresh
+    # that gave way to another session were not.
     is_busy = isinstance(failure, psycopg.errors.LockNotAvailable) and all(
         row["state"] == "succeeded" or row["seconds"] is None for row in views_done
     )
