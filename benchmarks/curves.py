@@ -13,7 +13,7 @@ import psycopg
 import typer
 
 from benchmarks.report import Figure, report
-from benchmarks.scoring import make_model, peak_memory, throwaway_server, timed
+from benchmarks.scoring import make_model, own_megabytes, peak_memory, throwaway_server, timed
 from pgvae.console import err
 
 PICTURE = Path(__file__).parents[1] / "docs" / "performance-curves.svg"
@@ -61,9 +61,10 @@ def _measure(users: int, items: int, width: int) -> dict[str, float]:
         make_model(dsn, users, items, 10, width, 64, 20)
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("select * from shop.recommend(1, 10)")
-            with peak_memory(connection.info.backend_pid) as megabytes:
+            before = own_megabytes(connection.info.backend_pid)
+            with peak_memory(connection.info.backend_pid) as peak:
                 seconds = timed(connection, _REFRESH)
-    return {"users": users, "items": items, "seconds": seconds, "megabytes": megabytes[0]}
+    return {"users": users, "items": items, "seconds": seconds, "megabytes": peak[0] - before}
 
 
 def _draw(by_users: list[dict[str, float]], by_items: list[dict[str, float]]) -> None:
