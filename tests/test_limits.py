@@ -19,7 +19,7 @@ Connection = psycopg.Connection[Any]
 LISTS = "select user_key, item_keys, is_cold_start from vae_private.recommend_all((select model_id from vae.models), 5)"
 EXPLANATIONS = "select user_key, item_key, because from vae_private.explain_all((select model_id from vae.models))"
 # What the least batches of the tiny shop need.
-LEAST = {LISTS: 56, EXPLANATIONS: 38}
+LEAST = {LISTS: 56, EXPLANATIONS: 48}
 
 
 def megabytes(connection: Connection) -> float:

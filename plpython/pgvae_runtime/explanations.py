@@ -15,7 +15,7 @@ from . import blas, limits, runs
 from .batch import look, report_progress
 from .errors import NOT_READY, ScoringError
 from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
-from .history import item_keys, item_type, read_histories, read_history
+from .history import item_keys, item_type, keys_of_items, read_histories, read_history
 from .literals import array_element
 from .store import Version, execute
 from .tokens import History
@@ -32,7 +32,7 @@ _USERS = 256
 # catalogue's keys and what is read from the events at one time.
 _EVENTS = (16_384, 4096, 1024)
 _BYTES_OF_A_ROW = 4096
-_FIXED_BYTES = 24 << 20
+_FIXED_BYTES = 34 << 20
 _MOST_PARTS = 5
 # Items that the sentence names.
 _IN_WORDS = 2
@@ -91,7 +91,7 @@ def because(plpy: Any, version: Version, user_key: str, item: int) -> str:
             for row in rows
             if row.part == "features" and row.contribution > 0
         ]
-    keys = _keys_of(plpy, version, [part.item for part in parts if part.item is not None])
+    keys = keys_of_items(plpy, version, [part.item for part in parts if part.item is not None])
     return _sentence(parts, keys, _titles(plpy, version, keys.values()))
 
 
@@ -241,17 +241,6 @@ def _array(elements: Sequence[str | None]) -> str:
 
 def _type_names(version: Version) -> dict[int, str]:
     return {index: name for name, index in version.event_types.items()}
-
-
-def _keys_of(plpy: Any, version: Version, items: Sequence[int]) -> dict[int, str]:
-    rows = execute(
-        plpy,
-        "select i.item_index, i.item_key from vae_private.scoring_items i"
-        " where i.version_id = $1 and i.item_index = any ($2)",
-        ["bigint", "integer[]"],
-        [version.version_id, list(items)],
-    )
-    return {row["item_index"]: row["item_key"] for row in rows}
 
 
 def _titles(plpy: Any, version: Version, keys: Iterable[str]) -> dict[str, str]:

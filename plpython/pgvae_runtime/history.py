@@ -27,11 +27,27 @@ select h.item_id::text as item_key, h.event_type, extract(epoch from h.occurred_
 from {schema}.history($1::{key_type}) h
 where h.event_type = any ($2)
 """
-# By the index: a join would read the whole catalogue, since its view is a security barrier.
+# By the index, one by one: a join would read the whole catalogue, since its view is a security barrier, and so would
+# `any` as long as nobody has analysed a new version's items.
 _ITEM_INDEXES = """
-select i.item_key, i.item_index
-from vae_private.scoring_items i
-where i.version_id = $1 and i.item_key = any ($2)
+select k.item_key, i.item_index
+from unnest($2) k (item_key)
+cross join lateral (
+    select i.item_index
+    from vae_private.scoring_items i
+    where i.version_id = $1 and i.item_key = k.item_key
+    offset 0
+) i
+"""
+_KEYS_OF_ITEMS = """
+select k.item_index, i.item_key
+from unnest($2) k (item_index)
+cross join lateral (
+    select i.item_key
+    from vae_private.scoring_items i
+    where i.version_id = $1 and i.item_index = k.item_index
+    offset 0
+) i
 """
 # No join with the catalogue, whose size the planner cannot know beneath the views: it sorted all events by item for it.
 _ALL_USERS = """
@@ -190,6 +206,12 @@ def item_indexes(plpy: Any, version: Version, keys: Collection[str]) -> dict[str
     """Gives the row in the tensors of each of these items; an item outside the catalogue is not among them."""
     rows = execute(plpy, _ITEM_INDEXES, ["bigint", "text[]"], [version.version_id, list(keys)])
     return {row["item_key"]: row["item_index"] for row in rows}
+
+
+def keys_of_items(plpy: Any, version: Version, items: Collection[int]) -> dict[int, str]:
+    """Gives the key of each of these items by its row in the tensors."""
+    rows = execute(plpy, _KEYS_OF_ITEMS, ["bigint", "integer[]"], [version.version_id, list(items)])
+    return {row["item_index"]: row["item_key"] for row in rows}
 
 
 def item_index(plpy: Any, version: Version, item_key: str) -> int | None:

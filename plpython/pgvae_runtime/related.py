@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import batch, forward, runs
 from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
-from .history import item_indexes, item_keys, item_type
+from .history import item_indexes, item_keys, item_type, keys_of_items
 from .literals import array_element
 from .scoring import score_users
 from .session import default_type, not_in_catalogue
@@ -160,16 +160,7 @@ def _support(plpy: Any, version: Version, items: Sequence[int], found: Sequence[
     """Gives for found items how many users have a target event on them and on one of the given ones, with the rights of
     the caller.
     """
-    keys = {
-        row["item_index"]: row["item_key"]
-        for row in execute(
-            plpy,
-            "select i.item_index, i.item_key from vae_private.scoring_items i"
-            " where i.version_id = $1 and i.item_index = any ($2)",
-            ["bigint", "integer[]"],
-            [version.version_id, [*items, *found]],
-        )
-    }
+    keys = keys_of_items(plpy, version, {*items, *found})
     rows = execute(
         plpy,
         _SUPPORT.format(schema=plpy.quote_ident(version.model), key_type=item_type(plpy, version)),
