@@ -309,7 +309,8 @@ metrics = Table(
         Text,
         nullable=False,
         comment="pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease,"
-        " graph_filter; of demand last_period, exponential_smoothing.",
+        " graph_filter; of demand last_period, exponential_smoothing; of outcomes rfm (a regression on recency, frequency"
+        " and amount), base_rate, last_period, popularity, random.",
     ),
     Column(
         "split",
@@ -324,7 +325,10 @@ metrics = Table(
         nullable=False,
         comment="recall, ndcg, precision, hit_rate, mrr, map, novelty, coverage (at k), auc, and of scores that are"
         " probabilities log_loss, brier, calibration_error. ndcg_lead: pgvae's ndcg less that of this method, paired by"
-        " user. demand_wape, demand_pinball, demand_coverage: of the items' units in the horizon.",
+        " user. demand_wape, demand_pinball, demand_coverage: of the items' units in the horizon. churn_auc, churn_brier,"
+        " churn_log_loss, churn_ece (calibration error), churn_log_loss_lead (this method's less pgvae's): of who buys"
+        " nothing. purchases_wape, purchases_bias: of the number of purchases. response_lift, response_ece,"
+        " response_calibration_error, response_bias: of who buys what; audience_lift: of who buys one item.",
     ),
     Column(
         "k", Integer, nullable=False, comment="Length of the list that was judged; 0 where a metric judges no list."

@@ -27,7 +27,7 @@ def retrain(
     ] = False,
     keep: Annotated[
         int | None,
-        typer.Option(min=0, help="Then drop old versions but for so many of the newest, as pgvae prune does."),
+        typer.Option(min=1, help="Then drop old versions but for so many of the newest, as pgvae prune does."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random number; without it, as before.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON instead.")] = False,
