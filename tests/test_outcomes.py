@@ -20,6 +20,7 @@ from pgvae.regression import fit_cloglog, fit_logistic, fit_poisson
 from pgvae.server import Server
 from pgvae.train import Training
 from pgvae.train import train as run_training
+from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
 from pgvae_runtime.outcomes import SHAPES, Outlook, any_probability, item_probability, moments, risk_band, sigmoid
 from pgvae_runtime.tokens import History
@@ -161,6 +162,23 @@ def test_bands_of_risk() -> None:
     assert [risk_band(p) for p in (0.0, 0.4999, 0.5, 0.7999, 0.8, 1.0)] == [
         "low", "low", "medium", "medium", "high", "high"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 1000])
+def test_the_best_users_are_those_of_all_batches_and_the_first_of_equal_ones(k: int) -> None:
+    generator = np.random.default_rng(1)
+    probability = generator.integers(0, 20, 300) / 20
+    probability[generator.random(300) < 0.1] = np.nan
+    has_bought = generator.random(300) < 0.5
+    best = Best(k)
+    for first in range(0, 300, 11):
+        own = slice(first, first + 11)
+        best.add([str(user) for user in range(300)[own]], probability[own], has_bought[own])
+    known = [user for user in range(300) if not np.isnan(probability[user])]
+    wanted = sorted(known, key=lambda user: (-probability[user], user))[:k]
+    assert list(best.rows()) == [
+        (rank, str(user), probability[user], has_bought[user]) for rank, user in enumerate(wanted, start=1)
+    ]
 
 
 # Windows and the fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,30 +86,36 @@ def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.in
     return None if np.isnan(probability) else float(probability)
 
 
-@dataclass(kw_only=True)
 class Best:
     """The k users with the highest probabilities so far, and whether they bought one of the items before."""
 
-    k: int
-    probability: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    users: list[str] = field(default_factory=list)
-    has_bought: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._users: list[str] = []
+        self._probability = [np.zeros(0)]
+        self._has_bought = [np.zeros(0, dtype=bool)]
 
     def add(self, users: list[str], probability: NDArray[np.float64], has_bought: NDArray[np.bool_]) -> None:
         """Takes more users; nan is left out. Of equal probabilities the first come first."""
-        joined = np.concatenate((self.probability, probability))
-        order = np.argsort(-np.nan_to_num(joined, nan=-1.0), kind="stable")[: self.k]
-        order = order[~np.isnan(joined[order])]
-        names = [*self.users, *users]
-        self.users = [names[place] for place in order.tolist()]
-        self.has_bought = np.concatenate((self.has_bought, has_bought))[order]
-        self.probability = joined[order]
+        known = np.flatnonzero(~np.isnan(probability))
+        self._users += [users[place] for place in known.tolist()]
+        self._probability.append(probability[known])
+        self._has_bought.append(has_bought[known])
+        # Not each time: the time would grow with k times the users.
+        if len(self._users) >= 2 * self._k:
+            self._keep()
+
+    def _keep(self) -> None:
+        probability, has_bought = np.concatenate(self._probability), np.concatenate(self._has_bought)
+        order = np.argsort(-probability, kind="stable")[: self._k]
+        self._users = [self._users[place] for place in order.tolist()]
+        self._probability, self._has_bought = [probability[order]], [has_bought[order]]
 
     def rows(self) -> Iterator[tuple[int, str, float, bool]]:
         """Gives (rank, user key, probability, whether the user bought one before)."""
-        for rank, row in enumerate(
-            zip(self.users, self.probability.tolist(), self.has_bought.tolist(), strict=True), start=1
-        ):
+        self._keep()
+        (probability,), (has_bought,) = self._probability, self._has_bought
+        for rank, row in enumerate(zip(self._users, probability.tolist(), has_bought.tolist(), strict=True), start=1):
             yield rank, *row
 
 
@@ -155,7 +161,7 @@ def _best_of_all(
     what: str,
 ) -> list[Best]:
     """Gives the best users for each of N sets of items, in one pass over all users."""
-    best = [Best(k=k) for k in ks]
+    best = [Best(k) for k in ks]
     if not best:
         return best
     now, done = time.time(), 0
