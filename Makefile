@@ -7,7 +7,7 @@ ARGS :=
 .PHONY: help bootstrap demo test survival lint bench bench-full accuracy gpu wheel clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
 		printf '%-16s %s\n' "$$target" "$$text"; done
 
 bootstrap: ## Install what is missing: PostgreSQL with PL/Python, numpy, a virtual environment

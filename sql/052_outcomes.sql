@@ -362,7 +362,7 @@ declare
     id constant integer := vae_private.model_id(model);
     keys constant text[] := items::text[];
     wrong record;
-    unknown text;
+    unknown record;
     new_id bigint;
 begin
     if name is null or name = '' or octet_length(name) > 200 then
@@ -402,15 +402,15 @@ begin
                 hint = case when exclude_buyers is null then 'give true or false' else 'an offer ends after it starts' end;
     end if;
     -- Where a version is active it says which items there are.
-    select k.key into unknown
+    select k.key, v.version into unknown
     from vae_private.scoring_versions v
     cross join unnest(keys) with ordinality as k (key, place)
     where v.model_id = id
         and not exists (select from vae_private.scoring_items i where i.version_id = v.version_id and i.item_key = k.key)
     order by k.place
     limit 1;
-    if unknown is not null then
-        raise exception 'the active version of model % does not know item %', model, unknown
+    if found then
+        raise exception 'item % is not in the catalogue of version % of model %', unknown.key, unknown.version, model
             using errcode = 'VA051', hint = format('is the key right? The next version knows a new item: pgvae train %s', model);
     end if;
     insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at)

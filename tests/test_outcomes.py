@@ -488,10 +488,10 @@ def test_options_of_an_audience(shop: Connection) -> None:
 @pytest.mark.parametrize(
     ("query", "state", "message"),
     [
-        ("select shop.response(1, 99)", "VA051", "does not know item 99"),
+        ("select shop.response(1, 99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
         ("select shop.response(1, array[]::bigint[])", "22023", "items names no item"),
         ("select shop.response(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
-        ("select * from shop.audience(99)", "VA051", "does not know item 99"),
+        ("select * from shop.audience(99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
         ("select * from shop.audience(array[1, null]::bigint[])", "22023", "items names item null"),
         ("select * from shop.audience(1, k => 0)", "22023", "k is 0"),
         ("select * from shop.audience(1, k => null)", "22023", "k is null"),
@@ -628,7 +628,7 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', null::bigint[]", "22023", "has the items null"),
         ("'sale', array[1, null]", "22023", "has the items {1,NULL}"),
         ("'sale', array[2, 2]", "22023", "names item 2 twice"),
-        ("'sale', array[99]", "VA051", "does not know item 99"),
+        ("'sale', array[99]", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
         ("'', array[1]", "42602", 'cannot be called ""'),
         ("null, array[1]", "42602", 'cannot be called "null"'),
         ("'sale', array[1], value => -1", "22023", 'value of offer "sale" is -1'),

@@ -16,9 +16,9 @@ from .errors import INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
-from .history import item_index, read_history
+from .history import item_index, read_history, unknown_items
 from .options import Option, one_of, read_options, whole_number
-from .related import ORDERS, given_items, unknown_items
+from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
 from .scoring import mask_seen, score_again, score_users

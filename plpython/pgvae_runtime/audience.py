@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from . import limits, outcomes, runs
 from .batch import report_progress
 from .churn import look_ahead
-from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
-from .history import item_indexes, read_histories, read_history
+from .errors import INVALID_PARAMETER, ScoringError
+from .history import item_indexes, read_histories, read_history, unknown_items
 from .scoring import score_users
 from .store import Version, execute
 from .tokens import History
@@ -66,17 +66,8 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
             )
         seen[key] = None
         if key not in indexes:
-            raise unknown_item(version, key)
+            raise unknown_items(version, [key])
     return np.array([indexes[key] for key in seen], dtype=np.int64)
-
-
-def unknown_item(version: Version, item_key: str) -> ScoringError:
-    """Gives the error about an item that a version does not know."""
-    return ScoringError(
-        f"version {version.version} of model {version.model} does not know item {item_key}",
-        sqlstate=UNKNOWN_ITEM,
-        hint=f"is the key right? The next version knows a new item: pgvae train {version.model}",
-    )
 
 
 def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
@@ -142,8 +133,8 @@ def offer_responses(plpy: Any, version: Version, offers: Sequence[Offer]) -> Ite
             plpy.notice(f"offer {offer.name} is left out: {error.message}", hint=error.hint)
             continue
         known.append(offer)
-    limits = [offer.max_users for offer in known]
-    found = _best_of_all(plpy, version, items, limits, [offer.exclude_buyers for offer in known], "offers")
+    ks = [offer.max_users for offer in known]
+    found = _best_of_all(plpy, version, items, ks, [offer.exclude_buyers for offer in known], "offers")
     done = 0
     for offer, best in zip(known, found, strict=True):
         for rank, user, probability, has_bought in best.rows():

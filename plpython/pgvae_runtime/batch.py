@@ -77,15 +77,17 @@ def _sizes(limit: int, most: int, version: Version, k: int) -> tuple[int, int, i
     where none do.
     """
     fixed = _FIXED_BYTES + shared_bytes(version)
-    needed = 0
-    for threads in range(most, 0, -1):
-        for users in (_MAX_BATCH, _MAX_BATCH // 4, _MAX_BATCH // 16):
-            events = MAX_EVENTS * users // _MAX_BATCH
-            waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + k * _BYTES_OF_AN_ITEM)
-            needed = fixed + threads * own_bytes(version, k, users, events) + (workers.AHEAD * threads + 1) * waiting
-            if needed <= limit:
-                return threads, users, events
-    raise limits.too_little(limit, needed)
+
+    def needed(threads: int, users: int, events: int) -> int:
+        waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + k * _BYTES_OF_AN_ITEM)
+        return fixed + threads * own_bytes(version, k, users, events) + (workers.AHEAD * threads + 1) * waiting
+
+    sizes = (
+        (threads, users, MAX_EVENTS * users // _MAX_BATCH)
+        for threads in range(most, 0, -1)
+        for users in (_MAX_BATCH, _MAX_BATCH // 4, _MAX_BATCH // 16)
+    )
+    return limits.first_that_fits(limit, ((needed(*size), size) for size in sizes))
 
 
 def _on_gpu(plpy: Any, gpu: Gpu, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:

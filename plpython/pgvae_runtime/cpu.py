@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .forward import decode_direction, mean_of_features, mean_of_latent
 from .scoring import seen_columns
 from .store import Version
-from .tokens import History, Tokens
+from .tokens import History, Tokens, pieces, starts
 
 Floats = NDArray[np.float32]
 # Best items [U, k], their scores [U, k] (-1 behind the last one), and which users are cold starts [U].
@@ -60,10 +60,10 @@ class _Links:
             return None
         # The catalogue may be larger than what is ranked.
         given = weights["shortcut_start"].astype(np.int64)
-        start = _starts(-(-np.diff(given) // _SEGMENT))
+        start = starts(-(-np.diff(given) // _SEGMENT))
         padded_item = np.full((int(start[-1]), _SEGMENT), items, dtype=np.int32)
         padded_weight = np.zeros((int(start[-1]), _SEGMENT), dtype=np.float32)
-        for first, last in _pieces(given, _LINKS_AT_ONCE):
+        for first, last in pieces(given[1:], _LINKS_AT_ONCE):
             own = slice(given[first], given[last])
             owner = np.repeat(np.arange(first, last), np.diff(given[first : last + 1]))
             # Links of one item must lead to different items to be added at once: of the same, the first has the sum.
@@ -198,7 +198,7 @@ class CpuScorer:
         gates = 0.5 * (1.0 + np.tanh(0.5 * gates))
         user = np.repeat(np.arange(users), np.diff(tokens.start))
         pooled = np.zeros((users, width), dtype=np.float32)
-        for first, last in _pieces(tokens.start, _TOKENS_AT_ONCE):
+        for first, last in pieces(tokens.start[1:], _TOKENS_AT_ONCE):
             begin, end = tokens.start[first], tokens.start[last]
             own = np.zeros((last - first, end - begin), dtype=np.float32)
             own[user[begin:end] - first, np.arange(end - begin)] = gates[begin:end]
@@ -236,11 +236,11 @@ class CpuScorer:
         user, item = user[own] - first, item[own]
         share = share[first:last]
         count = np.bincount(user, minlength=last - first)
-        place = np.arange(len(user)) - np.repeat(_starts(count)[:-1], count)
+        place = np.arange(len(user)) - np.repeat(starts(count)[:-1], count)
         order = np.argsort(place, kind="stable")
         user, item, place = user[order], item[order], place[order]
         segments = self._links.start[item + 1] - self._links.start[item]
-        end = _starts(segments)
+        end = starts(segments)
         # Cut after each place, and within a place where it would be too much at once.
         cuts = np.append(np.flatnonzero(np.diff(place, prepend=-1)), len(place))
         cells = logits.reshape(-1)
@@ -287,7 +287,7 @@ class CpuScorer:
         bits = value.view(np.uint32)
         rising = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
         keys = np.full((users, max(int(count.max(initial=0)), self._k)), np.uint64(2**64 - 1))
-        keys[user, np.arange(len(cell)) - np.repeat(_starts(count)[:-1], count)] = (
+        keys[user, np.arange(len(cell)) - np.repeat(starts(count)[:-1], count)] = (
             (~rising).astype(np.uint64) << np.uint64(32)
         ) | item.astype(np.uint64)
         keys.sort(axis=1)
@@ -327,15 +327,3 @@ class CpuScorer:
                 maxima = np.maximum(maxima[:, :half], maxima[:, half:])
             self._maxima[:users, number * groups : (number + 1) * groups] = maxima
         return total
-
-
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    start = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=start[1:])
-    return start
-
-
-def _pieces(start: NDArray[np.int64], size: int) -> list[tuple[int, int]]:
-    """Cuts users into runs of about `size` tokens, or of one user who has more; gives (first, last) of each."""
-    cuts = np.flatnonzero(np.diff(start[:-1] // size, append=-1)) + 1
-    return list(zip([0, *cuts[:-1].tolist()], cuts.tolist(), strict=True))

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import forward
 from .forward import Weights
-from .tokens import History, Tokens, age_bucket, order_bucket
+from .tokens import History, Tokens, age_bucket, order_bucket, pieces, starts
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -224,7 +222,7 @@ def _sums(values: Floats, groups: Groups) -> Floats:
     if several.any():
         own = np.flatnonzero(several[groups.of])
         own = own[np.argsort(groups.of[own], kind="stable")]
-        sums[several] = forward.sum_rows(np, _starts(groups.size[several]), values[own])
+        sums[several] = forward.sum_rows(np, starts(groups.size[several]), values[own])
     return sums
 
 
@@ -250,7 +248,7 @@ def _moved(
     user = groups.user[first:last]
     counts = np.diff(tokens.start)[user]
     variant = np.repeat(np.arange(variants), counts)
-    token = np.arange(len(variant)) + np.repeat(tokens.start[user] - _starts(counts)[:-1], counts)
+    token = np.arange(len(variant)) + np.repeat(tokens.start[user] - starts(counts)[:-1], counts)
     kept = groups.of[token] != first + variant
     variant, token = variant[kept], token[kept]
     counts = counts - groups.size[first:last]
@@ -294,7 +292,7 @@ def _links(weights: Weights, item: Integers, target: Integers) -> Doubles:
     counts = start[item + 1] - start[item]
     found = np.zeros(len(item))
     ends = np.cumsum(counts)
-    for first, last in _cuts(ends, _LINKS_AT_ONCE):
+    for first, last in pieces(ends, _LINKS_AT_ONCE):
         own = np.repeat(np.arange(first, last), counts[first:last])
         link = np.arange(len(own)) + (start[item] - (ends - counts))[own] + (ends - counts)[first]
         is_right = weights["shortcut_item"][link] == target[own]
@@ -334,19 +332,8 @@ def _users(tokens: Tokens) -> Integers:
     return np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
 
 
-def _starts(counts: Integers) -> Integers:
-    return np.concatenate(([0], np.cumsum(counts)))
-
-
 def _blocks(sizes: Integers) -> Iterator[tuple[int, int]]:
     """Cuts groups into blocks of bounded numbers of groups, and of tokens of theirs."""
-    for first, last in _cuts(np.cumsum(sizes), _TOKENS_AT_ONCE):
+    for first, last in pieces(np.cumsum(sizes), _TOKENS_AT_ONCE):
         for begin in range(first, last, _GROUPS_AT_ONCE):
             yield begin, min(begin + _GROUPS_AT_ONCE, last)
-
-
-def _cuts(ends: Any, most: int) -> Iterator[tuple[int, int]]:
-    """Cuts things that end at `ends` into runs of about `most`, or of a larger one; gives (first, last) of each."""
-    cuts = np.flatnonzero(np.diff(ends // most)) + 1
-    edges = [0, *cuts.tolist(), len(ends)]
-    return ((first, last) for first, last in pairwise(edges) if last > first)

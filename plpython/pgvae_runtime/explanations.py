@@ -129,14 +129,13 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
 
 def _sizes(limit: int, most: int, version: Version) -> tuple[int, int]:
     """Gives how many threads, `most` at most, and events of a batch, fit into so many bytes; ScoringError for none."""
-    needed = 0
-    for threads in range(most, 0, -1):
-        for events in _EVENTS:
-            waiting = events * 64 + _USERS * _BYTES_OF_A_ROW
-            needed = _FIXED_BYTES + threads * own_bytes(version.weights, events) + (AHEAD * threads + 1) * waiting
-            if needed <= limit:
-                return threads, events
-    raise limits.too_little(limit, needed)
+
+    def needed(threads: int, events: int) -> int:
+        waiting = events * 64 + _USERS * _BYTES_OF_A_ROW
+        return _FIXED_BYTES + threads * own_bytes(version.weights, events) + (AHEAD * threads + 1) * waiting
+
+    sizes = ((threads, events) for threads in range(most, 0, -1) for events in _EVENTS)
+    return limits.first_that_fits(limit, ((needed(*size), size) for size in sizes))
 
 
 def _best_items(plpy: Any, version: Version, users: Sequence[str]) -> dict[str, str]:

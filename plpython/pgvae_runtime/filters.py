@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from . import forward
 from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, QUERY_CANCELED, UNDEFINED_COLUMN, ScoringError
 from .forward import Array
+from .history import keys_of_items
 from .store import Version, execute
 
 
@@ -191,11 +192,10 @@ where m.model_id = $1
 """
 # Of a key with several rows any one counts.
 _VALUES = """
-select distinct on (i.item_index) i.item_index, t.{column}::text as value
-from vae_private.scoring_items i
-join {relation} t on t.{key} = i.item_key::{key_type}
-where i.version_id = $1 and i.item_index = any ($2) and t.{column} is not null
-order by i.item_index, value
+select distinct on (item_key) t.{key}::{key_type}::text as item_key, t.{column}::text as value
+from {relation} t
+where t.{key} = any ($1::{key_type}[]) and t.{column} is not null
+order by item_key, value
 """
 
 
@@ -220,5 +220,6 @@ def _values_of(plpy: Any, version: Version, column: str, items: list[int]) -> Ma
         key=plpy.quote_ident(row["items_key_column"]),
         key_type=row["item_id_type"],
     )
-    rows = execute(plpy, query, ["bigint", "integer[]"], [version.version_id, items])
-    return {row["item_index"]: row["value"] for row in rows}
+    keys = keys_of_items(plpy, version, items)
+    values = {row["item_key"]: row["value"] for row in execute(plpy, query, ["text[]"], [list(keys.values())])}
+    return {item: values[key] for item, key in keys.items() if key in values}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UNDEFINED_COLUMN, ScoringError
+from .errors import UNDEFINED_COLUMN, UNKNOWN_ITEM, ScoringError
 from .features import FeatureBag, FeaturePipeline, feature_bag
 from .store import Version, execute
 from .tokens import History
@@ -226,3 +226,21 @@ def item_type(plpy: Any, version: Version) -> str:
     )
     found: str = rows[0]["item_id_type"]
     return found
+
+
+def unknown_items(version: Version, keys: Sequence[str]) -> ScoringError:
+    """Gives the refusal of items outside the catalogue."""
+    return ScoringError(
+        not_in_catalogue(version, keys),
+        sqlstate=UNKNOWN_ITEM,
+        hint="it holds the items that had an event, or features, when the version was trained;"
+        f" for newer ones: pgvae train {version.model}",
+    )
+
+
+def not_in_catalogue(version: Version, keys: Sequence[str]) -> str:
+    """Gives "item 7 is not in the catalogue of …", at most five items by name."""
+    different = list(dict.fromkeys(keys))
+    names = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+    subject = f"items {names} are" if len(different) > 1 else f"item {names} is"
+    return f"{subject} not in the catalogue of version {version.version} of model {version.model}"

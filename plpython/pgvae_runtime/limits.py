@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 
@@ -13,6 +14,8 @@ _SETTINGS = "select " + ", ".join(
 )
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 _DEFAULT = 600 << 20
+
+Choice = TypeVar("Choice")
 
 
 def max_memory(plpy: Any) -> int:
@@ -48,8 +51,16 @@ def size(name: str, value: str) -> int:
     return int(found[1]) * _UNITS[(found[2] or "").upper()]
 
 
-def too_little(given: int, needed: int) -> ScoringError:
-    """Gives the error for a limit that nothing fits into."""
+def first_that_fits(limit: int, options: Iterable[tuple[int, Choice]]) -> Choice:
+    """Gives the first choice whose bytes are within the limit; ScoringError with those of the last one for none."""
+    needed = 0
+    for needed, choice in options:
+        if needed <= limit:
+            return choice
+    raise _too_little(limit, needed)
+
+
+def _too_little(given: int, needed: int) -> ScoringError:
     return ScoringError(
         f"vae.max_memory is {given >> 20}MB, and this needs {-(-needed >> 20)}MB",
         sqlstate=OUT_OF_MEMORY,
@@ -62,5 +73,5 @@ def users_at_once(plpy: Any, bytes_each: int, most: int) -> int:
     allowed = max_memory(plpy)
     users = min(most, allowed // (2 * bytes_each))
     if users < 1:
-        raise too_little(allowed, 2 * bytes_each)
+        raise _too_little(allowed, 2 * bytes_each)
     return users

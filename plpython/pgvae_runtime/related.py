@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import batch, forward, runs
-from .errors import INVALID_PARAMETER, UNKNOWN_ITEM, ScoringError
-from .history import item_indexes, item_keys, item_type, keys_of_items
+from .errors import INVALID_PARAMETER, ScoringError
+from .history import item_indexes, item_keys, item_type, keys_of_items, not_in_catalogue, unknown_items
 from .literals import array_element
 from .scoring import score_users
-from .session import default_type, not_in_catalogue
+from .session import default_type
 from .store import Version, execute
 from .tokens import History
 
@@ -118,16 +118,6 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
     if unknown:
         plpy.notice(f"{not_in_catalogue(version, unknown)}: left out")
     return sorted(known.values())
-
-
-def unknown_items(version: Version, keys: Sequence[str]) -> ScoringError:
-    """Gives the refusal of items outside the catalogue."""
-    return ScoringError(
-        not_in_catalogue(version, keys),
-        sqlstate=UNKNOWN_ITEM,
-        hint="it holds the items that had an event, or features, when the version was trained;"
-        f" for newer ones: pgvae train {version.model}",
-    )
 
 
 def related(

@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag, feature_bag
-from .history import item_indexes, item_type
+from .history import item_indexes, item_type, not_in_catalogue
 from .store import Version, execute
 from .tokens import History
 
@@ -160,14 +160,6 @@ def _known_items(plpy: Any, version: Version, names: Sequence[str], keys: Sequen
     if unknown := [key for index, key in rows if index is None]:
         plpy.notice(f"{not_in_catalogue(version, unknown)}: left out")
     return [index for index, _ in rows]
-
-
-def not_in_catalogue(version: Version, keys: Sequence[str]) -> str:
-    """Gives "item 7 is not in the catalogue of …", at most five items by name."""
-    different = list(dict.fromkeys(keys))
-    names = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
-    subject = f"items {names} are" if len(different) > 1 else f"item {names} is"
-    return f"{subject} not in the catalogue of version {version.version} of model {version.model}"
 
 
 def _item_rows(plpy: Any, version: Version, names: Sequence[str], keys: Sequence[str]) -> list[tuple[int | None, str]]:

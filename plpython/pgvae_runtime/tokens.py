@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,13 +130,13 @@ class History:
         """
         counts = self.counts
         order = self._order()
-        start = _starts(counts)
+        start = starts(counts)
         if counts.max(initial=0) > max_history:
             # Sorting keeps users in place, so the distance to a user's end says whether a token is among the latest.
             from_end = np.repeat(start[1:], counts) - np.arange(len(order))
             order = order[from_end <= max_history]
             counts = np.minimum(counts, max_history)
-            start = _starts(counts)
+            start = starts(counts)
         at = self.occurred_at[order]
         last = np.repeat(start[1:] - 1, counts)
         # Counts the distinct times: the lines of one order are equally recent.
@@ -149,7 +151,15 @@ class History:
         )
 
 
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def starts(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Gives where each of n things begins that lie one after the other, and where the last one ends, [n + 1]."""
     start = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=start[1:])
     return start
+
+
+def pieces(ends: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+    """Cuts things that end at `ends` into runs of about `most`, or of a larger one; gives (first, last) of each."""
+    cuts = np.flatnonzero(np.diff(ends // most)) + 1
+    edges = [0, *cuts.tolist(), len(ends)]
+    return ((first, last) for first, last in pairwise(edges) if last > first)

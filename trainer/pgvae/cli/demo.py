@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pgvae import demo as script
 from pgvae.cli import Dsn, app
-from pgvae.cli.train import activate_version, show, train_with_display
+from pgvae.cli.train import show, train_with_display
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out, progress
@@ -56,7 +56,7 @@ def demo(
     show(script.MODEL, result)
     with connect(dsn, autocommit=True) as connection:
         _step("activate the version and refresh the predictions")
-        activate_version(connection, script.MODEL, result.version)
+        connection.execute("select * from vae.activate(%s, %s)", [script.MODEL, result.version])
         _ask(connection, script.REFRESH)
         for question in script.QUESTIONS:
             _step(question.text)

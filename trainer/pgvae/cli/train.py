@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import psycopg
 import typer
 from rich.markup import escape
 from rich.progress import TaskID
@@ -137,11 +136,6 @@ def train_with_display(
 
     with _Display(config) as display:
         return run(dsn, model, config, force=force, checkpoints=checkpoints, listener=display.listener())
-
-
-def activate_version(connection: psycopg.Connection, model: str, version: int) -> None:
-    """Makes a version the one that scores."""
-    connection.execute("select * from vae.activate(%s, %s)", [model, version])
 
 
 def report_refusal(model: str, version: int, activation: Activation) -> None:
