@@ -8,7 +8,7 @@ ARGS :=
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
-		printf '%-16s %s\n' "$$target" "$$text"; done
+		printf '%-18s %s\n' "$$target" "$$text"; done
 
 bootstrap: ## Install what is missing: PostgreSQL with PL/Python, numpy, a virtual environment
 	@scripts/bootstrap
