@@ -30,7 +30,7 @@ from pgvae.errors import PgvaeError
 from pgvae.install import install
 from pgvae.server import Server
 from shop import QUICK, SMALL, Shop, keys, train_and_activate
-from test_survival import rows, wait_for_restart, wait_until_alone
+from test_survival import rows, wait_for_restart, wait_until_alone, wait_until_down
 from variants import publish_network
 
 Connection = psycopg.Connection[Any]
@@ -253,15 +253,6 @@ def kill(pid: int) -> None:
     """Kills a process at once; one that has ended meanwhile is as good."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def wait_until_down(connection: Connection, seconds: float = 5) -> None:
-    """Waits until the server takes all its sessions down with one that was killed; one that was ending takes none."""
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(psycopg.OperationalError):
-        while time.monotonic() < deadline:
-            rows(connection, "select 1")
-            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", ACTS)

@@ -608,6 +608,15 @@ def wait_for_restart(server: Server) -> Connection:
             time.sleep(0.1)
 
 
+def wait_until_down(connection: Connection, seconds: float = 5) -> None:
+    """Waits until the server takes all its sessions down with one that was killed; one that was ending takes none."""
+    deadline = time.monotonic() + seconds
+    with suppress(psycopg.OperationalError):
+        while time.monotonic() < deadline:
+            rows(connection, "select 1")
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("victim", ["backend", "whole server"])
 def test_a_kill_in_the_middle_of_a_refresh_leaves_the_last_content(crashing: Server, victim: str) -> None:
     dsn = crashing.dsn("crashing")
@@ -622,6 +631,8 @@ def test_a_kill_in_the_middle_of_a_refresh_leaves_the_last_content(crashing: Ser
         os.kill(backend, signal.SIGKILL)
         with pytest.raises(psycopg.OperationalError):
             running.result(60)
+        # Until the server has noticed, it takes connections that it cuts a moment later.
+        wait_until_down(watcher, seconds=60)
     with wait_for_restart(crashing) as connection:
         assert what_is_visible(connection) == before
         assert last_refresh(connection) == ("running", None, None, None)
@@ -651,6 +662,7 @@ def test_a_server_that_dies_while_a_version_is_published_has_nothing_of_it(crash
             assert "Traceback" not in errors
             assert "error: the connection to the server was lost: " in errors
             assert errors.splitlines()[-1].startswith("hint: nothing half-done was kept")
+        wait_until_down(watcher, seconds=60)
     with wait_for_restart(crashing) as connection:
         assert what_is_visible(connection) == before
         highest = rows(connection, "select max(version) from vae.versions")[0][0]
