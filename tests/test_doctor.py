@@ -10,11 +10,14 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from conftest import as_role
-from pgvae import doctor
+from pgvae import __version__, doctor, resources
 from pgvae.doctor import Check, Facts, diagnose
+from pgvae.install import install
 from pgvae.server import Server
+from variants import install_variant
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -76,7 +79,27 @@ def test_it_leaves_nothing_behind(empty_database: str) -> None:
 def test_an_installed_database(database: str) -> None:
     found = findings(database)
     assert found["plpython3u"].found == "installed in this database"
-    assert found["pgvae"].status == "ok"
+    assert found["pgvae"] == Check(
+        name="pgvae",
+        status="ok",
+        found=f"pgvae {__version__}, installed in database {conninfo_to_dict(database)['dbname']}",
+    )
+
+
+def test_a_database_with_the_code_of_another_release(database: str, run_cli: RunCli, role: str) -> None:
+    other = install_variant(database, "limits", ("_DEFAULT = 600 << 20", "_DEFAULT = 601 << 20"))
+    check = findings(database)["pgvae"]
+    assert check.status == "warn"
+    for digest in (other, resources.runtime_digest()):
+        assert f"({digest[:12]})" in check.found
+    assert str(check.remedy).startswith("pgvae install ")
+    done = run_cli("doctor", dsn=database)
+    assert done.returncode == 0
+    assert "pgvae → pgvae install upgrades the database" in done.stdout
+    # Who may not read it is not told.
+    assert findings(as_role(database, role))["pgvae"].status == "ok"
+    install(database)
+    assert findings(database)["pgvae"].status == "ok"
 
 
 def test_an_unprivileged_role(empty_database: str, role: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import psycopg
 
+from pgvae import __version__, resources
+
 OLDEST, NEWEST = 13, 18
 
 # A slow machine with a tuned BLAS reaches tens of GFLOP/s, a fast one with the reference BLAS three or four.
@@ -119,7 +121,8 @@ def diagnose(connection: psycopg.Connection) -> list[Check]:
         checks.append(Check(name="python", status="info", found="not checked: a standby cannot create plpython3u"))
     else:
         checks += _check_inside(connection, facts)
-    return [*checks, check_cron(facts), check_installation(facts)]
+    code = installed_code(connection) if facts.pgvae_installed else None
+    return [*checks, check_cron(facts), check_installation(facts, code)]
 
 
 def failed(checks: list[Check]) -> bool:
@@ -154,6 +157,15 @@ def read_facts(connection: psycopg.Connection) -> Facts:
     ).fetchone()
     assert row is not None
     return Facts(**dict(zip(Facts.__dataclass_fields__, row, strict=True)))
+
+
+def installed_code(connection: psycopg.Connection) -> tuple[str, str] | None:
+    """Gives release and digest of the code that the database holds; None where the role may not read them."""
+    try:
+        with connection.transaction():
+            return connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
+    except psycopg.errors.InsufficientPrivilege:
+        return None
 
 
 def inspect_python(connection: psycopg.Connection, facts: Facts) -> dict[str, Any]:
@@ -311,12 +323,25 @@ def check_cron(facts: Facts) -> Check:
     )
 
 
-def check_installation(facts: Facts) -> Check:
-    """pgvae is installed in the database."""
-    if facts.pgvae_installed:
-        return Check(name="pgvae", status="ok", found=f"installed in database {facts.database}")
+def check_installation(facts: Facts, code: tuple[str, str] | None) -> Check:
+    """pgvae is installed in the database, with the code of this command: what it trains can then be activated there."""
+    if not facts.pgvae_installed:
+        return Check(
+            name="pgvae", status="info", found=f"not installed in database {facts.database}", remedy="pgvae install"
+        )
+    if code is None:
+        found = f"installed in database {facts.database}; role {facts.role} may not read which release"
+        return Check(name="pgvae", status="ok", found=found)
+    release, digest = code
+    own = resources.runtime_digest()
+    if digest == own:
+        return Check(name="pgvae", status="ok", found=f"pgvae {release}, installed in database {facts.database}")
     return Check(
-        name="pgvae", status="info", found=f"not installed in database {facts.database}", remedy="pgvae install"
+        name="pgvae",
+        status="warn",
+        found=f"database {facts.database} holds the code of pgvae {release} ({digest[:12]}), this one is {__version__}"
+        f" ({own[:12]}): pgvae train refuses to train for it",
+        remedy="pgvae install upgrades the database; where that is newer: pip install pgvae==…",
     )
 
 
