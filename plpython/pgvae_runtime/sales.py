@@ -39,7 +39,8 @@ from {schema}.all_item_days({span}) d
 where $1::text is null
 group by d.item_id
 """
-_BATCH = 1000
+# Items at once: what each did in up to 26 horizons becomes Python objects.
+_BATCH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
