@@ -1,4 +1,4 @@
--- Versions that are no longer needed.
+-- What is no longer needed: versions, and rows of the logs.
 
 create or replace function vae.drop_version(model text, version integer, force boolean default false)
 returns table (model_version integer, state text, bytes bigint)
@@ -79,6 +79,63 @@ comment on function vae.prune(text, integer) is
     'Drops the versions that nobody needs any more and says which, and how many bytes of weights went with them. Kept are the '
     'active one, the one that vae.rollback would go back to, and the newest ones, as many as keep says. Only the model''s '
     'owner can.';
+
+
+create or replace function vae_private.prune_logs(id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    setting constant text := coalesce(nullif(current_setting('vae.log_retention', true), ''), '90 days');
+    oldest timestamptz;
+begin
+    begin
+        oldest := now() - setting::interval;
+    exception when data_exception then
+        null;
+    end;
+    if oldest is null or oldest > now() then
+        raise exception 'vae.log_retention is ''%''', setting
+            using errcode = 'invalid_parameter_value', hint = 'say for how long the logs are kept, as in: set vae.log_retention = ''1 year''';
+    end if;
+    -- What vae.freshness and vae.health read stays, however old: of each view the last refresh, and the last good one.
+    delete from vae.refreshes r
+    where r.model_id = id and r.started_at < oldest and r.state <> 'running'
+        and exists (
+            select
+            from vae.refreshes l
+            where l.model_id = r.model_id and l.view = r.view and -l.refresh_id < -r.refresh_id
+                and (l.state = 'succeeded' or r.state = 'failed'));
+    -- The last measurement stays, and the first one, with which vae.check_drift compares later ones.
+    delete from vae.observations o
+    using (
+        select l.version_id, l.measure, l.subject, max(l.observation_id) as last,
+            min(l.observation_id) filter (where l.bins is not null) as first
+        from vae.observations l
+        join vae.versions v on v.version_id = l.version_id
+        where v.model_id = id
+        group by l.version_id, l.measure, l.subject
+    ) kept
+    where o.version_id = kept.version_id and o.measure = kept.measure and o.subject = kept.subject
+        and o.observed_at < oldest and o.observation_id <> kept.last and o.observation_id is distinct from kept.first;
+    delete from vae.verifications f
+    using vae.versions v
+    where v.model_id = id and f.version_id = v.version_id and f.verified_at < oldest
+        and exists (
+            select
+            from vae.verifications l
+            where l.version_id = f.version_id and l.device = f.device and l.verification_id > f.verification_id);
+end;
+$$;
+
+comment on function vae_private.prune_logs(integer) is
+    'Deletes what is older than vae.log_retention from the logs of a model''s refreshes, observations and verifications, except what '
+    'still says how the model stands; part of vae.refresh.';
 
 
 create or replace function vae_private.version_bytes(id bigint)

@@ -41,6 +41,7 @@ begin
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
     end if;
     perform vae_private.check_refresh(id);
+    perform vae_private.prune_logs(id);
     mode := vae_private.first_mode(id, wanted[1], refresh."full");
     run := vae_private.start_refresh(id, wanted[1], mode);
     commit;
@@ -109,7 +110,7 @@ $$;
 comment on procedure vae.refresh(text, text[], boolean) is
     'Scores with the active version and refreshes the prediction views of a model, or those named, one after the other, without '
     'locking readers out. Recommendations are scored again for those users for whom something changed, or for all with full => true. '
-    'Logged in vae.refreshes while it runs; a view whose refresh fails keeps its last good content, the others '
+    'Logged in vae.refreshes while it runs, where older entries than vae.log_retention go; a view whose refresh fails keeps its last good content, the others '
     'are refreshed, and the call ends with an error that names it. Call it outside a transaction block.';
 
 

@@ -157,6 +157,8 @@ grant execute on function
     vae_private.rollback_target(integer)
 to vae_operator;
 grant insert on vae_private.golden_users to vae_trainer;
+grant delete on vae.refreshes, vae.observations, vae.verifications to vae_operator;
+grant execute on function vae_private.prune_logs(integer) to vae_operator;
 -- Row security leaves versions to the model's owner.
 grant delete on vae.versions to vae_trainer;
 grant execute on function
@@ -221,11 +223,12 @@ begin
                 when name = 'models' then owned
                 when name in ('metrics', 'curves', 'epochs', 'verifications', 'observations') then 'false'
                 else 'vae_private.may_use(model_id)' end);
-        execute format('create policy delete_policy on vae.%I for delete to vae_trainer using (%s)', name,
+        execute format('create policy delete_policy on vae.%I for delete to %I using (%s)', name,
+            case when name in ('refreshes', 'verifications', 'observations') then 'vae_operator' else 'vae_trainer' end,
             case
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
-                when name in ('metrics', 'curves') then format(of_version, name)
-                when name in ('epochs', 'verifications', 'observations') then 'false'
+                when name in ('metrics', 'curves', 'verifications', 'observations') then format(of_version, name)
+                when name = 'epochs' then 'false'
                 when name = 'versions' then owned_version
                 else 'vae_private.may_use(model_id)' end);
     end loop;

@@ -59,6 +59,7 @@ SETTINGS = {
     "vae.gpu_memory",
     "vae.gpu_precision",
     "vae.gpu_costs",
+    "vae.log_retention",
     "vae.stale_after",
 }
 ROLES = ("shop_dashboard", "shop_app", "shop_refresh", "shop_training")

@@ -354,6 +354,102 @@ def test_a_standby_answers_and_logs_nothing(trained: Connection) -> None:
     assert trained.execute("select count(*) from vae.observations").fetchone() == (0,)
 
 
+# The logs
+
+
+def logged(connection: Connection) -> dict[str, list[int]]:
+    """Gives the numbers of the rows of each log."""
+    numbers = {"refreshes": "refresh_id", "observations": "observation_id", "verifications": "verification_id"}
+    query = "select coalesce(array_agg({} order by 1), '{{}}') from vae.{}"
+    return {
+        name: connection.execute(query.format(number, name).encode()).fetchall()[0][0]
+        for name, number in numbers.items()
+    }
+
+
+def what_is_read(connection: Connection) -> list[Any]:
+    """Gives what freshness, health and drift say of the model, but for what the clock alone changes."""
+    freshness = "select to_jsonb(f) - 'age' from vae.freshness f order by f.prediction"
+    compared = (
+        "select * from vae_private.stored_bins((select m from vae.models m), (select v from vae.versions v), 'churn')"
+    )
+    return [
+        connection.execute(freshness.encode()).fetchall(),
+        checks(connection),
+        [row[:-1] for row in connection.execute(compared.encode()).fetchall()],
+    ]
+
+
+def test_old_entries_of_logs_go_and_what_is_read_stays(trained: Connection) -> None:
+    trained.execute("set vae.stale_after = '1000 days'")
+    for _ in range(3):
+        drift(trained)
+        trained.execute("select * from vae.verify('shop')")
+    # What there is at first, and what came later, of which the last entries count.
+    trained.execute(
+        "insert into vae.refreshes (model_id, view, state, version, started_at, finished_at, error)"
+        " select 1, view, state, 1, now(), now(), error from (values"
+        " ('recommendations', 'succeeded', null), ('recommendations', 'failed', 'x'),"
+        " ('recommendations', 'succeeded', null), ('churn', 'failed', 'x'), ('churn', 'failed', 'no room')"
+        ") r (view, state, error)"
+    )
+    trained.execute(
+        "update vae.refreshes set started_at = started_at - interval '91 days';"
+        " update vae.observations set observed_at = observed_at - interval '91 days';"
+        " update vae.verifications set verified_at = verified_at - interval '91 days'"
+    )
+    before, read = logged(trained), what_is_read(trained)
+    trained.execute("set vae.log_retention = '92 days'")
+    trained.execute("select vae_private.prune_logs(1)")
+    assert logged(trained) == before
+    trained.execute("reset vae.log_retention")
+    trained.execute("select vae_private.prune_logs(1)")
+    assert what_is_read(trained) == read
+    after = logged(trained)
+    subjects = len(drift(trained))
+    assert len(before["refreshes"]) - len(after["refreshes"]) == 4
+    assert len(before["observations"]) - len(after["observations"]) == subjects
+    assert after["verifications"] == before["verifications"][-1:]
+    rows = trained.execute(
+        "select state, error from vae.refreshes where view in ('recommendations', 'churn') order by view, refresh_id"
+    ).fetchall()
+    assert rows == [("succeeded", None), ("failed", "no room"), ("succeeded", None)]
+    # A refresh does it; what runs, or what its session left running, is not touched.
+    trained.execute("set vae.log_retention = '0'")
+    trained.execute("call vae.refresh('shop', array['recommendations'])")
+    trained.execute("call vae.refresh('shop', array['recommendations'])")
+    assert len(logged(trained)["refreshes"]) == len(after["refreshes"]) + 1
+
+
+@pytest.mark.parametrize("retention", ["for ever", "-1 day", "1000000 years"])
+def test_a_retention_that_is_none_is_refused_before_anything_happens(
+    shared_trained: Connection, retention: str
+) -> None:
+    before = logged(shared_trained)
+    shared_trained.execute("select set_config('vae.log_retention', %s, false)", [retention])
+    refused = refusal(shared_trained, "call vae.refresh('shop', array['recommendations'])")
+    assert (refused.sqlstate, refused.message_primary) == ("22023", f"vae.log_retention is '{retention}'")
+    assert refused.message_hint
+    shared_trained.execute("reset vae.log_retention")
+    assert logged(shared_trained) == before
+
+
+def test_an_operator_prunes_the_logs_of_its_models_alone(trained: Connection, role: str) -> None:
+    drift(trained)
+    trained.execute(f"grant vae_operator to {role}")
+    before = logged(trained)
+    with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as operator:
+        for name in before:
+            assert operator.execute(f"delete from vae.{name}".encode()).rowcount == 0
+        assert logged(trained) == before
+        trained.execute(f"grant usage on schema shop to {role}")
+        operator.execute("set vae.log_retention = '0'")
+        operator.execute("call vae.refresh('shop', array['recommendations'])")
+        operator.execute("call vae.refresh('shop', array['recommendations'])")
+    assert len(logged(trained)["refreshes"]) == len(before["refreshes"]) + 1
+    trained.execute(f"revoke vae_operator from {role}; revoke all on schema shop from {role}")
+
+
 # Exporters
 
 
