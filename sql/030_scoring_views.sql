@@ -19,7 +19,9 @@ select
     v.demand,
     v.created_at,
     v.window_end,
-    m.item_id_type
+    m.item_id_type,
+    v.has_uplift,
+    v.no_uplift
 from vae.versions v
 join vae.models m on m.model_id = v.model_id
 join pg_catalog.pg_namespace n on n.nspname = m.name

@@ -49,7 +49,7 @@ select jsonb_build_object(
         'null_user_ids', 0.5, 'null_item_ids', 0.2, 'null_timestamps', 0.05, 'overlong_ids', 0.05,
         'unknown_event_types', 0.2, 'future_timestamps', 0.05, 'absurd_timestamps', 0.05,
         'orphan_users', 0.2, 'orphan_items', 0.2, 'returns', 0.3, 'duplicates', 0.5, 'outlier_users', 0.5,
-        'items_seen_once', 0.9
+        'items_seen_once', 0.9, 'unusable_assignments', 0.2, 'conflicting_assignments', 0.05
     )
 )
 $$;
@@ -346,7 +346,8 @@ create or replace function vae.create_model(
     event_types jsonb default null,
     options jsonb default null,
     user_features text[] default null,
-    item_features text[] default null
+    item_features text[] default null,
+    exposure_column text default null
 )
 returns table (object text, purpose text)
 language plpgsql
@@ -429,6 +430,12 @@ begin
             quantity, events, vae_private.column_type(events, quantity, 'quantity')
             using errcode = 'datatype_mismatch', hint = 'the quantity is a number';
     end if;
+    if exposure_column is not null and vae_private.column_type(events, exposure_column, 'exposure_column') <> 'boolean' then
+        raise exception 'column "%" of % has the type %',
+            exposure_column, events, vae_private.column_type(events, exposure_column, 'exposure_column')
+            using errcode = 'datatype_mismatch',
+                hint = 'exposure is a boolean: true where the offer was made, false where chance withheld it, null in all other events';
+    end if;
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> user_type then
         raise exception 'keys of users differ: % in %, % in %',
             user_type, events, vae_private.key_type(users, users_key, 'users_key'), users
@@ -451,13 +458,13 @@ begin
     insert into vae.models (
         name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column, event_type_column,
         quantity_column, user_id_type, item_id_type, occurred_at_type, users_schema, users_table, users_key_column,
-        items_schema, items_table, items_key_column, options, user_features, item_features
+        items_schema, items_table, items_key_column, options, user_features, item_features, exposure_column
     )
     select
         model, en.nspname, e.relname, user_id, item_id, occurred_at, event_type,
         quantity, user_type, item_type, time_type, un.nspname, u.relname, case when users is not null then users_key end,
         inn.nspname, i.relname, case when items is not null then items_key end, checked,
-        user_features, item_features
+        user_features, item_features, exposure_column
     from pg_class e
     join pg_namespace en on en.oid = e.relnamespace
     left join (pg_class u join pg_namespace un on un.oid = u.relnamespace) on u.oid = users
@@ -491,13 +498,15 @@ begin
 end;
 $$;
 
-comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[]) is
+comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[], text) is
     'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
     'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, and '
     'without an event type every row is a purchase. event_types maps the shop''s '
     'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. user_features '
     'and item_features name the columns of users and items that the model reads, an empty array none; without them it '
-    'reads all that it can, but for columns of users that look personal. Next: select * from vae.check_events(model), '
+    'reads all that it can, but for columns of users that look personal. exposure_column, a boolean, marks the rows of a '
+    'randomised experiment: true, the offer of the item was made, false, it was withheld by chance; they are no behaviour, '
+    'and uplift is learned from them. Next: select * from vae.check_events(model), '
     'then in a terminal: pgvae train MODEL.';
 
 

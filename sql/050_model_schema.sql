@@ -14,6 +14,7 @@ from vae.models m
 cross join lateral (values
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
     (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
+    (2, 'view', 'clean_assignments', true, 'who was offered what by chance and from whom it was withheld, cleaned by rules that its definition shows'),
     (3, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
     (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
     (5, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
@@ -35,6 +36,7 @@ cross join lateral (values
     (32, 'function', format('explain_churn(%s)', m.user_id_type), true, 'what speaks for and against one user''s leaving'),
     (33, 'function', format('response(%s, %s)', m.user_id_type, m.item_id_type), true, 'the probability that a user buys an item within the horizon'),
     (34, 'function', format('response(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
+    (34, 'function', format('uplift(%s, %s)', m.user_id_type, m.item_id_type), true, 'by how much an offer of an item raises the probability that a user buys it within the horizon'),
     (35, 'function', format('audience(%s, integer, jsonb)', m.item_id_type), true, 'whom to send an offer of an item: the users who are likeliest to buy it'),
     (36, 'function', format('audience(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
     (37, 'function', 'audience_of_category(text, integer, jsonb, text)', true, 'whom to send an offer of a category: the users who are likeliest to buy one of its items'),
@@ -64,6 +66,7 @@ cross join lateral (values
     (24, 'view', 'segments', true, 'groups of users with similar tastes: name, size and what they buy')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
+    and (m.exposure_column is not null or o.object <> 'clean_assignments')
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
     and (m.items_table is not null or o.object not in ('item_features', 'demand_by_category(text)', 'audience_of_category(text, integer, jsonb, text)'))
 $$;
@@ -100,6 +103,10 @@ begin
         -- Not now(): in a long transaction that would hide what others wrote since it began.
         format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
     ];
+    if m.exposure_column is not null then
+        -- An assignment of an experiment is nothing that the user did.
+        rules := rules || format('e.%I is null', m.exposure_column);
+    end if;
     if m.quantity_column is not null then
         rules := rules || format('(e.%1$I > 0 or e.%1$I is null)', m.quantity_column);
     end if;
@@ -265,6 +272,7 @@ begin
             (m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
             (m.events_schema, m.events_table, m.event_type_column, null),
             (m.events_schema, m.events_table, m.quantity_column, null),
+            (m.events_schema, m.events_table, m.exposure_column, 'boolean'),
             (m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
             (m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
         ) as c (table_schema, table_name, column_name, column_type)
@@ -383,7 +391,7 @@ begin
         '\nwith days as ('
         '\n    select e.%I%s as user_id, count(*) as events'
         '\n    from %I.%I e'
-        '\n    where e.%I is not null and e.%I >= %s and e.%I <= %s'
+        '\n    where e.%I is not null and e.%I >= %s and e.%I <= %s%s'
         '\n    group by e.%I, %s'
         '\n),'
         '\nbusiest as ('
@@ -399,6 +407,7 @@ begin
         m.events_schema, m.events_table, m.user_id_column,
         m.occurred_at_column, vae_private.earliest(m),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
+        case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) else '' end,
         m.user_id_column,
         case m.occurred_at_type
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)
@@ -474,6 +483,7 @@ begin
 
     -- Before recommendations, whose view reads churn_materialized.
     perform vae_private.build_outcomes(m);
+    perform vae_private.build_uplift(m);
     perform vae_private.build_recommendations(m);
     perform vae_private.build_explain(m);
     perform vae_private.build_related(m);
@@ -574,11 +584,17 @@ begin
                     ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
                     ' leaving, compared to the average user.'
                 when made.object like 'response(%' then
-                    ', from now on. Null for a user without known events; it is not said how many buy because of the offer.'
+                    ', from now on. Null for a user without known events. With or without an offer: what an offer changes says uplift.'
+                when made.object like 'uplift(%' then
+                    ': P(buys if it is offered) less P(buys if not). Null where the active version claims no uplift (no_uplift of'
+                    ' vae.versions says why) and for a user without known events.'
+                when made.object = 'clean_assignments' then
+                    '. A row per user, item and moment. Left out: who was both within the horizon.'
                 when made.object like 'audience%' then
-                    ' within the horizon. Their response_probability may be added up to the expected number of buyers; how many buy'
-                    ' because of the offer is not known. Options: exclude_buyers leaves out who bought one of the items before,'
-                    ' min_probability who is less likely to buy.'
+                    ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
+                    ' uplift to the number of those who buy because of the offer; it is null for several items and where the version claims none.'
+                    ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
+                    ' is response or uplift.'
                 when made.object = 'offer_responses' then
                     '. A row per offer and user, of offers that have not ended. Join on user_id; sum response_probability where is_chosen for'
                     ' the expected number of buyers.'
@@ -645,6 +661,8 @@ begin
         select * from vae_private.demand_comments()
         union all
         select * from vae_private.outcome_comments()
+        union all
+        select * from vae_private.uplift_comments()
     loop
         continue when to_regclass(format('%I.%I', m.name, line.relation)) is null;
         execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
@@ -730,6 +748,12 @@ begin
                 using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
         end;
     end loop;
+    begin
+        -- What an earlier release stored offers with.
+        drop function if exists vae_private.offer_responses(integer);
+    exception when dependent_objects_still_exist then
+        null;  -- A model that was not rebuilt; it says so above.
+    end;
     return built;
 end;
 $$;

@@ -61,7 +61,7 @@ return GD["@RUNTIME@"].response(plpy, model_id, user_key, item_keys)
 $pgvae$;
 
 create or replace function vae_private.audience(model_id integer, item_keys text[], k integer, options jsonb)
-returns table (rank integer, user_key text, response_probability real, has_bought boolean, model_version integer)
+returns table (rank integer, user_key text, response_probability real, has_bought boolean, model_version integer, uplift real)
 language plpython3u
 stable
 called on null input
@@ -74,9 +74,9 @@ return GD["@RUNTIME@"].audience(plpy, model_id, item_keys, k, options)
 $pgvae$;
 
 -- row_security: as vae_private.recommend_all.
-create or replace function vae_private.offer_responses(model_id integer)
+create or replace function vae_private.offer_audiences(model_id integer)
 returns table (
-    offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer)
+    offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer, uplift real)
 language plpython3u
 stable
 called on null input
@@ -86,11 +86,39 @@ set search_path = pg_catalog, pg_temp
 set row_security = on
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
-return GD["@RUNTIME@"].offer_responses(plpy, model_id)
+return GD["@RUNTIME@"].offer_audiences(plpy, model_id)
 $pgvae$;
 
-comment on function vae_private.offer_responses(integer) is
-    'Gives the users who are likeliest to answer each offer of a model, for <model>.offer_responses_materialized.';
+create or replace function vae_private.refreshed_offers(model_id integer)
+returns table (
+    offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer, uplift real,
+    scored_at timestamptz)
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+set row_security = on
+as $$
+begin
+    -- vae_private.build_outcomes sets it.
+    if current_setting('vae.refresh_mode', true) = 'carry' then
+        return query execute format(
+            'select b.offer_id, b.rank, b.user_id::text, b.response_probability, b.has_bought, b.model_version, null::real, b.scored_at'
+            ' from %I.offer_responses_before b',
+            (select m.name from vae.models m where m.model_id = refreshed_offers.model_id));
+    else
+        return query select o.*, now() from vae_private.offer_audiences(model_id) o;
+    end if;
+end;
+$$;
+
+comment on function vae_private.offer_audiences(integer) is
+    'Gives the users who are likeliest to answer each offer of a model, or whom it wins.';
+comment on function vae_private.refreshed_offers(integer) is
+    'Gives the content of <model>.offer_responses_materialized: of vae_private.offer_audiences, or while a release is installed what '
+    'the one before had stored.';
 comment on function vae_private.churn(integer, text) is
     'Gives what one user of a model will do within the horizon, by key, for <model>.churn.';
 comment on function vae_private.churn_all(integer) is
@@ -167,7 +195,8 @@ declare
     numbers_type constant text := 'churn_probability real, purchase_probability real, expected_purchases real, risk_band text,'
         ' reasons text, last_event_at timestamptz, horizon_days integer, is_cold_start boolean, model_version integer';
     audience_type constant text := format(
-        'returns table (rank integer, user_id %s, response_probability real, has_bought boolean, model_version integer)', u);
+        'returns table (rank integer, user_id %s, response_probability real, has_bought boolean, model_version integer, uplift real)', u);
+    is_populated boolean := false;
 begin
     execute format(
         'create or replace function %I.churn(user_id %s) returns table (user_id %s, %s)'
@@ -191,17 +220,20 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(E'\nselect vae_private.response(%s, $1::text, $2::text[])\n', m.model_id));
+    perform vae_private.drop_changed(format('%I.audience(%s, integer, jsonb)', m.name, i), 'uplift');
+    perform vae_private.drop_changed(format('%I.audience(%s[], integer, jsonb)', m.name, i), 'uplift');
+    perform vae_private.drop_changed(format('%I.audience_of_category(text, integer, jsonb, text)', m.name), 'uplift');
     execute format(
         'create or replace function %I.audience(item_id %s, k integer default 1000, options jsonb default null) %s'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, i, audience_type,
-        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version'
+        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version, a.uplift'
             '\nfrom vae_private.audience(%s, array[$1::text], $2, $3) a\norder by a.rank\n', u, m.model_id));
     execute format(
         'create or replace function %I.audience(item_ids %s[], k integer default 1000, options jsonb default null) %s'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, i, audience_type,
-        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version'
+        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version, a.uplift'
             '\nfrom vae_private.audience(%s, $1::text[], $2, $3) a\norder by a.rank\n', u, m.model_id));
     if m.items_table is not null then
         execute format(
@@ -209,7 +241,7 @@ begin
             ' column_name text default ''category'') %s'
             ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
             m.name, audience_type,
-            format(E'\nselect a.rank, a.user_key::%1$s, a.response_probability, a.has_bought, a.model_version'
+            format(E'\nselect a.rank, a.user_key::%1$s, a.response_probability, a.has_bought, a.model_version, a.uplift'
                 '\nfrom vae_private.audience(%2$s, case when $1 is not null then vae_private.items_of_category(%2$s, $1, $4, array('
                 '\n    select i.item_key'
                 '\n    from vae_private.item_column(%2$s, $4) c'
@@ -237,13 +269,24 @@ begin
         '\nselect c.user_id, c.churn_probability, c.purchase_probability, c.expected_purchases, c.risk_band, c.reasons,'
         '\n    c.last_event_at, c.horizon_days, c.is_cold_start, c.model_version, c.scored_at'
         '\nfrom %1$I.churn_materialized c', m.name);
+    if to_regclass(format('%I.offer_responses_materialized', m.name)) is not null and not exists (
+        select from pg_attribute a
+        where a.attrelid = to_regclass(format('%I.offer_responses_materialized', m.name)) and a.attname = 'uplift')
+    then
+        -- An earlier release made it. Its content is carried over, so that readers find it until the next refresh.
+        is_populated := (
+            select c.relispopulated from pg_class c where c.oid = to_regclass(format('%I.offer_responses_materialized', m.name)));
+        execute format('alter materialized view %I.offer_responses_materialized rename to offer_responses_before', m.name);
+        execute format('drop index %I.offer_responses_offer_id_user_id', m.name);
+        perform set_config('vae.refresh_mode', 'carry', true);
+    end if;
     if to_regclass(format('%I.offer_responses_materialized', m.name)) is null then
         execute format(
             E'create materialized view %I.offer_responses_materialized as'
             '\nselect o.offer_id, o.rank, o.user_key::%s as user_id, o.response_probability, o.has_bought, o.model_version,'
-            '\n    now() as scored_at'
-            '\nfrom vae_private.offer_responses(%3$s) o\nwith no data',
-            m.name, u, m.model_id);
+            '\n    o.scored_at, o.uplift'
+            '\nfrom vae_private.refreshed_offers(%s) o\nwith %s data',
+            m.name, u, m.model_id, case when is_populated then '' else 'no' end);
         execute format(
             'create unique index offer_responses_offer_id_user_id on %I.offer_responses_materialized (offer_id, user_id)', m.name);
     end if;
@@ -252,8 +295,12 @@ begin
         '\nselect o.name as offer, r.rank, r.user_id, r.response_probability, r.has_bought,'
         '\n    (r.response_probability::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as expected_profit,'
         '\n    r.rank <= coalesce(o.budget / nullif(o.cost, 0), r.rank)'
-        '\n        and coalesce(r.response_probability::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true) as is_chosen,'
-        '\n    r.model_version, r.scored_at'
+        '\n        and case o.choose_by'
+        '\n            when ''uplift'' then r.uplift > 0 and coalesce(r.uplift::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true)'
+        '\n            else coalesce(r.response_probability::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true)'
+        '\n        end as is_chosen,'
+        '\n    r.model_version, r.scored_at, r.uplift,'
+        '\n    (r.uplift::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as incremental_profit'
         '\nfrom %1$I.offer_responses_materialized r'
         '\njoin vae.offers o on o.offer_id = r.offer_id', m.name);
     execute format(
@@ -264,11 +311,17 @@ begin
         '\n    count(r.rank) * coalesce(o.cost, 0)::float8 as total_cost,'
         '\n    coalesce(sum(r.response_probability::float8), 0) * o.value::float8 - count(r.rank) * coalesce(o.cost, 0)::float8'
         '\n        as expected_profit,'
-        '\n    o.starts_at, o.ends_at, max(r.model_version) as model_version, max(r.scored_at) as scored_at'
+        '\n    o.starts_at, o.ends_at, max(r.model_version) as model_version, max(r.scored_at) as scored_at, o.choose_by,'
+        '\n    sum(r.uplift::float8) as incremental_buyers,'
+        '\n    sum(r.uplift::float8) * o.value::float8 - count(r.rank) * coalesce(o.cost, 0)::float8 as incremental_profit'
         '\nfrom vae.offers o'
         '\nleft join %1$I.offer_responses r on r.offer = o.name and r.is_chosen'
         '\nwhere o.model_id = %2$s'
         '\ngroup by o.offer_id', m.name, m.model_id);
+    if to_regclass(format('%I.offer_responses_before', m.name)) is not null then
+        execute format('drop materialized view %I.offer_responses_before', m.name);
+        perform set_config('vae.refresh_mode', '', true);
+    end if;
 end;
 $$;
 
@@ -347,7 +400,8 @@ create or replace function vae.create_offer(
     max_users integer default 1000,
     exclude_buyers boolean default false,
     starts_at timestamptz default null,
-    ends_at timestamptz default null
+    ends_at timestamptz default null,
+    choose_by text default 'response'
 )
 returns bigint
 language plpgsql
@@ -401,6 +455,23 @@ begin
             using errcode = 'invalid_parameter_value',
                 hint = case when exclude_buyers is null then 'give true or false' else 'an offer ends after it starts' end;
     end if;
+    if choose_by is null or choose_by not in ('response', 'uplift') then
+        raise exception 'choose_by of offer "%" is %', name, coalesce(choose_by, 'null')
+            using errcode = 'invalid_parameter_value', hint = 'give response or uplift';
+    end if;
+    if choose_by = 'uplift' and cardinality(keys) > 1 then
+        raise exception 'offer "%" is of % items and chooses by uplift', name, cardinality(keys)
+            using errcode = 'invalid_parameter_value',
+                hint = 'an experiment offers one item at a time, so that uplift is known of one item: make an offer of each';
+    end if;
+    select v.version, v.no_uplift into unknown
+    from vae_private.scoring_versions v
+    where v.model_id = id and choose_by = 'uplift' and not v.has_uplift;
+    if found then
+        raise exception 'version % of model % claims no uplift: %', unknown.version, model,
+            coalesce(unknown.no_uplift, 'an earlier release trained it')
+            using errcode = 'VA053', hint = 'choose by the response, or see docs/outcomes.md for the experiment that it takes';
+    end if;
     -- Where a version is active it says which items there are.
     select k.key, v.version into unknown
     from vae_private.scoring_versions v
@@ -413,17 +484,18 @@ begin
         raise exception 'item % is not in the catalogue of version % of model %', unknown.key, unknown.version, model
             using errcode = 'VA051', hint = format('is the key right? The next version knows a new item: pgvae train %s', model);
     end if;
-    insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at)
-    values (id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at)
+    insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
+    values (id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
     returning offer_id into new_id;
     return new_id;
 end;
 $$;
 
-comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz) is
+comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text) is
     'Defines an offer of some items: the next vae.refresh lists the max_users users who are likeliest to buy one of them in '
     '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
-    'budget what may be spent in all: they choose the users who are worth it. Gives the number of the offer.';
+    'budget what may be spent in all: they choose the users who are worth it. choose_by '
+    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. Gives the number of the offer.';
 
 
 create or replace function vae.drop_offer(model text, name text)

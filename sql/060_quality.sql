@@ -35,7 +35,7 @@ begin
         '    count(*) filter (where %9$s) as overlong_ids,'
         '    count(*) filter (where %10$s) as orphan_users,'
         '    count(*) filter (where %11$s) as orphan_items'
-        ' from %12$I.%13$I e%14$s',
+        ' from %12$I.%13$I e%14$s%15$s',
         m.user_id_column, m.item_id_column,
         -- Searches and registrations have no item.
         case when m.event_type_column is null then 'true' else 't.event_type is distinct from ''register'' and t.event_type is distinct from ''search''' end,
@@ -57,7 +57,8 @@ begin
                 m.users_key_column, m.users_schema, m.users_table, m.user_id_column) end,
             case when m.items_table is not null then format(
                 ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I',
-                m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end)
+                m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end),
+        case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end
     ) into counts;
 
     -- Of the rows that all other rules admit, those that the distinct of the cleaned events takes away.
@@ -135,6 +136,10 @@ begin
             'a split by time needs days of history: metrics on so short a window say little')
     ) as c (position, check_name, bad, fails, row_count, share, threshold, remedy)
     order by c.position;
+
+    if m.exposure_column is not null then
+        return query select * from vae_private.check_assignments(m);
+    end if;
 end;
 $$;
 

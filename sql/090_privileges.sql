@@ -39,7 +39,9 @@ grant execute on function
     vae_private.explain_churn(integer, text),
     vae_private.response(integer, text, text[]),
     vae_private.audience(integer, text[], integer, jsonb),
-    vae_private.offer_responses(integer)
+    vae_private.offer_audiences(integer),
+    vae_private.refreshed_offers(integer),
+    vae_private.uplift(integer, text, text)
 to vae_scorer;
 
 grant execute on function
@@ -62,11 +64,13 @@ grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
+    vae_private.check_assignments(vae.models),
+    vae_private.assignment_select(vae.models),
     vae.check_freshness(text),
     vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),
-    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz),
+    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text),
     vae.drop_offer(text, text),
     vae_private.model_id(text),
     vae_private.may_use(integer),
@@ -100,13 +104,13 @@ grant insert, update (user_features, item_features), delete on vae.models to vae
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
-    trainer_version, config, durations, quality, features, demand, origin
+    trainer_version, config, durations, quality, features, demand, has_uplift, no_uplift, origin
 ) on vae.versions to vae_trainer;
 grant insert on vae.metrics, vae.curves, vae.epochs, vae_private.tensors, vae_private.items to vae_trainer;
 -- A version that is evaluated again gets its metrics and curves anew.
 grant delete on vae.metrics, vae.curves to vae_trainer;
 grant execute on function
-    vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[]),
+    vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[], text),
     vae.drop_model(text),
     vae.rebuild_model(text),
     vae.set_event_type(text, text, text, real),
@@ -136,7 +140,9 @@ grant execute on function
     vae_private.demand_comments(),
     vae_private.drop_changed(text, text),
     vae_private.build_outcomes(vae.models),
-    vae_private.outcome_comments()
+    vae_private.outcome_comments(),
+    vae_private.build_uplift(vae.models),
+    vae_private.uplift_comments()
 to vae_trainer;
 
 -- Lifecycle: parity, gates, retention.
@@ -268,7 +274,7 @@ create policy insert_policy on vae.segments for insert to vae_trainer with check
 
 -- Offers: whoever operates a model makes them.
 grant select on vae.offers to vae_reader;
-grant insert (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at) on vae.offers to vae_operator;
+grant insert (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by) on vae.offers to vae_operator;
 grant delete on vae.offers to vae_operator;
 do $$
 declare

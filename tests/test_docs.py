@@ -489,7 +489,8 @@ def catalogue(connection: psycopg.Connection) -> dict[str, str]:
     """What the reference must say of each public object, by its name."""
     Shop().make(connection)
     connection.execute("create table users (user_id bigint)")
-    Shop().create_model(connection, "shop", users="users")
+    connection.execute("alter table events add exposed boolean")
+    Shop().create_model(connection, "shop", users="users", exposure_column="exposed")
     described = {}
     for name, is_procedure, short, arguments, result, comment, roles in connection.execute(_ROUTINES).fetchall():
         described[name] = (
@@ -544,7 +545,8 @@ def test_the_reference_describes_every_public_object_as_it_is(
 
 def test_every_option_of_a_model_and_every_check_is_in_the_reference(connection: psycopg.Connection) -> None:
     Shop().make(connection)
-    Shop().create_model(connection, "shop")
+    connection.execute("alter table events add exposed boolean")
+    Shop().create_model(connection, "shop", exposure_column="exposed")
     names = connection.execute(
         "select jsonb_object_keys(vae_private.default_options())"
         " union select check_name from vae.check_events('shop') union select event_type from vae.event_types"

@@ -173,7 +173,7 @@ def test_the_best_users_are_those_of_all_batches_and_the_first_of_equal_ones(k: 
     best = Best(k)
     for first in range(0, 300, 11):
         own = slice(first, first + 11)
-        best.add([str(user) for user in range(300)[own]], probability[own], has_bought[own])
+        best.add([str(user) for user in range(300)[own]], probability[own], probability[own], has_bought[own])
     known = [user for user in range(300) if not np.isnan(probability[user])]
     wanted = sorted(known, key=lambda user: (-probability[user], user))[:k]
     assert list(best.rows()) == [
@@ -434,7 +434,7 @@ def test_an_audience_is_ranked_by_the_response(shop: Connection) -> None:
     rows = shop.execute("select * from shop.audience(4, k => 20)").fetchall()
     assert [row[0] for row in rows] == list(range(1, 21))
     assert [row[2] for row in rows] == sorted((row[2] for row in rows), reverse=True)
-    for _, user, response, has_bought, version in rows[:5]:
+    for _, user, response, has_bought, version, uplift in rows[:5]:
         assert shop.execute("select shop.response(%s, 4)", [user]).fetchone() == (pytest.approx(response, rel=1e-5),)
         bought = shop.execute(
             "select exists (select from shop.clean_events"
@@ -442,7 +442,7 @@ def test_an_audience_is_ranked_by_the_response(shop: Connection) -> None:
             [user],
         ).fetchone()
         assert bought == (has_bought,)
-        assert version == 1
+        assert (version, uplift) == (1, None)
     everybody = shop.execute("select count(*) from shop.audience(4, k => 100000)").fetchone()
     assert everybody == (160,)
 

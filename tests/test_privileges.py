@@ -116,7 +116,8 @@ def rights(connection: psycopg.Connection) -> str:
 def test_rights_are_those_of_the_golden_file(connection: psycopg.Connection, request: pytest.FixtureRequest) -> None:
     Shop().make(connection)
     connection.execute("create table users (user_id bigint)")
-    Shop().create_model(connection, users="users")
+    connection.execute("alter table events add exposed boolean")
+    Shop().create_model(connection, users="users", exposure_column="exposed")
     found = rights(connection)
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(found)

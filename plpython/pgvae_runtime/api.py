@@ -437,14 +437,24 @@ def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str
 
 
 @_translated
-def offer_responses(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
+def uplift(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> float | None:
+    """Gives by how much an offer raises P(a user buys an item); None for null, and where it is not known."""
+    if user_key is None or item_key is None:
+        return None
+    version = churn.version_with_heads(plpy, model_id)
+    items = audiences.offered_items(plpy, version, "items", [item_key])
+    return audiences.uplift_of_user(plpy, version, user_key, items)
+
+
+@_translated
+def offer_audiences(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
     """Gives the users of all offers, for a materialized view; none where the version has no heads, and a notice."""
     offers = audiences.read_offers(plpy, model_id)
     if not offers:
         runs.record(active_version(plpy, model_id), "offer_responses", 0)
         return iter(())
     version = _version_with_heads(plpy, model_id)
-    return iter(()) if version is None else _translated_rows(plpy, audiences.offer_responses(plpy, version, offers))
+    return iter(()) if version is None else _translated_rows(plpy, audiences.offer_audiences(plpy, version, offers))
 
 
 _AUDIENCE_OPTIONS = {
@@ -453,6 +463,7 @@ _AUDIENCE_OPTIONS = {
         accepts=lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
         hint="give a probability from 0 to 1",
     ),
+    "rank_by": one_of(audiences.RESPONSE, audiences.UPLIFT),
 }
 _MOST_USERS = 10_000_000
 
@@ -473,6 +484,9 @@ def audience(
         return iter(())
     version = churn.version_with_heads(plpy, model_id)
     items = audiences.offered_items(plpy, version, "items", item_keys)
+    rank_by = chosen.get("rank_by", audiences.RESPONSE)
+    if rank_by == audiences.UPLIFT:
+        audiences.check_uplift(version, "rank_by", len(items))
     rows = audiences.audience_of(
         plpy,
         version,
@@ -480,6 +494,7 @@ def audience(
         k,
         exclude_buyers=chosen.get("exclude_buyers", False),
         min_probability=chosen.get("min_probability", 0.0),
+        rank_by=rank_by,
     )
     return _translated_rows(plpy, rows)
 

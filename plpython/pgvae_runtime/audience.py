@@ -10,24 +10,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import limits, outcomes, runs
+from . import limits, outcomes, runs, uplift
 from .batch import report_progress
 from .churn import look_ahead
-from .errors import INVALID_PARAMETER, ScoringError
+from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
 from .history import item_indexes, read_histories, read_history, unknown_items
 from .scoring import score_users
 from .store import Version, execute
 from .tokens import History
 
-# (rank, user key, response probability, whether the user bought one of the items before, version)
-Row = tuple[int, str, float, bool, int]
+# (rank, user key, response probability, whether the user bought one of the items before, version, uplift)
+Row = tuple[int, str, float, bool, int, float | None]
 # (number of the offer, and the same)
-OfferRow = tuple[int, int, str, float, bool, int]
+OfferRow = tuple[int, int, str, float, bool, int, float | None]
+# What users are ranked by.
+RESPONSE, UPLIFT = "response", "uplift"
 # Users of a batch.
 _USERS = 512
 
 _OFFERS = """
-select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers
+select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by
 from vae.offers o
 where o.model_id = $1 and (o.ends_at is null or o.ends_at > statement_timestamp())
 order by o.offer_id
@@ -43,6 +45,7 @@ class Offer:
     item_keys: list[str]
     max_users: int
     exclude_buyers: bool
+    choose_by: str
 
 
 def read_offers(plpy: Any, model_id: int) -> list[Offer]:
@@ -73,72 +76,111 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
 def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
     """Gives P(the user buys one of the items within the horizon); None for a user without known events."""
     history = read_history(plpy, version, user_key)
-    probability = _responses(version, history, [items], time.time())[0, 0]
-    return None if np.isnan(probability) else float(probability)
+    response, _ = _responses(version, history, [items], time.time())
+    return None if np.isnan(response[0, 0]) else float(response[0, 0])
+
+
+def uplift_of_user(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
+    """Gives by how much an offer of an item raises P(the user buys it); None where that is not known."""
+    if not uplift.has_uplift(version.weights):
+        return None
+    _, found = _responses(version, read_history(plpy, version, user_key), [items], time.time())
+    return None if np.isnan(found[0, 0]) else float(found[0, 0])
 
 
 class Best:
-    """The k users with the highest probabilities so far, and whether they bought one of the items before."""
+    """The k users with the highest values so far, and what else is known of them."""
 
     def __init__(self, k: int) -> None:
         self._k = k
         self._users: list[str] = []
-        self._probability = [np.zeros(0)]
-        self._has_bought = [np.zeros(0, dtype=bool)]
+        self._parts: list[tuple[NDArray[Any], ...]] = []
 
-    def add(self, users: list[str], probability: NDArray[np.float64], has_bought: NDArray[np.bool_]) -> None:
-        """Takes more users; nan is left out. Of equal probabilities the first come first."""
-        known = np.flatnonzero(~np.isnan(probability))
+    def add(self, users: list[str], value: NDArray[np.float64], *others: NDArray[Any]) -> None:
+        """Takes more users, whose value is nan being left out. Of equal values the first come first."""
+        known = np.flatnonzero(~np.isnan(value))
         self._users += [users[place] for place in known.tolist()]
-        self._probability.append(probability[known])
-        self._has_bought.append(has_bought[known])
+        self._parts.append(tuple(column[known] for column in (value, *others)))
         # Not each time: the time would grow with k times the users.
         if len(self._users) >= 2 * self._k:
             self._keep()
 
     def _keep(self) -> None:
-        probability, has_bought = np.concatenate(self._probability), np.concatenate(self._has_bought)
-        order = np.argsort(-probability, kind="stable")[: self._k]
+        columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
+        order = np.argsort(-columns[0], kind="stable")[: self._k]
         self._users = [self._users[place] for place in order.tolist()]
-        self._probability, self._has_bought = [probability[order]], [has_bought[order]]
+        self._parts = [tuple(column[order] for column in columns)]
 
-    def rows(self) -> Iterator[tuple[int, str, float, bool]]:
-        """Gives (rank, user key, probability, whether the user bought one before)."""
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Gives (rank, user key, what else is known), best first."""
+        if not self._users:
+            return
         self._keep()
-        (probability,), (has_bought,) = self._probability, self._has_bought
-        for rank, row in enumerate(zip(self._users, probability.tolist(), has_bought.tolist(), strict=True), start=1):
+        columns = (column.tolist() for column in self._parts[0][1:])
+        for rank, row in enumerate(zip(self._users, *columns, strict=True), start=1):
             yield rank, *row
 
 
 def audience_of(
-    plpy: Any, version: Version, items: NDArray[np.int64], k: int, *, exclude_buyers: bool, min_probability: float
+    plpy: Any,
+    version: Version,
+    items: NDArray[np.int64],
+    k: int,
+    *,
+    exclude_buyers: bool,
+    min_probability: float,
+    rank_by: str = RESPONSE,
 ) -> Iterator[Row]:
-    """Gives the k users who are likeliest to buy one of the items within the horizon, of all users."""
-    (best,) = _best_of_all(plpy, version, [items], [k], [exclude_buyers], "audience")
-    for rank, user, probability, has_bought in best.rows():
+    """Gives the k users, of all, who are likeliest to buy one of the items within the horizon, or with most uplift."""
+    (best,) = _best_of_all(plpy, version, [items], [k], [exclude_buyers], [rank_by], "audience")
+    for rank, user, probability, has_bought, won in best.rows():
         if probability >= min_probability:
-            yield rank, user, probability, has_bought, version.version
+            yield rank, user, probability, has_bought, version.version, _or_none(won)
 
 
-def offer_responses(plpy: Any, version: Version, offers: Sequence[Offer]) -> Iterator[OfferRow]:
+def check_uplift(version: Version, what: str, items: int) -> None:
+    """Refuses to rank by an uplift that the version does not claim, or that nobody has measured."""
+    if not uplift.has_uplift(version.weights):
+        raise ScoringError(
+            f"{what} is uplift, but version {version.version} of model {version.model} claims none",
+            sqlstate=NO_UPLIFT,
+            hint="no_uplift of vae.versions says why; docs/outcomes.md, what it takes to claim any",
+        )
+    if items > 1:
+        raise ScoringError(
+            f"{what} is uplift, which is not known of {items} items together",
+            sqlstate=INVALID_PARAMETER,
+            hint="an experiment offers one item at a time: ask for one item",
+        )
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def offer_audiences(plpy: Any, version: Version, offers: Sequence[Offer]) -> Iterator[OfferRow]:
     """Gives the users of each offer, found in one pass over all users.
 
-    An offer of an item that the version does not know is left out, with a notice.
+    An offer of an item that the version does not know, or by an uplift that it does not claim, is left out, with a
+    notice.
     """
     known, items = [], []
     for offer in offers:
         try:
+            if offer.choose_by == UPLIFT:
+                check_uplift(version, "choose_by", len(offer.item_keys))
             items.append(offered_items(plpy, version, f"offer {offer.name}", offer.item_keys))
         except ScoringError as error:
             plpy.notice(f"offer {offer.name} is left out: {error.message}", hint=error.hint)
             continue
         known.append(offer)
     ks = [offer.max_users for offer in known]
-    found = _best_of_all(plpy, version, items, ks, [offer.exclude_buyers for offer in known], "offers")
+    excluded, rank_by = [offer.exclude_buyers for offer in known], [offer.choose_by for offer in known]
+    found = _best_of_all(plpy, version, items, ks, excluded, rank_by, "offers")
     done = 0
     for offer, best in zip(known, found, strict=True):
-        for rank, user, probability, has_bought in best.rows():
-            yield offer.offer_id, rank, user, probability, has_bought, version.version
+        for rank, user, probability, has_bought, won in best.rows():
+            yield offer.offer_id, rank, user, probability, has_bought, version.version, _or_none(won)
             done += 1
     runs.record(version, "offer_responses", done)
 
@@ -149,6 +191,7 @@ def _best_of_all(
     items: Sequence[NDArray[np.int64]],
     ks: Sequence[int],
     exclude_buyers: Sequence[bool],
+    rank_by: Sequence[str],
     what: str,
 ) -> list[Best]:
     """Gives the best users for each of N sets of items, in one pass over all users."""
@@ -160,13 +203,13 @@ def _best_of_all(
     size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
     for users, events in read_histories(plpy, version, size):
         history = events.distinct()
-        found = _responses(version, history, items, now)
+        response, won = _responses(version, history, items, now)
         for column, (own, wanted) in enumerate(zip(best, items, strict=True)):
             has_bought = _has_bought(version, history, wanted)
-            probability = found[:, column]
+            value = (won if rank_by[column] == UPLIFT else response)[:, column]
             if exclude_buyers[column]:
-                probability = np.where(has_bought, np.nan, probability)
-            own.add(users, probability, has_bought)
+                value = np.where(has_bought, np.nan, value)
+            own.add(users, value, response[:, column], has_bought, won[:, column])
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
     return best
@@ -174,11 +217,22 @@ def _best_of_all(
 
 def _responses(
     version: Version, history: History, items: Sequence[NDArray[np.int64]], now: float
-) -> NDArray[np.float64]:
-    """Gives P(user buys one of the items within the horizon), [U, N], for N sets of items; nan for unknown users."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gives P(user buys one of the items within the horizon) and what an offer adds to it, [U, N], for N sets of items.
+
+    nan for unknown users; the second also for several items together, and where the version claims no uplift.
+    """
     scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
     found, _ = look_ahead(version, history, now)
-    return np.column_stack([outcomes.any_probability(version.weights, found, scores[:, own]) for own in items])
+    response = np.column_stack([outcomes.any_probability(version.weights, found, scores[:, own]) for own in items])
+    won = np.full(response.shape, np.nan)
+    if uplift.has_uplift(version.weights):
+        for column, own in enumerate(items):
+            if len(own) == 1:
+                has_bought = _has_bought(version, history, own)
+                inputs = uplift.inputs_of(response[:, column], found.purchase, has_bought)
+                won[:, column] = uplift.uplift_of(version.weights, inputs)
+    return response, won
 
 
 def _has_bought(version: Version, history: History, items: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ NO_DEMAND = "VA050"
 NO_SEGMENTS = "VA058"
 UNKNOWN_ITEM = "VA051"
 NO_OUTCOMES = "VA052"
+NO_UPLIFT = "VA053"
 
 
 class ScoringError(Exception):

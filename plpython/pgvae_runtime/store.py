@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import behaviour, mapping, outcomes
+from . import behaviour, mapping, outcomes, uplift
 from .errors import (
     CORRUPT_WEIGHTS,
     INCOMPATIBLE_VERSION,
@@ -35,8 +35,8 @@ class Version:
 
     `weights` maps the names of forward.SHAPES to arrays; `event_types` gives the row of each standard event type
     in the event type embedding; `targets` the rows of those that count as the event that is predicted;
-    `weights` may hold those of outcomes.SHAPES too. `user_pipeline` makes the feature tokens of users; `ranked` are the
-    items of the catalogue that the C columns of the scores stand for, ascending, None: all of them.
+    `weights` may hold those of outcomes.SHAPES and of uplift.SHAPES too. `user_pipeline` makes the feature tokens of
+    users; `ranked` are the items of the catalogue that the C columns of the scores stand for, ascending, None: all.
     """
 
     version_id: int
@@ -252,9 +252,10 @@ def _read_weights(plpy: Any, version_id: int, views: str = "scoring") -> dict[st
 
 def check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> None:
     """Refuses weights whose tensors are missing or do not fit together."""
-    sizes = {"T": types, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": features, "1": 1}
+    sizes = {"T": types, "A": AGE_BUCKETS, "O": ORDER_BUCKETS, "F": features, "1": 1, "3": 3, "4": 4}
     sizes["B"] = behaviour.count(types)
     expected = {**SHAPES, **(outcomes.SHAPES if outcomes.has_heads(weights) else {})}
+    expected |= uplift.SHAPES if uplift.has_uplift(weights) else {}
     for name, letters in expected.items():
         shape = weights[name].shape if name in weights else None
         fits = (

@@ -82,13 +82,21 @@ def fit_outcomes(
     of_items = as_seen(read_window(dataset, later, horizon, seed), setting)
     checked |= _fit_items(of_items, earlier, checked, setting, half=0)
     metrics, curves = measure(seen, {**earlier, **checked}, setting)
+    return OutcomeFit(tensors=_heads(seen, earlier, setting), metrics=metrics, curves=curves)
+
+
+def fit_heads(setting: Setting, earlier: Weights, earlier_end: float) -> dict[str, NDArray[Any]]:
+    """Gives the heads that fit_outcomes gives, unmeasured."""
+    seen = [as_seen(window, setting) for window in windows(setting.dataset, setting.horizon, setting.seed)]
+    if earlier_end > seen[0].window.moment:
+        raise ValueError("the earlier network has learned from the newest horizon")
+    return _heads(seen, earlier, setting)
+
+
+def _heads(seen: Sequence[Seen], earlier: Weights, setting: Setting) -> dict[str, NDArray[Any]]:
     tensors = _fit(seen[1:], seen[0], setting)
     tensors |= _fit_items(seen[0], earlier, tensors, setting)
-    return OutcomeFit(
-        tensors={name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()},
-        metrics=metrics,
-        curves=curves,
-    )
+    return {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
 
 
 def _fit(fitting: Sequence[Seen], calibrating: Seen, setting: Setting) -> dict[str, NDArray[Any]]:

@@ -38,14 +38,17 @@ def publish(
     demand: Head | None = None,
     segments: Segments = NO_SEGMENTS,
     outcomes: Mapping[str, NDArray[Any]] | None = None,
+    no_uplift: str | None = None,
 ) -> int:
-    """Gives the number of the new version, in the state ready.
+    """Gives the number of the new version, in the state ready; `no_uplift` says why it claims none, "" where it does.
 
     All rows are written in the connection's transaction, which the caller commits: until then nobody sees any of
     them, and a lost connection or a full disk leaves none.
     """
     try:
-        version_id, version = _insert_version(connection, definition, dataset, config, fit.shortcut, durations, demand)
+        version_id, version = _insert_version(
+            connection, definition, dataset, config, fit.shortcut, durations, demand, no_uplift
+        )
     except psycopg.errors.ForeignKeyViolation as error:
         raise PgvaeError(
             f"model {definition.name} was dropped while it was trained", hint="create it again with vae.create_model"
@@ -145,6 +148,7 @@ def _insert_version(
     shortcut: ShortcutChoice,
     durations: dict[str, float],
     demand: Head | None,
+    no_uplift: str | None,
 ) -> tuple[int, int]:
     event_types = [
         {"event_type": name, "is_target": index in dataset.targets} for index, name in enumerate(dataset.event_types)
@@ -152,10 +156,12 @@ def _insert_version(
     window_start, window_end = dataset.window()
     row = connection.execute(
         "insert into vae.versions (model_id, version, window_start, window_end, event_count, user_count, item_count,"
-        " seed, format, code_digest, trainer_version, config, durations, quality, features, demand)"
+        " seed, format, code_digest, trainer_version, config, durations, quality, features, demand,"
+        " has_uplift, no_uplift)"
         " values (%(model_id)s, vae_private.next_version(%(model_id)s), %(window_start)s, %(window_end)s,"
         " %(event_count)s, %(user_count)s, %(item_count)s, %(seed)s, %(format)s, %(code_digest)s,"
-        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s, %(features)s, %(demand)s)"
+        " %(trainer_version)s, %(config)s, %(durations)s, %(quality)s, %(features)s, %(demand)s,"
+        " %(has_uplift)s, %(no_uplift)s)"
         " returning version_id, version",
         {
             "model_id": definition.model_id,
@@ -173,6 +179,8 @@ def _insert_version(
             "quality": Jsonb(definition.quality),
             "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),
             "demand": Jsonb(demand.to_json()) if demand else None,
+            "has_uplift": no_uplift == "",
+            "no_uplift": no_uplift or None,
         },
     ).fetchone()
     assert row is not None  # insert … returning gives a row or raises.

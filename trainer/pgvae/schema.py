@@ -105,6 +105,12 @@ models = Table(
         server_default=text("'{}'"),
         comment="Columns of the table of items that the model reads as features.",
     ),
+    Column(
+        "exposure_column",
+        Text,
+        comment="Column that says whether an offer was made (true) or withheld by chance (false); such rows are no"
+        " behaviour. Null: there is none.",
+    ),
     _timestamp("created_at", "When the model was created.", default_now=True),
     Column("created_by", Text, nullable=False, server_default=_user, comment="Role that created the model."),
     # Types become part of the statements that make a model's schema.
@@ -202,7 +208,16 @@ offers = Table(
     _timestamp("ends_at", "When it ends: refreshes then list nobody for it; null: never."),
     _timestamp("created_at", "When the offer was defined.", default_now=True),
     Column("created_by", Text, nullable=False, server_default=_user, comment="Role that defined it."),
+    Column(
+        "choose_by",
+        Text,
+        nullable=False,
+        server_default=text("'response'"),
+        comment="What ranks and chooses the users: response (who is likeliest to buy) or uplift (whom the offer makes"
+        " buy).",
+    ),
     UniqueConstraint("model_id", "name"),
+    CheckConstraint("choose_by in ('response', 'uplift')", name="choose_by"),
     schema=PUBLIC,
     comment="Offers of each model: items that are offered to users, what a buyer brings and what asking costs.",
 )
@@ -282,6 +297,18 @@ versions = Table(
         comment="The forecast of demand: its horizon in days, coefficients and intervals; null: there is none.",
     ),
     Column(
+        "has_uplift",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="Whether the version claims uplift: whom an offer makes buy.",
+    ),
+    Column(
+        "no_uplift",
+        Text,
+        comment="Why the version claims no uplift; null where it does, and for versions of earlier releases.",
+    ),
+    Column(
         "origin",
         JSONB,
         comment="Where an imported version came from: database, model, version, when and by whom it was published"
@@ -310,14 +337,16 @@ metrics = Table(
         nullable=False,
         comment="pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease,"
         " graph_filter; of demand last_period, exponential_smoothing; of outcomes rfm (a regression on recency, frequency"
-        " and amount), base_rate, last_period, popularity, random.",
+        " and amount), base_rate, last_period, popularity, random; of uplift exposed, withheld and experiment (what"
+        " happened), response (users ranked by the probability of buying).",
     ),
     Column(
         "split",
         Text,
         nullable=False,
         comment="What was held out: temporal (the newest events), random (a share of each user's items, by chance), strong"
-        " (users who were never trained on), horizon (the newest horizon_days of the model); with folds, as 5-fold strong.",
+        " (users who were never trained on), horizon (the newest horizon_days of the model), experiment (assignments to"
+        " exposed or withheld); with folds, as 5-fold strong.",
     ),
     Column(
         "metric",
@@ -328,7 +357,9 @@ metrics = Table(
         " user. demand_wape, demand_pinball, demand_coverage: of the items' units in the horizon. churn_auc, churn_brier,"
         " churn_log_loss, churn_ece (calibration error), churn_log_loss_lead (this method's less pgvae's): of who buys"
         " nothing. purchases_wape, purchases_bias: of the number of purchases. response_lift, response_ece,"
-        " response_calibration_error, response_bias: of who buys what; audience_lift: of who buys one item.",
+        " response_calibration_error, response_bias: of who buys what; audience_lift: of who buys one item."
+        " uplift_assignments, uplift_response_rate, uplift_average_effect, uplift_balance_auc, uplift_checked_effect,"
+        " uplift_qini, uplift_qini_lead (pgvae's less this method's): of who buys because of an offer.",
     ),
     Column(
         "k", Integer, nullable=False, comment="Length of the list that was judged; 0 where a metric judges no list."

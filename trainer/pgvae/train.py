@@ -19,11 +19,13 @@ from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definitio
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
 from pgvae.evaluation import Evaluation, Metric, evaluate
-from pgvae.outcome_windows import newest_moment, too_little
+from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.publish import publish
 from pgvae.segments import find_segments, read_previous
 from pgvae.training import DEFAULT_SHORTCUT, Epoch, Fit, fit
+from pgvae.trials import Assignments, read_assignments
+from pgvae.uplift import UpliftFit, fit_uplift
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -47,6 +49,7 @@ class Training:
     metrics: list[Metric]
     demand: DemandFit
     outcomes: OutcomeFit
+    uplift: UpliftFit
     durations: dict[str, float]
 
 
@@ -74,6 +77,7 @@ def train(
     with _timed("read", durations, listener), connect(dsn) as connection:
         definition, dataset = read_checked(connection, model, force, listener)
         sales = read_sales(connection, model, dataset)
+        assignments = read_assignments(connection, model, dataset)
     with _timed("demand", durations, listener):
         demand = fit_demand(sales, seed=config.seed)
     with _timed("evaluate", durations, listener):
@@ -97,6 +101,8 @@ def train(
         segments = find_segments(dataset, final.weights, config, max_history=definition.max_history, previous=previous)
     with _timed("outcomes", durations, listener):
         outcomes = _fit_outcomes(dataset, config, evaluation, final, definition, sales.horizon, kept)
+    with _timed("uplift", durations, listener):
+        uplift = _fit_uplift(dataset, assignments, config, evaluation, final, definition, outcomes, sales.horizon, kept)
     with _timed("publish", {}, listener), connect(dsn) as connection:
         version = publish(
             connection,
@@ -105,15 +111,23 @@ def train(
             config=config,
             fit=final,
             curve=(evaluation.fit.curve if evaluation.fit else []) + final.curve,
-            metrics=evaluation.metrics + demand.metrics + outcomes.metrics,
+            metrics=evaluation.metrics + demand.metrics + outcomes.metrics + uplift.metrics,
             durations=durations,
-            curves=[*demand.curve, *outcomes.curves],
+            curves=[*demand.curve, *outcomes.curves, *uplift.curves],
             demand=demand.head,
             segments=segments,
-            outcomes=outcomes.tensors,
+            outcomes=outcomes.tensors | uplift.tensors,
+            no_uplift=uplift.missing,
         )
     kept.remove()
-    return Training(version=version, metrics=evaluation.metrics, demand=demand, outcomes=outcomes, durations=durations)
+    return Training(
+        version=version,
+        metrics=evaluation.metrics,
+        demand=demand,
+        outcomes=outcomes,
+        uplift=uplift,
+        durations=durations,
+    )
 
 
 def _fit_outcomes(
@@ -133,15 +147,7 @@ def _fit_outcomes(
     has_learned_it = earlier is None or end > newest_moment(dataset, horizon)
     if has_learned_it and not too_little(dataset, horizon, config.seed):
         end = newest_moment(dataset, horizon)
-        earlier = fit(
-            dataset.between(-np.inf, end),
-            config,
-            max_history=definition.max_history,
-            phase="outcomes",
-            epochs=final.best_epoch,
-            shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
-            checkpoints=checkpoints,
-        )
+        earlier = _fit_until(dataset, end, config, final, definition, "outcomes", checkpoints)
     return fit_outcomes(
         dataset,
         earlier=earlier.weights if earlier else {},
@@ -149,6 +155,52 @@ def _fit_outcomes(
         horizon=horizon,
         max_history=definition.max_history,
         seed=config.seed,
+    )
+
+
+def _fit_uplift(
+    dataset: Dataset,
+    assignments: Assignments | None,
+    config: TrainingConfig,
+    evaluation: Evaluation,
+    final: Fit,
+    definition: ModelDefinition,
+    outcomes: OutcomeFit,
+    horizon: int,
+    checkpoints: Checkpoints,
+) -> UpliftFit:
+    """Gives the head of uplift, with the network of the evaluation where that has not learned from the experiment."""
+
+    def network(until: float) -> Weights:
+        if evaluation.fit is not None and evaluation.learned_until < until:
+            return evaluation.fit.weights
+        return _fit_until(dataset, until, config, final, definition, "uplift", checkpoints).weights
+
+    if assignments is not None and not outcomes.tensors:
+        return UpliftFit(missing=f"there are no probabilities of purchases to rest it on: {outcomes.missing}")
+    return fit_uplift(
+        dataset, assignments, network, horizon=horizon, max_history=definition.max_history, seed=config.seed
+    )
+
+
+def _fit_until(
+    dataset: Dataset,
+    until: float,
+    config: TrainingConfig,
+    final: Fit,
+    definition: ModelDefinition,
+    phase: str,
+    checkpoints: Checkpoints,
+) -> Fit:
+    """Gives a network that has learned from the events before a moment, for as many epochs as the published one."""
+    return fit(
+        dataset.between(-np.inf, until),
+        config,
+        max_history=definition.max_history,
+        phase=phase,
+        epochs=final.best_epoch,
+        shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
+        checkpoints=checkpoints,
     )
 
 

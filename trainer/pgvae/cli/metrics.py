@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pgvae.demand import DemandFit
     from pgvae.evaluation import Metric
     from pgvae.outcomes import OutcomeFit
+    from pgvae.uplift import UpliftFit
 
 # What each split is tested on.
 PARTS = {
@@ -107,6 +108,30 @@ def outcomes_verdict(fit: OutcomeFit) -> str:
         f" calibration error {values['pgvae', 'churn_ece']:.3f};"
         f" lift of the best tenth of all offers {values['pgvae', 'response_lift']:.1f}"
         f" (popularity {values['popularity', 'response_lift']:.1f})"
+    )
+
+
+def uplift_verdict(fit: UpliftFit) -> str:
+    """Gives a sentence about what offers change: the measured effect, and how well it is foretold or why it is not."""
+    found = {(m.method, m.metric): m for m in fit.metrics}
+    effect = found.get(("experiment", "uplift_average_effect"))
+    measured = ""
+    if effect is not None:
+        counts, rates = (
+            [found[kind, name].value for kind in ("exposed", "withheld")]
+            for name in ("uplift_assignments", "uplift_response_rate")
+        )
+        measured = (
+            f"experiment: {rates[0]:.2%} of {counts[0]:.0f} exposed and {rates[1]:.2%} of {counts[1]:.0f} withheld"
+            " bought,"
+            f" average effect {effect.value:.2%} ({effect.lower:.2%} to {effect.upper:.2%}); "
+        )
+    if not fit.tensors:
+        return f"{measured}no uplift: {fit.missing}"
+    own, other = found["pgvae", "uplift_qini"], found["response", "uplift_qini"]
+    return (
+        f"{measured}uplift: Qini coefficient {own.value:.4f} ({own.lower:.4f} to {own.upper:.4f}),"
+        f" by the probability of buying {other.value:.4f}, by chance 0"
     )
 
 

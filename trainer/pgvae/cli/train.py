@@ -11,7 +11,7 @@ from rich.progress import TaskID
 
 from pgvae.activation import Activation, try_to_activate
 from pgvae.cli import NOT_DONE, Dsn, app
-from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, outcomes_verdict, verdicts
+from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, outcomes_verdict, uplift_verdict, verdicts
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out, progress_with_detail
@@ -29,6 +29,7 @@ _PHASES = {
     "train": "training on all events, to publish",
     "segments": "dividing users into segments",
     "outcomes": "fitting who will buy what",
+    "uplift": "fitting whom an offer makes buy",
     "publish": "publishing",
 }
 
@@ -152,6 +153,8 @@ def report_refusal(model: str, version: int, activation: Activation) -> None:
 
 def show(model: str, result: Training) -> None:
     """Prints what was published and how it ranks."""
+    from pgvae.uplift import NO_COLUMN
+
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.durations.items())
     out.print(f"published version {result.version} of model {model} ({seconds})", highlight=False)
     if result.metrics:
@@ -163,6 +166,8 @@ def show(model: str, result: Training) -> None:
         out.print("its ranking is not measured: too few users have something new to find")
     out.print(demand_verdict(result.demand), highlight=False)
     out.print(outcomes_verdict(result.outcomes), highlight=False)
+    if result.uplift.missing != NO_COLUMN:
+        out.print(uplift_verdict(result.uplift), highlight=False)
 
 
 class _Display:
