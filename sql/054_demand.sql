@@ -92,9 +92,14 @@ begin
             m.name,
             format(
                 -- 1.2816: the 90 percent quantile of the normal distribution, which a sum of many is close to.
-                E'\nselect s.category, s.items, s.units, greatest(s.units - 1.2816 * s.units_deviation, 0), s.units + 1.2816 * s.units_deviation,'
-                '\n    s.buyers, greatest(s.buyers - 1.2816 * s.buyers_deviation, 0), s.buyers + 1.2816 * s.buyers_deviation,'
-                '\n    s.last_period_units, s.horizon_days, s.model_version, s.scored_at'
+                -- Six decimals, as of an item: more say nothing.
+                E'\nselect s.category, s.items, round(s.units::numeric, 6)::float8,'
+                '\n    round(greatest(s.units - 1.2816 * s.units_deviation, 0)::numeric, 6)::float8,'
+                '\n    round((s.units + 1.2816 * s.units_deviation)::numeric, 6)::float8,'
+                '\n    round(s.buyers::numeric, 6)::float8,'
+                '\n    round(greatest(s.buyers - 1.2816 * s.buyers_deviation, 0)::numeric, 6)::float8,'
+                '\n    round((s.buyers + 1.2816 * s.buyers_deviation)::numeric, 6)::float8,'
+                '\n    round(s.last_period_units::numeric, 6)::float8, s.horizon_days, s.model_version, s.scored_at'
                 '\nfrom ('
                 '\n    select f.features ->> c.name as category, count(*) as items, sum(d.expected_units) as units,'
                 '\n        sum(d.expected_buyers) as buyers, sum(d.last_period_units) as last_period_units,'

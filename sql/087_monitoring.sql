@@ -250,8 +250,9 @@ begin
             cross join lateral (select greatest(b.share_now, 0.01) as now, greatest(b.share_then, 0.01) as before) l
             where b.share_then is not null and b.share_now is not null
         ), judged as (
-            select b.subject, sum(b.part) as psi,
-                vae_private.chance_psi(count(*), max(b.expected_count), max(b.actual_count)) as chance,
+            -- Further digits say nothing.
+            select b.subject, round(sum(b.part)::numeric, 6)::float8 as psi,
+                round(vae_private.chance_psi(count(*), max(b.expected_count), max(b.actual_count))::numeric, 6)::float8 as chance,
                 (array_agg(format('%s %s %% before, %s %% now', b.bin, round(100 * b.share_then::numeric, 1), round(100 * b.share_now::numeric, 1))
                     order by b.part desc, b.bin))[1] as largest,
                 min(b.bin) filter (where b.subject = 'event types' and b.expected >= 20 and b.actual = 0) as gone,
@@ -353,16 +354,18 @@ begin
         ' group by u.version'
         ' order by u.version', m.name)
     loop
+        -- Through real to six digits: more say nothing.
+        hit_rate := (found.hit_buyers / nullif(found.buyers, 0)::float8)::real::numeric;
         if current_setting('transaction_read_only') = 'off' then
             insert into vae.observations (version_id, measure, subject, value, status, detail, expected_count, actual_count, window_start, window_end)
-            select v.version_id, 'hit rate', 'recommendations', found.hit_buyers / nullif(found.buyers, 0)::float8, 'ok',
+            select v.version_id, 'hit rate', 'recommendations', hit_rate, 'ok',
                 format('%s of %s buyers bought what was recommended to them', found.hit_buyers, found.buyers),
                 found.recommended, found.bought, found.scored_from, statement_timestamp()
             from vae.versions v
             where v.model_id = id and v.version = found.version;
         end if;
         return query select
-            found.version::integer, found.hit_buyers / nullif(found.buyers, 0)::float8, found.bought / nullif(found.recommended, 0)::float8,
+            found.version::integer, hit_rate, (found.bought / nullif(found.recommended, 0)::float8)::real::numeric::float8,
             found.users::bigint, found.buyers::bigint, found.hit_buyers::bigint, found.recommended::bigint, found.bought::bigint,
             found.scored_from::timestamptz, found.scored_to::timestamptz;
     end loop;

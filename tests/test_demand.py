@@ -214,6 +214,8 @@ def test_every_item_with_events_has_a_forecast_and_the_live_call_agrees(connecti
         assert live is not None
         np.testing.assert_allclose(live[:9], row[:9], rtol=1e-12)
         assert live[9] == row[9] == 1
+        # Nobody reads more digits.
+        assert list(row[1:8]) == [round(number, 6) for number in row[1:8]]
         low, expected, high = row[2], row[1], row[3]
         assert low <= expected + 0.5
         assert high >= expected - 0.5
@@ -289,6 +291,7 @@ def test_categories_add_up_and_their_intervals_are_narrower_than_the_sums_of_bou
     assert sum(row[2] for row in rows) == pytest.approx(total[0])
     assert sum(row[8] for row in rows) == pytest.approx(total[1])
     assert all(0 <= row[3] <= row[2] <= row[4] for row in rows)
+    assert all(number == round(number, 6) for row in rows for number in row[2:9])
     error = refusal(connection, "select * from shop.demand_by_category('colour')")
     assert error.sqlstate == "42703"
     assert 'no column "colour"' in str(error.message_primary)
