@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Callable
 from datetime import date
 from typing import Any
 
@@ -198,13 +199,29 @@ def test_bad_arguments_are_refused_by_name(shared_trained: psycopg.Connection) -
         assert (refused.sqlstate, refused.message_primary) == (sqlstate, f"pgvae: {message}")
 
 
+def in_words(parts: list[tuple[Any, ...]], title: Callable[[int], str] = str) -> str:
+    """Gives the sentence of `because` for two items of a history or one, by their rows of `explain`."""
+    deeds = {"purchase": "bought {}", "view": "viewed {}", "add_to_cart": "put {} into the cart"}
+    names = [title(part[1]) for part in parts]
+    if len({part[2] for part in parts}) == 1:
+        return "because you " + deeds[parts[0][2]].format(" and ".join(names))
+    return "because you " + " and ".join(deeds[part[2]].format(name) for part, name in zip(parts, names, strict=True))
+
+
 def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection) -> None:
     user = USERS[0]
     item = rows(trained, "select item_id from shop.recommend(%s, 1)", [user])[0][0]
     best = [part for part in explained(trained, user, item, "item")[:2] if part[4] > 0]
-    verbs = {"purchase": "bought", "view": "viewed", "add_to_cart": "put into the cart"}
-    phrases = [f"you {verbs[part[2]]} {part[1]}" for part in best]
-    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [("because " + " and ".join(phrases),)]
+    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [(in_words(best),)]
+    # Two deeds of one kind, and of two kinds.
+    everybody = [(one, rows(trained, "select item_id from shop.recommend(%s, 1)", [one])[0][0]) for one in USERS]
+    kinds = set()
+    for one, first in everybody:
+        parts = [part for part in explained(trained, one, first, "item")[:2] if part[1] is not None and part[4] > 0]
+        if parts:
+            assert rows(trained, "select shop.because(%s, %s)", [one, first]) == [(in_words(parts),)]
+            kinds.add((len(parts), len({part[2] for part in parts})))
+    assert {(2, 1), (2, 2)} <= kinds
     assert rows(trained, "select shop.because(404, %s)", [item]) == [("because it is popular",)]
     assert rows(trained, "select shop.because(null, %s)", [item]) == [(None,)]
     # With the shop's titles, in the view too.
@@ -215,11 +232,9 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
     trained.execute("update vae.models set items_schema = 'public', items_table = 'goods', items_key_column = 'id'")
     trained.execute("select vae.rebuild_model('shop')")
     trained.execute("call vae.refresh('shop', views => '{explanations}')")
-    titled = [f"you {verbs[part[2]]} {'Good ' if part[1] % 2 == 0 else ''}{part[1]}" for part in best]
-    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [("because " + " and ".join(titled),)]
-    assert rows(trained, "select distinct because from shop.explanations where user_id = %s", [user]) == [
-        ("because " + " and ".join(titled),)
-    ]
+    titled = in_words(best, lambda key: f"Good {key}" if key % 2 == 0 else str(key))
+    assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [(titled,)]
+    assert rows(trained, "select distinct because from shop.explanations where user_id = %s", [user]) == [(titled,)]
     found = rows(
         trained,
         "select count(*), count(*) filter (where e.because = shop.because(e.user_id, e.item_id)),"

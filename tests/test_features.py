@@ -733,6 +733,30 @@ def test_features_are_read_with_the_rights_of_the_caller(
     assert len(reader.execute(seen, [SHOP.users[0]]).fetchall()) == 1
 
 
+def test_a_refusal_names_the_grants_that_are_missing(
+    scored: psycopg.Connection, reader: psycopg.Connection, role: str
+) -> None:
+    scored.execute(sql.SQL("revoke select on events from {}").format(sql.Identifier(role)))
+    # Of one row, of many, and of rows that are made one by one.
+    for query in (
+        "select * from shop.recommend(%(user)s)",
+        "select * from shop.related(%(item)s)",
+        "select * from shop.score_pairs(array[%(user)s], array[%(item)s])",
+    ):
+        refused = refusal(reader, query, {"user": SHOP.users[1], "item": SHOP.items[0]})
+        assert refused.sqlstate == "42501"
+        assert str(refused.message_primary).startswith("pgvae: permission denied for table "), query
+        before, _, grants = str(refused.message_hint).partition(" allow it: ")
+        assert before == "the shop's tables are read with the rights of whoever scores; their owner can"
+    features = ", ".join(column for (column,) in scored.execute("select unnest(user_features) from vae.models"))
+    assert grants.split("; ") == [
+        f"grant select on public.events to {role}",
+        f"grant select (user_id, {features}) on public.users to {role}",
+    ]
+    scored.execute(grants)
+    assert reader.execute("select * from shop.recommend(%s)", [SHOP.users[1]]).fetchall()
+
+
 def test_only_the_owner_of_a_model_chooses_its_features(scored: psycopg.Connection, role: str) -> None:
     name = sql.Identifier(role)
     scored.execute(sql.SQL("grant vae_trainer to {0}; grant usage on schema shop to {0}").format(name))

@@ -69,7 +69,7 @@ def test_a_limit_that_nothing_fits_into_says_what_does(shared_trained: Connectio
     try:
         refused = refusal(shared_trained, LISTS)
         assert refused.sqlstate == "53200"
-        assert "vae.max_memory is 8MB, and this needs" in str(refused.message_detail)
+        assert "vae.max_memory is 8MB, and this needs" in str(refused.message_primary)
         remedy = str(refused.message_hint).removeprefix("raise it: ").partition(";")[0]
         shared_trained.execute(remedy.encode())
         assert len(shared_trained.execute(LISTS).fetchall()) == 30
@@ -88,7 +88,7 @@ def test_a_limit_that_is_no_size_is_refused(shared_trained: Connection, value: s
     try:
         refused = refusal(shared_trained, LISTS)
         assert refused.sqlstate == "22023"
-        assert f"vae.max_memory is '{value}'" in str(refused.message_detail)
+        assert f"vae.max_memory is '{value}'" in str(refused.message_primary)
     finally:
         shared_trained.execute("reset vae.max_memory")
 
@@ -103,7 +103,7 @@ def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connec
             shared_trained.execute("select set_config('vae.max_threads', %s, false)", [wrong])
             refused = refusal(shared_trained, LISTS)
             assert refused.sqlstate == "22023"
-            assert f"vae.max_threads is '{wrong}'" in str(refused.message_detail)
+            assert f"vae.max_threads is '{wrong}'" in str(refused.message_primary)
     finally:
         shared_trained.execute("reset vae.max_threads")
 

@@ -18,13 +18,13 @@ select r.rank, i.description, r.score, shop.because(12583, r.item_id)
 from shop.recommend(12583, k => 5) r
 join public.items i using (item_id)
 order by r.rank;
---  rank |          description          |    score     |                    because
--- ------+-------------------------------+--------------+-----------------------------------------------
---     1 | DOLLY GIRL LUNCH BOX          |  0.009383031 | because you bought 22629 and you bought 22631
---     2 | BAKING SET 9 PIECE RETROSPOT  |  0.007452581 | because you bought 22617 and you bought 20750
---     3 | RED RETROSPOT BOWL            |  0.003702241 | because you bought 21238 and you bought 21242
---     4 | CHILDRENS CUTLERY SPACEBOY    | 0.0036121693 | because you bought 23390 and you bought 23389
---     5 | REVOLVER WOODEN RULER         | 0.0029243182 | because you bought 22991 and you bought 23280
+--  rank |          description          |    score     |              because
+-- ------+-------------------------------+--------------+------------------------------------
+--     1 | DOLLY GIRL LUNCH BOX          |  0.009383031 | because you bought 22629 and 22631
+--     2 | BAKING SET 9 PIECE RETROSPOT  |  0.007452581 | because you bought 22617 and 20750
+--     3 | RED RETROSPOT BOWL            |  0.003702241 | because you bought 21238 and 21242
+--     4 | CHILDRENS CUTLERY SPACEBOY    | 0.0036121693 | because you bought 23390 and 23389
+--     5 | REVOLVER WOODEN RULER         | 0.0029243182 | because you bought 22991 and 23280
 -- (5 rows)
 
 -- The same reasons as rows, to join with: how much of the score each purchased item is worth.

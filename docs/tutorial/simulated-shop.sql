@@ -14,11 +14,11 @@ select r.rank, i.title, i.category, r.score, shop.because(42, r.item_id)
 from shop.recommend(42, k => 3) r
 join web.items i using (item_id)
 order by r.rank;
---  rank |          title           |  category   |    score    |                                       because
--- ------+--------------------------+-------------+-------------+-------------------------------------------------------------------------------------
---     1 | Marlow quiet notebook 86 | Stationery  |  0.35973606 | because you viewed Marlow quiet notebook 86 and you viewed Marlow handmade vase 379
+--  rank |          title           |  category   |    score    |                                 because
+-- ------+--------------------------+-------------+-------------+--------------------------------------------------------------------------
+--     1 | Marlow quiet notebook 86 | Stationery  |  0.35973606 | because you viewed Marlow quiet notebook 86 and Marlow handmade vase 379
 --     2 | Alder classic kettle 269 | Kitchenware | 0.039655373 | because you viewed Alder classic kettle 269
---     3 | Fjora robust cushion 77  | Home Decor  | 0.028690143 | because you viewed Marlow quiet notebook 86 and you viewed Marlow handmade vase 379
+--     3 | Fjora robust cushion 77  | Home Decor  | 0.028690143 | because you viewed Marlow quiet notebook 86 and Marlow handmade vase 379
 -- (3 rows)
 
 

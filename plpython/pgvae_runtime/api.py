@@ -6,18 +6,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from . import audience as audiences
 from . import batch, blas, churn, device, explanations, forward, outcomes, pairs, runs, sales, segments
-from .errors import INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
+from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, read_history, unknown_items
 from .options import Option, one_of, read_options, whole_number
+from .privileges import missing_grants
 from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
@@ -56,14 +58,19 @@ _OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @contextmanager
-def _translation(plpy: Any) -> Iterator[None]:
-    """Turns a ScoringError, or an error of a query, into a PostgreSQL error with its SQLSTATE and hint."""
+def _translation(plpy: Any, args: Sequence[Any]) -> Iterator[None]:
+    """Turns a ScoringError, or an error of a query, into a PostgreSQL error with its SQLSTATE and hint.
+
+    `args` are those of the entry point; where there are any, the number of the model is the first.
+    """
     try:
         yield
     except ScoringError as error:
         raise _postgres_error(plpy, error.message, error.sqlstate, None, error.hint) from None
     except plpy.SPIError as error:
         detail, hint = (error.spidata or (None, None, None))[1:3]
+        if error.sqlstate == INSUFFICIENT_PRIVILEGE and args and (grants := missing_grants(plpy, args[0])):
+            hint = f"the shop's tables are read with the rights of whoever scores; their owner can allow it: {grants}"
         raise _postgres_error(plpy, str(error), error.sqlstate, detail, hint) from None
 
 
@@ -78,11 +85,22 @@ def _postgres_error(plpy: Any, message: str, sqlstate: str, detail: str | None, 
 def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(plpy: Any, *args: Any) -> Any:
-        # Users of a dashboard must not fight for the cores; runs over all users have threads of their own.
-        with _translation(plpy), blas.one_thread():
-            return function(plpy, *args)
+        with _translation(plpy, args):
+            # Users of a dashboard must not fight for the cores; runs over all users have threads of their own.
+            with blas.one_thread():
+                found = function(plpy, *args)
+            if not isinstance(found, Iterator):
+                return found
+            # Between two rows PL/Python gives a message of its own, and ours as the detail: most errors come before.
+            first = list(islice(found, 1))
+        return chain(first, _translated_rows(plpy, args, found))
 
     return call
+
+
+def _translated_rows(plpy: Any, args: Sequence[Any], rows: Iterator[Any]) -> Iterator[Any]:
+    with _translation(plpy, args):
+        yield from rows
 
 
 @_translated
@@ -218,7 +236,7 @@ def because(plpy: Any, model_id: int, user_key: str | None, item_key: str | None
 @_translated
 def explain_all(plpy: Any, model_id: int) -> Iterator[explanations.Row]:
     """Gives a row per user for a materialized view, see explanations.explanations_of_all."""
-    return _translated_rows(plpy, explanations.explanations_of_all(plpy, active_version(plpy, model_id)))
+    return explanations.explanations_of_all(plpy, active_version(plpy, model_id))
 
 
 _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}
@@ -270,7 +288,7 @@ def _related(
 def related_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, str, str, int]]:
     """Gives a row per item for a materialized view, see related.related_all."""
     version = active_version(plpy, model_id)
-    return _translated_rows(plpy, relate_all(plpy, version, checked_k(k)))
+    return relate_all(plpy, version, checked_k(k))
 
 
 @_translated
@@ -292,8 +310,7 @@ def score_pairs(
     """Gives (user_key, item_key, score) of each pair, see pairs.score_pairs; none for null."""
     if user_keys is None or item_keys is None:
         return iter(())
-    rows = pairs.score_pairs(plpy, active_version(plpy, model_id), user_keys, item_keys)
-    return _translated_rows(plpy, rows)
+    return pairs.score_pairs(plpy, active_version(plpy, model_id), user_keys, item_keys)
 
 
 @_translated
@@ -320,7 +337,7 @@ def segment(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[Any, .
 @_translated
 def segment_all(plpy: Any, model_id: int) -> Iterator[segments.Row]:
     """Gives a row per user for a materialized view, see segments.segment_all."""
-    return _translated_rows(plpy, segments.segment_all(plpy, active_version(plpy, model_id)))
+    return segments.segment_all(plpy, active_version(plpy, model_id))
 
 
 @_translated
@@ -368,7 +385,7 @@ def recommend_all(
         version = restricted(version, candidates)
     count = version.user_count if chosen is None else len(chosen)
     gpu = device.choose(plpy, Work.of(count, version.weights), k)
-    return _translated_rows(plpy, batch.recommend_all(plpy, gpu, version, k, chosen))
+    return batch.recommend_all(plpy, gpu, version, k, chosen)
 
 
 @_translated
@@ -389,7 +406,7 @@ def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
             raise
         plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
         return iter(())
-    return _translated_rows(plpy, sales.demand_of_all(plpy, found))
+    return sales.demand_of_all(plpy, found)
 
 
 @_translated
@@ -413,7 +430,7 @@ def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[
 def churn_all(plpy: Any, model_id: int) -> Iterator[churn.Row]:
     """Gives the same of all users, for a materialized view; none where the version has no heads, and a notice."""
     version = _version_with_heads(plpy, model_id)
-    return iter(()) if version is None else _translated_rows(plpy, churn.churn_of_all(plpy, version))
+    return iter(()) if version is None else churn.churn_of_all(plpy, version)
 
 
 def _version_with_heads(plpy: Any, model_id: int) -> Version | None:
@@ -454,7 +471,7 @@ def offer_audiences(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
         runs.record(active_version(plpy, model_id), "offer_responses", 0)
         return iter(())
     version = _version_with_heads(plpy, model_id)
-    return iter(()) if version is None else _translated_rows(plpy, audiences.offer_audiences(plpy, version, offers))
+    return iter(()) if version is None else audiences.offer_audiences(plpy, version, offers)
 
 
 _AUDIENCE_OPTIONS = {
@@ -487,7 +504,7 @@ def audience(
     rank_by = chosen.get("rank_by", audiences.RESPONSE)
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))
-    rows = audiences.audience_of(
+    return audiences.audience_of(
         plpy,
         version,
         items,
@@ -496,12 +513,6 @@ def audience(
         min_probability=chosen.get("min_probability", 0.0),
         rank_by=rank_by,
     )
-    return _translated_rows(plpy, rows)
-
-
-def _translated_rows(plpy: Any, rows: Iterator[Any]) -> Iterator[Any]:
-    with _translation(plpy):
-        yield from rows
 
 
 def checked_k(k: int | None) -> int:

@@ -37,12 +37,13 @@ _MOST_PARTS = 5
 # Items that the sentence names.
 _IN_WORDS = 2
 
-_VERBS = {
-    "purchase": "you bought",
-    "view": "you viewed",
-    "add_to_cart": "you put into the cart",
-    "review": "you reviewed",
-    "share": "you shared",
+_DEEDS = {
+    "purchase": "bought {}",
+    "view": "viewed {}",
+    "add_to_cart": "put {} into the cart",
+    "review": "reviewed {}",
+    "share": "shared {}",
+    "search": "searched for {}",
 }
 _BEST = """
 select r.user_id::text as user_key, r.item_ids[1]::text as item_key, r.model_version
@@ -210,13 +211,13 @@ def _parts(version: Version, history: History, target: NDArray[np.int64]) -> lis
 
 def _sentence(parts: Sequence[_Part], keys: Mapping[int, str], titles: Mapping[str, str]) -> str:
     """Says what speaks most for an item: up to two items of the history, by their titles or else keys."""
-    phrases = []
+    names: dict[str, list[str]] = {}
     for part in parts[:_IN_WORDS]:
         if part.item is not None and part.event_type is not None:
             key = keys[part.item]
-            phrases.append(f"{_VERBS.get(part.event_type, 'of')} {titles.get(key) or key}")
-    if phrases:
-        return "because " + " and ".join(phrases)
+            names.setdefault(_DEEDS.get(part.event_type, "came across {}"), []).append(titles.get(key) or key)
+    if names:
+        return "because you " + " and ".join(deed.format(" and ".join(items)) for deed, items in names.items())
     if any(part.kind == "features" for part in parts):
         return "because of what is known about you"
     return "because it is popular"
