@@ -132,11 +132,17 @@ declare
         from jsonb_array_elements_text(learnt -> 'edges') with ordinality e (value, place)
         where e.place % ceil(jsonb_array_length(learnt -> 'edges') / 9.0)::integer = 0
         order by e.place);
+    -- Times are seconds since 1970.
+    edge_names constant text[] := array(
+        select case when learnt ->> 'kind' = 'time' then to_char(to_timestamp(e.value) at time zone 'UTC', 'YYYY-MM-DD HH24:MI')
+            else e.value::text end
+        from unnest(edges) with ordinality as e (value, place)
+        order by e.place);
     present text;
 begin
     present := case
         when stored_bins.subject = 'churn' then format(
-            'select format(''%%s to %%s'', b.tenth / 10.0, (b.tenth + 1) / 10.0) as bin from %I.churn c'
+            'select format(''from %%s to %%s'', trim_scale(b.tenth / 10.0), trim_scale((b.tenth + 1) / 10.0)) as bin from %I.churn c'
             ' cross join lateral (select least(floor(c.churn_probability * 10), 9)::numeric(2, 0) as tenth) b'
             ' where c.churn_probability is not null and c.model_version = $2', m.name)
         when stored_bins.subject = 'recommendations' then format(
@@ -150,7 +156,8 @@ begin
             m.name, case source when 'users' then 'user_features' else 'item_features' end)
         else format(
             'select case when f.features ->> $3 is null then ''missing'''
-            ' else coalesce(''from '' || $5[width_bucket((f.features ->> $3)::float8, $5)], ''least'') end as bin from %I.%I f',
+            ' else coalesce(''from '' || $7[b.place], ''under '' || $7[1]) end as bin from %I.%I f'
+            ' cross join lateral (select width_bucket((f.features ->> $3)::float8, $5) as place) b',
             m.name, case source when 'users' then 'user_features' else 'item_features' end) end;
     -- What they were when the version was trained nobody counted: its first measurement stands for that.
     return query execute format(
@@ -172,7 +179,7 @@ begin
         ' full join before b on b.bin = p.bin'
         ' cross join total t'
         ' left join first f on true', present)
-    using active.version_id, active.version, column_name, learnt -> 'vocabulary', edges, stored_bins.subject;
+    using active.version_id, active.version, column_name, learnt -> 'vocabulary', edges, stored_bins.subject, edge_names;
 end;
 $$;
 

@@ -156,8 +156,8 @@ def test_drift_needs_a_version_and_a_window(trained: Connection) -> None:
 def test_columns_are_compared_with_their_first_measurement(connection: Connection, role: str) -> None:
     Shop().make(connection)
     connection.execute(
-        "create table users as select distinct user_id, (array['north', 'south', 'west'])[1 + user_id % 3] as region"
-        " from events;"
+        "create table users as select distinct user_id, (array['north', 'south', 'west'])[1 + user_id % 3] as region,"
+        " timestamptz '2024-01-01 12:00+00' + user_id % 30 * interval '1 day' as joined_at from events;"
         "create table items as select distinct item_id, (item_id % 10)::numeric as price, array['a', 'b'] as labels"
         " from events"
     )
@@ -165,8 +165,10 @@ def test_columns_are_compared_with_their_first_measurement(connection: Connectio
     publish_network(connection.info.dsn, "shop", QUICK, 1)
     connection.execute("select * from vae.activate('shop', 1)")
     found = drift(connection)
-    assert list(found) == ["event types", "items", "activity", "users.region", "items.price"]
+    assert list(found) == ["event types", "items", "activity", "users.region", "users.joined_at", "items.price"]
     assert {row["psi"] for row in found.values()} == {0}
+    assert re.match(r"(from|under) 2024-\d\d-\d\d 12:00 ", found["users.joined_at"]["detail"])
+    assert re.match(r"(from|under) \d ", found["items.price"]["detail"])
     before = connection.execute("select region, count(*) from users group by region order by region").fetchall()
     assert (
         connection.execute(

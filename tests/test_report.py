@@ -405,6 +405,14 @@ def test_a_reader_gets_what_a_reader_may_see(trained_database: str, trained: Con
         trained.execute(sql.SQL("drop owned by {}").format(sql.Identifier(role)))
 
 
+def test_settings_are_written_as_people_write_them(report: Report) -> None:
+    shortcut = {"way": "regression_100", "scale": 2.0}
+    config = {**report.version.config, "shortcut": shortcut, "segments": None, "without": []}
+    text = Page(render(replace(report.version, config=config), report.insight)).text("lineage")
+    assert "segments – , shortcut way regression_100 scale 2.0 , temperature" in text
+    assert text.endswith("without –")
+
+
 # Whatever the data holds
 
 
@@ -481,7 +489,7 @@ def test_the_command_writes_both_files(measured_dsn: str, run_cli: RunCli, tmp_p
     ("arguments", "message", "hint"),
     [
         (("nothing",), 'model "nothing" does not exist', "there are: shop"),
-        (("shop", "--version=99"), "model shop has no version 99", "pgvae train shop"),
+        (("shop", "--version=99"), "model shop has no version 99", "hint: there are: 1"),
         (("shop", "-o", "/nowhere/page.html"), "cannot write /nowhere/page.html: No such file", "--output"),
     ],
 )

@@ -121,8 +121,13 @@ def read_version(connection: psycopg.Connection, model: str, version: int | None
         {"model_id": found[0], "version": version},
     ).fetchone()
     if row is None:
+        numbers = connection.execute(
+            "select version from vae.versions where model_id = %s and state <> 'loading' order by version", [found[0]]
+        ).fetchall()
         which = "no version yet" if version is None else f"no version {version}"
-        raise PgvaeError(f"model {model} has {which}", hint=f"train one with: pgvae train {model}")
+        there = ", ".join(str(number) for (number,) in numbers)
+        hint = f"there are: {there}" if there else f"train one with: pgvae train {model}"
+        raise PgvaeError(f"model {model} has {which}", hint=hint)
     return _read(connection, row[0])
 
 

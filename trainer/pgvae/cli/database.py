@@ -21,7 +21,7 @@ def install(dsn: Dsn = None) -> None:
     from pgvae.install import install as run
 
     done = run(dsn)
-    models = f", {done.models} models rebuilt" if done.models else ""
+    models = f", {done.models} model{'s' if done.models > 1 else ''} rebuilt" if done.models else ""
     for warning in done.warnings:
         err.print(f"warning: {warning}", highlight=False, markup=False)
     out.print(f"pgvae {done.release} is installed{models}", highlight=False)

@@ -70,7 +70,7 @@ def render(version: PublishedVersion, insight: Insight) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"day": _day, "moment": _moment}
+    environment.filters |= {"day": _day, "moment": _moment, "setting": _setting}
     return environment.get_template("page.html").render(
         version=version,
         insight=insight,
@@ -237,3 +237,12 @@ def _day(moment: datetime | None) -> str:
 
 def _moment(moment: datetime | None) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment else "–"
+
+
+def _setting(value: object) -> str:
+    """Gives a value of the configuration as people write it; – for none."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_setting(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(_setting, value)) or "–"
+    return "–" if value is None else str(value)
