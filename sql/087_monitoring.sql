@@ -156,7 +156,7 @@ begin
             m.name, case source when 'users' then 'user_features' else 'item_features' end)
         else format(
             'select case when f.features ->> $3 is null then ''missing'''
-            ' else coalesce(''from '' || $7[b.place], ''under '' || $7[1]) end as bin from %I.%I f'
+            ' else coalesce(''from '' || $7[b.place], ''under '' || $7[1], ''any value'') end as bin from %I.%I f'
             ' cross join lateral (select width_bucket((f.features ->> $3)::float8, $5) as place) b',
             m.name, case source when 'users' then 'user_features' else 'item_features' end) end;
     -- What they were when the version was trained nobody counted: its first measurement stands for that.
