@@ -57,8 +57,7 @@ comment on function vae_private.load_runtime(text) is
 -- An earlier release gave other columns.
 drop function if exists vae_private.recommend(integer, text, integer, jsonb);
 create or replace function vae_private.recommend(model_id integer, user_key text, k integer, options jsonb)
-returns table (rank integer, item_index integer, score real, is_cold_start boolean, model_version integer, version_id bigint,
-    probability real)
+returns table (rank integer, item_key text, score real, is_cold_start boolean, model_version integer, probability real)
 language plpython3u
 stable
 called on null input

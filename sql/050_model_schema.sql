@@ -456,11 +456,8 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(
-            E'\nselect r.rank, i.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
+            E'\nselect r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
-            -- By the index: a join would read the whole catalogue, since its view is a security barrier.
-            '\ncross join lateral (select i.item_key from vae_private.scoring_items i'
-            '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i'
             '\norder by r.rank\n',
             i, model_id));
     execute format(

@@ -1,9 +1,11 @@
 -- Why an item is recommended: the events that its score comes from.
 
-create or replace function vae_private.explain(model_id integer, user_key text, item_key text, options jsonb)
+-- An earlier release gave other columns.
+drop function if exists vae_private.explain(integer, text, text, jsonb);
+create or replace function vae_private.explain(model_id integer, user_key text, explained_key text, options jsonb)
 returns table (
-    rank integer, part text, item_index integer, event_type text, at float8,
-    contribution real, relevance real, gate real, share real, model_version integer, version_id bigint
+    rank integer, part text, item_key text, event_type text, at float8,
+    contribution real, relevance real, gate real, share real, model_version integer
 )
 language plpython3u
 stable
@@ -13,7 +15,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
-return GD["@RUNTIME@"].explain(plpy, model_id, user_key, item_key, options)
+return GD["@RUNTIME@"].explain(plpy, model_id, user_key, explained_key, options)
 $pgvae$;
 
 create or replace function vae_private.because(model_id integer, user_key text, item_key text)
@@ -75,11 +77,9 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, m.user_id_type, m.item_id_type, m.item_id_type,
         format(
-            E'\nselect r.rank, r.part, i.item_key::%s, r.event_type, to_timestamp(r.at), r.contribution, r.relevance, r.gate, r.share,'
+            E'\nselect r.rank, r.part, r.item_key::%s, r.event_type, to_timestamp(r.at), r.contribution, r.relevance, r.gate, r.share,'
             '\n    r.model_version'
             '\nfrom vae_private.explain(%s, $1::text, $2::text, $3) r'
-            '\nleft join lateral (select i.item_key from vae_private.scoring_items i'
-            '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i on true'
             '\norder by r.rank\n',
             m.item_id_type, m.model_id));
 

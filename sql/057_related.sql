@@ -1,7 +1,13 @@
 -- What goes with what, and what to recommend to a session that no table holds.
 
+-- An earlier release gave other columns.
+drop function if exists
+    vae_private.recommend_for(integer, jsonb, integer, jsonb),
+    vae_private.recommend_for_items(integer, text[], text[], float8[], integer, jsonb),
+    vae_private.related(integer, text, integer, jsonb),
+    vae_private.basket(integer, text[], integer, jsonb);
 create or replace function vae_private.recommend_for(model_id integer, events jsonb, k integer, options jsonb)
-returns table (rank integer, item_index integer, score real, is_cold_start boolean, model_version integer, version_id bigint)
+returns table (rank integer, item_key text, score real, is_cold_start boolean, model_version integer)
 language plpython3u
 stable
 called on null input
@@ -16,7 +22,7 @@ $pgvae$;
 create or replace function vae_private.recommend_for_items(
     model_id integer, item_keys text[], event_types text[], times float8[], k integer, options jsonb
 )
-returns table (rank integer, item_index integer, score real, is_cold_start boolean, model_version integer, version_id bigint)
+returns table (rank integer, item_key text, score real, is_cold_start boolean, model_version integer)
 language plpython3u
 stable
 called on null input
@@ -28,10 +34,8 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].recommend_for_items(plpy, model_id, item_keys, event_types, times, k, options)
 $pgvae$;
 
-create or replace function vae_private.related(model_id integer, item_key text, k integer, options jsonb)
-returns table (
-    rank integer, item_index integer, score real, lift real, support bigint, model_version integer, version_id bigint
-)
+create or replace function vae_private.related(model_id integer, given_key text, k integer, options jsonb)
+returns table (rank integer, item_key text, score real, lift real, support bigint, model_version integer)
 language plpython3u
 stable
 called on null input
@@ -40,13 +44,11 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
-return GD["@RUNTIME@"].related(plpy, model_id, item_key, k, options)
+return GD["@RUNTIME@"].related(plpy, model_id, given_key, k, options)
 $pgvae$;
 
 create or replace function vae_private.basket(model_id integer, item_keys text[], k integer, options jsonb)
-returns table (
-    rank integer, item_index integer, score real, lift real, support bigint, model_version integer, version_id bigint
-)
+returns table (rank integer, item_key text, score real, lift real, support bigint, model_version integer)
 language plpython3u
 stable
 called on null input
@@ -121,10 +123,8 @@ begin
             ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
             m.name, typed.signature, i, typed.columns,
             format(
-                E'\nselect r.rank, i.item_key::%s, %s, r.model_version'
+                E'\nselect r.rank, r.item_key::%s, %s, r.model_version'
                 '\nfrom vae_private.%s r'
-                '\ncross join lateral (select i.item_key from vae_private.scoring_items i'
-                '\n    where i.version_id = r.version_id and i.item_index = r.item_index offset 0) i'
                 '\norder by r.rank\n',
                 i, typed.selected, format(typed.call, m.model_id)));
     end loop;

@@ -17,7 +17,7 @@ from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_DEMAND, NO_OUT
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
-from .history import item_index, read_history, unknown_items
+from .history import item_index, keys_of_items, read_history, unknown_items
 from .options import Option, one_of, read_options, whole_number
 from .privileges import missing_grants
 from .related import ORDERS, given_items
@@ -106,8 +106,8 @@ def _translated_rows(plpy: Any, args: Sequence[Any], rows: Iterator[Any]) -> Ite
 @_translated
 def recommend(
     plpy: Any, model_id: int, user_key: str | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, bool, int, int, float | None]]:
-    """Gives (rank, item_index, score, is_cold_start, model_version, version_id, probability) of one user's best items.
+) -> list[tuple[int, str, float, bool, int, float | None]]:
+    """Gives (rank, item_key, score, is_cold_start, model_version, probability) of one user's best items.
 
     The probability is None where the version has no heads, and for a cold start.
     """
@@ -117,20 +117,20 @@ def recommend(
         return []
     version = active_version(plpy, model_id)
     history = read_history(plpy, version, user_key)
-    rows, shares = _best(plpy, version, history, k, filters)
+    items, rows, shares = _best(plpy, version, history, k, filters)
     probabilities: list[float | None] = [None] * len(rows)
     if outcomes.has_heads(version.weights) and history.counts[0]:
         found, _ = churn.look_ahead(version, history)
-        own = shares[:, [row[1] for row in rows]]
+        own = shares[:, items]
         probabilities = outcomes.item_probability(version.weights, found, own)[0].tolist()
     return [(*row, probability) for row, probability in zip(rows, probabilities, strict=True)]
 
 
 def _best(
     plpy: Any, version: Version, history: History, k: int, filters: Filters
-) -> tuple[list[tuple[int, int, float, bool, int, int]], Any]:
-    """Gives the rows of `recommend` without the probability, for the history of one user, and the shares of the whole
-    catalogue, [1, I]; of items that are left out they may be -1.
+) -> tuple[list[int], list[tuple[int, str, float, bool, int]], Any]:
+    """Gives the best items for the history of one user, the rows of `recommend` about them, without the probability,
+    and the shares of the whole catalogue, [1, I]; of items that are left out they may be -1.
     """
     scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
     shares = scores.copy() if filters.candidates is not None else scores
@@ -140,17 +140,19 @@ def _best(
         keep_candidates(scores, candidates)
     if filters.exclude_seen:
         mask_seen(np, scores, history, version.targets)
+    best = best_items(plpy, version, scores, k, filters)
+    items = [item for item, _ in best]
+    keys = keys_of_items(plpy, version, items)
     rows = [
-        (rank, item, value, bool(cold[0]), version.version, version.version_id)
-        for rank, (item, value) in enumerate(best_items(plpy, version, scores, k, filters), start=1)
+        (rank, keys[item], value, bool(cold[0]), version.version) for rank, (item, value) in enumerate(best, start=1)
     ]
-    return rows, shares
+    return items, rows, shares
 
 
 @_translated
 def recommend_for(
     plpy: Any, model_id: int, events: str | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, bool, int, int]]:
+) -> list[tuple[int, str, float, bool, int]]:
     """Gives the rows of `recommend` for a session: a JSON array of events, see session.events_from_json."""
     return _recommend_session(plpy, model_id, None if events is None else events_from_json(events), k, options)
 
@@ -164,7 +166,7 @@ def recommend_for_items(
     times: list[float | None] | None,
     k: int | None,
     options: str | None,
-) -> list[tuple[int, int, float, bool, int, int]]:
+) -> list[tuple[int, str, float, bool, int]]:
     """Gives the rows of `recommend` for a session of parallel arrays; times are in seconds since 1970."""
     events = None if item_keys is None else events_from_arrays(item_keys, event_types, times)
     return _recommend_session(plpy, model_id, events, k, options)
@@ -172,14 +174,14 @@ def recommend_for_items(
 
 def _recommend_session(
     plpy: Any, model_id: int, events: list[GivenEvent] | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, bool, int, int]]:
+) -> list[tuple[int, str, float, bool, int]]:
     k = checked_k(k)
     features, others = split_features(options)
     filters = Filters(**checked_options(others))
     if events is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)[0]
+    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)[1]
 
 
 _EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
@@ -189,8 +191,8 @@ _EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
 def explain(
     plpy: Any, model_id: int, user_key: str | None, item_key: str | None, options: str | None
 ) -> list[tuple[Any, ...]]:
-    """Gives (rank, part, item_index, event_type, at, contribution, relevance, gate, share, model_version, version_id)
-    of each part of one item's logit for one user.
+    """Gives (rank, part, item_key, event_type, at, contribution, relevance, gate, share, model_version) of each part of
+    one item's logit for one user.
     """
     by = read_options(options, _EXPLAIN_OPTIONS, '{"by": "item"}').get("by", "event")
     if user_key is None or item_key is None:
@@ -202,12 +204,13 @@ def explain(
     history = read_history(plpy, version, user_key)
     parts = explain_item(version.weights, history, item, max_history=version.max_history, by_item=by == "item")
     names = {index: name for name, index in version.event_types.items()}
+    keys = keys_of_items(plpy, version, {part.item for part in parts if part.item is not None})
     speaks_for = sum(max(part.contribution, 0.0) for part in parts if part.item is not None)
     return [
         (
             rank,
             part.part,
-            part.item,
+            None if part.item is None else keys[part.item],
             None if part.event_type is None else names[part.event_type],
             part.at,
             None if part.contribution != part.contribution else part.contribution,
@@ -215,7 +218,6 @@ def explain(
             part.gate,
             max(part.contribution, 0.0) / speaks_for if part.item is not None and speaks_for > 0 else None,
             version.version,
-            version.version_id,
         )
         for rank, part in enumerate(parts, start=1)
     ]
@@ -245,15 +247,15 @@ _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}
 @_translated
 def related(
     plpy: Any, model_id: int, item_key: str | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, float, int, int, int]]:
-    """Gives (rank, item_index, score, lift, support, model_version, version_id) of what goes best with an item."""
+) -> list[tuple[int, str, float, float, int, int]]:
+    """Gives (rank, item_key, score, lift, support, model_version) of what goes best with an item."""
     return _related(plpy, model_id, None if item_key is None else [item_key], "purchase", k, options)
 
 
 @_translated
 def basket(
     plpy: Any, model_id: int, item_keys: list[str | None] | None, k: int | None, options: str | None
-) -> list[tuple[int, int, float, float, int, int, int]]:
+) -> list[tuple[int, str, float, float, int, int]]:
     """Gives the rows of `related` for a cart of several items."""
     return _related(plpy, model_id, item_keys, "add_to_cart", k, options)
 
@@ -265,7 +267,7 @@ def _related(
     event_type: str,
     k: int | None,
     options: str | None,
-) -> list[tuple[int, int, float, float, int, int, int]]:
+) -> list[tuple[int, str, float, float, int, int]]:
     k = checked_k(k)
     chosen = read_options(options, _RELATED_OPTIONS, '{"min_support": 5}')
     if item_keys is None:
@@ -281,7 +283,7 @@ def _related(
         chosen.get("rank_by", ORDERS[0]),
         chosen.get("min_support", 0),
     )
-    return [(*row, version.version, version.version_id) for row in rows]
+    return [(*row, version.version) for row in rows]
 
 
 @_translated

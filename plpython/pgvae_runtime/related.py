@@ -122,8 +122,8 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
 
 def related(
     plpy: Any, version: Version, items: Sequence[int], event_type: int, k: int, order: str, min_support: int
-) -> list[tuple[int, int, float, float, int]]:
-    """Gives (rank, item_index, score, lift, support) of the k items that go best with the given ones."""
+) -> list[tuple[int, str, float, float, int]]:
+    """Gives (rank, item_key, score, lift, support) of the k items that go best with the given ones."""
     count = len(items)
     history = History(
         counts=np.array([count]),
@@ -138,27 +138,26 @@ def related(
     wanted = max(k, _COUNTED) if min_support else k
     best, values = forward.top_k(np, ranking, wanted)
     found = [item for item, value in zip(best[0].tolist(), values[0].tolist(), strict=True) if value >= 0]
-    support = _support(plpy, version, items, found)
-    kept = [item for item in found if support.get(item, 0) >= min_support][:k]
+    keys = keys_of_items(plpy, version, {*items, *found})
+    support = _support(plpy, version, [keys[item] for item in items], [keys[item] for item in found])
+    kept = [item for item in found if support.get(keys[item], 0) >= min_support][:k]
     return [
-        (rank, item, float(scores[0, item]), float(scores[0, item] / base[item]), support.get(item, 0))
+        (rank, keys[item], float(scores[0, item]), float(scores[0, item] / base[item]), support.get(keys[item], 0))
         for rank, item in enumerate(kept, start=1)
     ]
 
 
-def _support(plpy: Any, version: Version, items: Sequence[int], found: Sequence[int]) -> dict[int, int]:
+def _support(plpy: Any, version: Version, items: Sequence[str], found: Sequence[str]) -> dict[str, int]:
     """Gives for found items how many users have a target event on them and on one of the given ones, with the rights of
     the caller.
     """
-    keys = keys_of_items(plpy, version, {*items, *found})
     rows = execute(
         plpy,
         _SUPPORT.format(schema=plpy.quote_ident(version.model), key_type=item_type(plpy, version)),
         ["text[]", "text[]", "text[]"],
-        [[keys[item] for item in items], [keys[item] for item in found], _target_names(version)],
+        [list(items), list(found), _target_names(version)],
     )
-    support = {row["item_key"]: row["support"] for row in rows}
-    return {item: support[keys[item]] for item in found if keys[item] in support}
+    return {row["item_key"]: row["support"] for row in rows}
 
 
 def _target_names(version: Version) -> list[str]:
