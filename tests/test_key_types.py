@@ -32,6 +32,8 @@ CALLS = {
         f"{SOME_USERS} cross join {SOME_ITEMS} where shop.response(u.user_id, i.item_id) > 0",
         f"{SOME_USERS} cross join {ALL_ITEMS} where shop.response(u.user_id, a.item_ids) > 0",
     ],
+    # Nothing that this shop tells says what an offer adds.
+    "uplift": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.uplift(u.user_id, i.item_id) is null"],
     "audience": [
         f"{SOME_ITEMS} cross join lateral shop.audience(i.item_id, 5) r join users using (user_id)",
         f"{ALL_ITEMS} cross join lateral shop.audience(a.item_ids, 5) r join users using (user_id)",
