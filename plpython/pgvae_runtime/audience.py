@@ -25,8 +25,8 @@ Row = tuple[int, str, float, bool, int, float | None]
 OfferRow = tuple[int, int, str, float, bool, int, float | None]
 # What users are ranked by.
 RESPONSE, UPLIFT = "response", "uplift"
-# Users of a batch.
-_USERS = 512
+# Users of a batch, and pairs of a user and an offered item: more would hold up a cancel, and fill the memory.
+_USERS, _PAIRS = 512, 1 << 21
 
 _OFFERS = """
 select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by
@@ -201,6 +201,7 @@ def _best_of_all(
     now, done = time.time(), 0
     # Logits, scores and what the softmax makes of them.
     size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
+    size = min(size, max(1, _PAIRS // sum(map(len, items))))
     for users, events in read_histories(plpy, version, size):
         history = events.distinct()
         response, won = _responses(version, history, items, now)
