@@ -575,6 +575,32 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     )
     text = Page(render(answers, report.insight)).text("business")
     assert "In the sum over all pairs, 96 purchases were expected for every 100 that came." in text
+    # What an experiment says, claimed or not.
+    of_trial = [
+        replace(measured[0], split="experiment", method=method, metric=metric, value=value, lower=0.01, upper=0.03)
+        for method, metric, value in (
+            ("exposed", "uplift_response_rate", 0.05), ("withheld", "uplift_response_rate", 0.03),
+            ("experiment", "uplift_average_effect", 0.02),
+        )
+    ]  # fmt: skip
+    won = replace(
+        version,
+        has_uplift=True,
+        metrics=[*version.metrics, *of_trial],
+        points=[
+            *version.points,
+            *points("uplift", "pgvae", [(0.0, 0.0), (0.5, 0.015), (1.0, 0.02)]),
+            *points("uplift", "response", [(0.0, 0.0), (0.5, 0.01), (1.0, 0.02)]),
+        ],
+    )
+    text = Page(render(won, report.insight)).text("business")
+    assert "So of 1,000 offers 20.0 made somebody buy (10.0 to 30.0)." in text
+    assert "the likeliest buyers first" in render(won, report.insight)
+    assert "not foretold" not in text
+    unclaimed = replace(won, has_uplift=False, no_uplift="too few <b>buyers</b>")
+    html = render(unclaimed, report.insight)
+    assert "is not foretold: too few <b>buyers</b>." in Page(html).text("business")
+    assert "<b>buyers" not in html
     # A version that a simpler method equals does not boast.
     lead = replace(measured[0], method="rfm", metric="churn_log_loss_lead", value=0.001, lower=-0.01, upper=0.01)
     even = replace(version, metrics=[*version.metrics, lead])

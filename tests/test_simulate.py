@@ -482,3 +482,42 @@ def _wait_until(connection: psycopg.Connection, question: str, *parameters: Any)
     while connection.execute(question.encode(), parameters).fetchone() != (True,):
         assert time.monotonic() < deadline, f"waited in vain for: {question}"
         time.sleep(0.02)
+
+
+def test_an_experiment_adds_its_assignments_and_what_they_cause(empty_database: str) -> None:
+    simulate(empty_database, small(users=900, days=200, key_type="text", schema="plain"))
+    found = simulate(empty_database, small(users=900, days=200, key_type="text", experiment=0.8)).experiment
+    assert found is not None
+    before = "select md5(string_agg(e::text, '|' order by event_id)) from events e"
+    columns = "event_id, user_id, item_id, event_type, occurred_at, quantity, price, rating, query, session_id"
+    last = query(empty_database, "select max(event_id) from events", "plain")[0][0]
+    assert query(empty_database, before, "plain") == query(
+        empty_database, before.replace("events e", f"(select {columns} from events where event_id <= {last}) e")
+    )
+    known = query(empty_database, "select count(*) from users where registered_at < '2025-09-11'")[0][0]
+    assert found.assignments == pytest.approx(0.8 * known, rel=0.1)
+    assert found.exposed == pytest.approx(found.assignments / 2, rel=0.15)
+    # Who was won has one more purchase of the item, within 28 days; nobody else has.
+    rows = query(
+        empty_database,
+        "select e.exposed, t.is_won, t.buys_anyway, t.win_probability, (select count(*) from events p"
+        " where p.user_id = e.user_id and p.item_id = e.item_id and p.event_type = 'purchase' and p.session_id is null"
+        " and p.occurred_at > e.occurred_at and p.occurred_at < e.occurred_at + interval '28 days')"
+        " from true_experiment t join events e using (event_id)",
+    )
+    assert len(rows) == found.assignments
+    assert all(count == is_won for _, is_won, _, _, count in rows)
+    assert all(exposed or not is_won for exposed, is_won, _, _, _ in rows)
+    assert sum(row[1] for row in rows) == pytest.approx(sum(row[3] for row in rows if row[0]), abs=12)
+    assert 0 < found.effect == pytest.approx(np.mean([row[3] * (not row[2]) for row in rows]))
+    assert max(row[3] for row in rows) > 3 * found.effect
+    simulate(empty_database, small(users=900, days=200, key_type="text", experiment=0.8, replace=True))
+    simulate(empty_database, small(replace=True))
+    assert query(empty_database, "select to_regclass('sim.true_experiment')::text") == [(None,)]
+
+
+def test_an_experiment_needs_room() -> None:
+    with pytest.raises(PgvaeError, match="an experiment does not fit into 90 days"):
+        small(experiment=0.5)
+    with pytest.raises(PgvaeError, match=r"experiment 1.5 is out of range"):
+        small(experiment=1.5)

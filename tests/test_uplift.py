@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,16 @@ import pytest
 
 from conftest import create_database, drop_database
 from pgvae.cli.metrics import uplift_verdict
-from pgvae.dataset import Dataset
+from pgvae.dataset import Dataset, read_dataset
 from pgvae.outcome_windows import DAY, Weights
 from pgvae.server import Server
+from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import Training
 from pgvae.train import train as run_training
 from pgvae.training import fit
-from pgvae.trials import Assignments, Trial, histories_before, trial_of
+from pgvae.trials import Assignments, Trial, histories_before, read_assignments, trial_of
 from pgvae.uplift import NO_COLUMN, UpliftFit, fit_head, fit_uplift
-from pgvae.uplift_figures import effects, gains, quantiles
+from pgvae.uplift_figures import balance, effects, gains, quantiles
 from pgvae_runtime.outcomes import sigmoid
 from pgvae_runtime.uplift import SHAPES, inputs_of, uplift_of
 from shop import BEGIN, QUICK, SMALL, Shop, create_model, refusal
@@ -356,6 +357,27 @@ def one(connection: Connection, query: str, parameters: Any = None) -> Any:
     row = connection.execute(query, parameters).fetchone()
     assert row is not None
     return row[0] if len(row) == 1 else row
+
+
+def test_the_effect_on_a_simulated_shop_is_the_true_one(database: str) -> None:
+    config = SimulationConfig(
+        users=2500, items=60, days=300, events_per_user=25, seed=7, until=date(2026, 1, 1), experiment=1.0
+    )
+    truth = simulate(database, config).experiment
+    assert truth is not None
+    with psycopg.connect(database) as connection:
+        create_model(connection, events="sim.events", users="sim.users", items="sim.items", exposure_column="exposed")
+        dataset = read_dataset(connection, "shop")
+        assignments = read_assignments(connection, "shop", dataset)
+    assert assignments is not None
+    # But for users whose only event is their registration.
+    assert 0.98 * truth.assignments < len(assignments) <= truth.assignments
+    trial = trial_of(dataset, assignments, horizon=28, seed=1)
+    assert isinstance(trial, Trial)
+    effect = effects(trial.cells, trial.assignments.user, seed=1)[2]
+    assert 0 < effect.lower < truth.effect < effect.upper
+    area = balance(trial, np.zeros((len(trial.bought), 1)), seed=1)
+    assert area.lower < 0.5 < area.upper
 
 
 def test_an_assignment_is_no_behaviour(shop: Connection) -> None:

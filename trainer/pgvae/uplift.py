@@ -31,8 +31,8 @@ from pgvae_runtime.uplift import inputs_of, uplift_of
 
 SPLIT = "experiment"
 NO_COLUMN = "the events carry no exposure: name a column for it with vae.create_model(…, exposure_column => …)"
-# Assignments that each kind needs in the older and in the newer part, and buyers in all.
-LEAST, LEAST_BUYERS = 100, 10
+# Assignments that each kind needs in the older and in the newer part, and buyers of both kinds together.
+LEAST, LEAST_BUYERS = 100, 20
 # Standard deviations of the coefficients that are thought likely, per standard deviation of an input: of r, and of e,
 # whose last one is the effect itself.
 _LIKELY_RESPONSE, _LIKELY_CHANGE, _LIKELY_EFFECT = 2.0, 0.5, 2.0
@@ -170,10 +170,10 @@ def _measure_trial(trial: Trial, subjects: _Subjects, seed: int) -> tuple[list[M
             f"there are too few assignments: {counts[2] + counts[3]} exposed and {counts[0] + counts[1]} withheld,"
             f" each kind needs {LEAST} in the older half and {LEAST} in the newer one"
         )
-    if min(counts[1], counts[3]) < LEAST_BUYERS:
+    if counts[1] + counts[3] < LEAST_BUYERS:
         return metrics, (
             f"there are too few buyers: {counts[3]} of the exposed and {counts[1]} of the withheld,"
-            f" {LEAST_BUYERS} of each are needed"
+            f" {LEAST_BUYERS} are needed"
         )
     if area.lower > 0.5:
         return metrics, (

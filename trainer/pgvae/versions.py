@@ -90,6 +90,8 @@ class PublishedVersion:
     metrics: list[Measured]
     passes: list[Pass]
     points: Sequence[Point] = ()
+    has_uplift: bool = False
+    no_uplift: str | None = None
 
     @property
     def event_types(self) -> list[str]:
@@ -152,7 +154,8 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
         ).fetchall()
     columns = (
         "version_id, version, state, created_at, created_by, activated_at, window_start, window_end, event_count,"
-        " user_count, item_count, seed, format, code_digest, trainer_version, config, durations, quality, features"
+        " user_count, item_count, seed, format, code_digest, trainer_version, config, durations, quality, features,"
+        " has_uplift, no_uplift"
     )
     query = sql.SQL(
         "select m.name as model, (m.options ->> 'max_history')::integer as max_history,"

@@ -30,6 +30,9 @@ def simulate_command(
     until: Annotated[str | None, typer.Option(help="Day after the last one, in UTC; today without it.")] = None,
     key_type: Annotated[str, typer.Option(help=f"Type of the keys: {', '.join(get_args(KeyType))}.")] = "bigint",
     dirt: Annotated[float, typer.Option(help="Share of wrong events to add: duplicates, nulls, bots, returns …")] = 0.0,
+    experiment: Annotated[
+        float, typer.Option(help="Share of the users who take part in a randomised experiment of offers.")
+    ] = 0.0,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier simulation in the schema.")] = False,
 ) -> None:
     """Fill a schema with a simulated shop whose true tastes, rates and churn are kept beside it."""
@@ -43,6 +46,7 @@ def simulate_command(
         schema=schema,
         key_type=key_type,  # type: ignore[arg-type]  # SimulationConfig refuses what is no key type
         dirt=dirt,
+        experiment=experiment,
         replace=replace,
     )
     with console.progress() as bar:
@@ -77,6 +81,13 @@ def _show(config: SimulationConfig, summary: SimulationSummary) -> None:
     for kind, count in summary.dirt.items():
         rows.add_row(f"  {kind}", f"{count:,}")
     console.out.print(rows)
+    if summary.experiment is not None:
+        trial = summary.experiment
+        console.out.print(
+            f"experiment: {trial.exposed:,} of {trial.assignments:,} assigned users got their offer; its true average"
+            f" effect is {trial.effect:.4f}",
+            highlight=False,
+        )
     rate = summary.events / summary.write_seconds
     console.out.print(
         f"written in {summary.write_seconds:.1f} s ({rate:,.0f} events/s), indexed in {summary.index_seconds:.1f} s",
@@ -84,7 +95,8 @@ def _show(config: SimulationConfig, summary: SimulationSummary) -> None:
     )
     plain = re.fullmatch("[a-z_][a-z0-9_]*", config.schema)
     schema = config.schema if plain else sql.Identifier(config.schema).as_string()
-    command = sql.SQL("select * from vae.create_model('shop', events => {}, users => {}, items => {})").format(
-        *(sql.Literal(f"{schema}.{table}") for table in ("events", "users", "items"))
+    command = sql.SQL("select * from vae.create_model('shop', events => {}, users => {}, items => {}{})").format(
+        *(sql.Literal(f"{schema}.{table}") for table in ("events", "users", "items")),
+        sql.SQL("" if summary.experiment is None else ", exposure_column => 'exposed'"),
     )
     console.out.print(Text(f"next, in psql:\n    {command.as_string()};"), soft_wrap=True)

@@ -260,6 +260,30 @@ def gains(points: Sequence[Point], title: str) -> Markup:
         return _svg(figure, title)
 
 
+def uplift(points: Sequence[Point], title: str) -> Markup:
+    """Draws the extra buyers that offers to the best so many hundredths of all brought, a line for each method.
+
+    The interval is that of the model's own line.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
+            own = [point for point in points if point.method == method]
+            if method == OWN:
+                ends = [0.0, 1.0], [0.0, own[-1].y]
+                axes.plot(*ends, color=_MUTED, linewidth=1.0, linestyle="--", label="by chance")
+                low, high = ([getattr(p, name) or 0.0 for p in own] for name in ("lower", "upper"))
+                axes.fill_between([p.x for p in own], low, high, color=colour, alpha=0.15, linewidth=0)
+            _line(axes, [p.x for p in own], [p.y for p in own], colour, method_name(method))
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.set_xlabel("share that gets the offer, best first")
+        axes.set_ylabel("extra buyers per offer of all")
+        axes.legend()
+        return _svg(figure, title)
+
+
 def calibration(points: Sequence[Point], title: str) -> Markup:
     """Draws what happened by what was predicted, a line for each method, and the diagonal of a calibrated one."""
     with matplotlib.rc_context(_STYLE):

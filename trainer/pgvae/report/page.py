@@ -123,6 +123,9 @@ def _business(version: PublishedVersion) -> _Business:
     if lift := curves.get("response_lift"):
         heading = "What choosing the audience is worth"
         pictures.append((heading, charts.gains(lift, heading), words.lift_sentence(lift)))
+    if won := curves.get("uplift"):
+        heading = "Whom an offer makes buy"
+        pictures.append((heading, charts.uplift(won, heading), words.uplift_sentence(version)))
     return _Business(
         demand=charts.demand(demand) if demand else "",
         demand_sentences=words.demand_sentences(version),

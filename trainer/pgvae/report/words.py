@@ -19,6 +19,7 @@ _METHODS = {
     "rfm": "recency, frequency, money",
     "base_rate": "the average for everybody",
     "last_period": "as in the last period",
+    "response": "the likeliest buyers first",
     "exponential_smoothing": "exponential smoothing",
 }
 METRICS = {
@@ -240,6 +241,26 @@ def lift_sentence(points: Iterable[Point]) -> str:
         f" {percent(own.y)} of the purchases, {own.y / own.x:.1f} times as many as offers by chance"
         + (f"; {beside}." if beside else ".")
     )
+
+
+def uplift_sentence(version: PublishedVersion) -> str:
+    """Says what the experiment measured, and whether it is foretold whom an offer makes buy."""
+    found = {(row.method, row.metric): row for row in version.metrics if row.split == "experiment"}
+    effect = found.get(("experiment", "uplift_average_effect"))
+    sentences = []
+    if effect is not None and effect.lower is not None and effect.upper is not None:
+        exposed, withheld = (found[kind, "uplift_response_rate"].value for kind in ("exposed", "withheld"))
+        sentences.append(
+            f"Chance decided who got an offer: {percent(exposed)} of those who did bought the item, {percent(withheld)}"
+            f" of those who did not. So of 1,000 offers {1000 * effect.value:.1f} made somebody buy"
+            f" ({1000 * effect.lower:.1f} to {1000 * effect.upper:.1f})."
+        )
+    sentences.append(
+        "The higher a line above the dashed one, the better is known whom to ask; the shade is the 95 % interval."
+        if version.has_uplift
+        else f"Whom an offer makes buy is not foretold: {version.no_uplift}."
+    )
+    return " ".join(sentences)
 
 
 def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ KeyType = Literal["bigint", "integer", "uuid", "text"]
 # definition (each block has its own random stream), so it is no option.
 BLOCK_EVENTS = 262_144
 
+# An experiment takes the newest 112 days; before it there must be customers.
+LEAST_EXPERIMENT_DAYS = 168
+
 EARLIEST, LATEST = date(1990, 1, 1), date(2200, 1, 1)
 
 
@@ -65,6 +68,11 @@ class Constants:
     complement_probability: float = 0.3
     replenish_probability: float = 0.65
     replenish_shape: float = 3.0
+
+    # An offer of an experiment makes its user buy: offer_ceiling * pay * sigmoid(offer_pull * affinity - threshold).
+    offer_ceiling: float = 0.5
+    offer_pull: float = 1.5
+    offer_threshold: float = 1.5
 
     # Activity and lifetime.
     session_rate_shape: float = 0.6
@@ -118,6 +126,7 @@ class SimulationConfig:
     schema: str = "sim"
     key_type: KeyType = "bigint"
     dirt: float = 0.0
+    experiment: float = 0.0
     replace: bool = False
     chunk_rows: int = 65_536
 
@@ -129,6 +138,12 @@ class SimulationConfig:
         _in_range("events per user", self.events_per_user, 12, 2000)
         _in_range("seed", self.seed, 0, 2**63 - 1)
         _in_range("dirt", self.dirt, 0, 0.5)
+        _in_range("experiment", self.experiment, 0, 1)
+        if self.experiment and self.days < LEAST_EXPERIMENT_DAYS:
+            raise PgvaeError(
+                f"an experiment does not fit into {self.days} days",
+                hint=f"give --days {LEAST_EXPERIMENT_DAYS} or more: it takes the newest 112 days",
+            )
         _in_range("chunk rows", self.chunk_rows, 1, 1_000_000)
         if isinstance(self.until, datetime) or not isinstance(self.until, date):
             raise PgvaeError(f"until {self.until!r} is not a date", hint="give a date such as 2026-01-31")

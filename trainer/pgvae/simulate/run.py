@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pgvae.errors import PgvaeError
 from pgvae.simulate.behaviour import EVENT_TYPES, behave
 from pgvae.simulate.config import CONSTANTS, SimulationConfig, random_stream
 from pgvae.simulate.dirt import UNKNOWN_TYPES, add_dirt
+from pgvae.simulate.experiment import ExperimentSummary, add_experiment
 from pgvae.simulate.people import draw_people
 from pgvae.simulate.rows import Block, write_block, write_items, write_promotions
 from pgvae.simulate.shop import Shop
@@ -46,6 +47,7 @@ class SimulationSummary:
     dirt: dict[str, int]
     write_seconds: float
     index_seconds: float
+    experiment: ExperimentSummary | None = None
 
 
 def simulate(
@@ -108,8 +110,9 @@ def _fill(connection: psycopg.Connection, config: SimulationConfig, on_progress:
     _write_parameters(connection, shop, rate_scale, summary)
     indexing = time.perf_counter()
     finish_tables(connection, config.schema)
+    experiment = add_experiment(connection, shop) if config.experiment else None
     connection.commit()
-    return SimulationSummary(**(asdict(summary) | {"index_seconds": time.perf_counter() - indexing}))
+    return replace(summary, index_seconds=time.perf_counter() - indexing, experiment=experiment)
 
 
 def _rate_scale(shop: Shop) -> float:

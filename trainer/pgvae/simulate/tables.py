@@ -134,6 +134,16 @@ TABLES = (
         ),
     ),
 )
+EXPERIMENT = Table(
+    "true_experiment",
+    "the truth about each assignment of the experiment (--experiment), one row each",
+    (
+        ("event_id", "bigint", "The assignment: a row of events whose exposed is not null."),
+        ("win_probability", "double precision", "Probability that the offer makes the user buy the item."),
+        ("buys_anyway", "boolean", "Whether the user buys the item in the 28 days from then on without the offer."),
+        ("is_won", "boolean", "Whether the offer, which was made, causes a purchase in these days."),
+    ),
+)
 KEYS = {"users": "user_id", "items": "item_id", "events": "event_id", "true_users": "user_id", "true_items": "item_id"}
 KEYS |= {"true_parameters": "key", "true_dirt": "event_id"}
 
@@ -165,20 +175,36 @@ def create_tables(connection: psycopg.Connection, schema: str, key_type: KeyType
     _make_room(connection, schema, replace=replace)
     connection.execute(sql.SQL("create schema if not exists {}").format(name))
     for table in TABLES:
-        columns = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(column), sql.SQL(key_type if kind == KEY else kind))
-            for column, kind, _ in table.columns
-        )
-        relation = sql.Identifier(schema, table.name)
-        connection.execute(sql.SQL("create table {} ({})").format(relation, columns))
-        _comment(connection, "table", relation, MARK + table.comment + ".")
-        for column, _, comment in table.columns:
-            _comment(connection, "column", sql.Identifier(schema, table.name, column), comment)
+        _create(connection, schema, table, key_type)
     connection.execute(sql.SQL(TRUE_CHURN).format(schema=name))
     view = sql.Identifier(schema, "true_churn")
     _comment(connection, "view", view, MARK + "the truth about churn, per user and horizon.")
     for column, comment in TRUE_CHURN_COMMENTS.items():
         _comment(connection, "column", sql.Identifier(schema, "true_churn", column), comment)
+
+
+def create_experiment(connection: psycopg.Connection, schema: str, key_type: KeyType) -> None:
+    """Adds what an experiment needs: a column of the events, and the table of its truth."""
+    connection.execute(sql.SQL("alter table {} add exposed boolean").format(sql.Identifier(schema, "events")))
+    _comment(
+        connection,
+        "column",
+        sql.Identifier(schema, "events", "exposed"),
+        "True: the offer of the item was made to the user; false: chance withheld it; null: an ordinary event.",
+    )
+    _create(connection, schema, EXPERIMENT, key_type)
+
+
+def _create(connection: psycopg.Connection, schema: str, table: Table, key_type: KeyType) -> None:
+    columns = sql.SQL(", ").join(
+        sql.SQL("{} {}").format(sql.Identifier(column), sql.SQL(key_type if kind == KEY else kind))
+        for column, kind, _ in table.columns
+    )
+    relation = sql.Identifier(schema, table.name)
+    connection.execute(sql.SQL("create table {} ({})").format(relation, columns))
+    _comment(connection, "table", relation, MARK + table.comment + ".")
+    for column, _, comment in table.columns:
+        _comment(connection, "column", sql.Identifier(schema, table.name, column), comment)
 
 
 def finish_tables(connection: psycopg.Connection, schema: str) -> None:
@@ -198,7 +224,7 @@ def finish_tables(connection: psycopg.Connection, schema: str) -> None:
 
 def _make_room(connection: psycopg.Connection, schema: str, *, replace: bool) -> None:
     """Drops an earlier simulation if told to; PgvaeError where a table is in the way."""
-    wanted = [*(table.name for table in TABLES), "true_churn"]
+    wanted = [*(table.name for table in TABLES), EXPERIMENT.name, "true_churn"]
     found = connection.execute(
         "select c.relname, c.relkind, coalesce(obj_description(c.oid, 'pg_class'), '')"
         " from pg_class c join pg_namespace n on n.oid = c.relnamespace"

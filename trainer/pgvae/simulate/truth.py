@@ -296,6 +296,8 @@ class _Past:
                 " join {schema}.true_items using (item_id)"
                 " where event_type = 'purchase' and quantity > 0 and lasts_days is not null"
                 " and occurred_at < '2000-01-01 00:00+00'::timestamptz + %(at)s * interval '1 microsecond' {users}"
+                # What an offer of an experiment made a user buy, outside of a session, is not replenished.
+                " and session_id is not null"
                 " group by user_id, item_number, lasts_days"
             ).format(**names),
             values,
