@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from psycopg import sql
 
 from conftest import as_role
+from pgvae.errors import PgvaeError
 from pgvae.server import Server
 from shop import Shop, refusal, train, train_and_activate
 
@@ -279,13 +282,14 @@ def test_an_operator_refreshes_activates_and_rolls_back_but_does_not_train(
     )
     assert last.fetchall() == [("rollback", "the_operator", "a drill")]
     before = state(trained)
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+    with pytest.raises(PgvaeError, match="role the_operator may not publish versions"):
         train(operator.info.dsn)
     for query in (
         "select vae.drop_model('shop')",
         "select * from vae.create_model('other', 'events')",
         "select vae.set_event_type('shop', 'look', 'view')",
         "select vae.rebuild_model('shop')",
+        "insert into vae.versions (model_id, version) select model_id, 9 from vae.models",
         "insert into vae_private.tensors select 1, 'x', 0, '<f4', '{1}', '', ''",
         "update vae.versions set code_digest = ''",
         "update vae.activations set reason = ''",
@@ -294,6 +298,35 @@ def test_an_operator_refreshes_activates_and_rolls_back_but_does_not_train(
     ):
         assert refusal(operator, query).sqlstate == "42501", query
     assert state(trained) == before
+
+
+def test_the_command_line_says_which_right_is_missing(
+    trained: psycopg.Connection, people: dict[str, str], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    everything = "grant usage on schema shop, public to {0}; grant select on events to {0}"
+    trained.execute(sql.SQL(everything).format(sql.Identifier(people["operator"])))
+    trainer = "the role vae_trainer, usage on the model's schema and select on the shop's tables"
+    for who, arguments, hint in (
+        ("reader", ["refresh", "shop"], "pgvae refresh needs the role vae_operator and usage on the model's schema"),
+        ("reader", ["evaluate", "shop"], f"pgvae evaluate needs {trainer}"),
+        ("trainer", ["train", "shop"], "its owner can allow it: grant usage on schema shop to the_trainer"),
+        # Who could train, and not publish, is told at once.
+        ("operator", ["train", "shop"], "a superuser can allow it: grant vae_trainer to the_operator"),
+    ):
+        done = run_cli(*arguments, dsn=as_role(trained.info.dsn, people[who]))
+        assert (done.returncode, "epoch" in done.stderr) == (1, False)
+        assert f"hint: {hint}\n" in done.stderr
+
+
+def test_a_database_without_pgvae_is_called_so(
+    empty_database: str, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    for arguments in (["train", "shop"], ["refresh", "shop", "--json"], ["prune", "shop"], ["report", "shop"]):
+        done = run_cli(*arguments, dsn=empty_database)
+        assert done.returncode == 1
+        assert "hint: pgvae is not installed in this database: run pgvae install, or check --dsn" in done.stderr
+        if "--json" in arguments:
+            assert json.loads(done.stdout)["error"]["sqlstate"] == "3F000"
 
 
 def test_an_operator_acts_only_on_models_whose_schema_it_may_use(trained: psycopg.Connection, login: Login) -> None:

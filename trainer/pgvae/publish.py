@@ -24,6 +24,20 @@ from pgvae_runtime.demand import Head
 from pgvae_runtime.tensors import to_chunks
 
 
+def check_rights(connection: psycopg.Connection) -> None:
+    """Refuses, before anything is computed, a role that could not publish the result."""
+    with connection.transaction():
+        found = connection.execute(
+            "select quote_ident(current_user), has_any_column_privilege('vae.versions', 'insert')"
+        ).fetchone()
+    assert found
+    role, may_publish = found
+    if not may_publish:
+        raise PgvaeError(
+            f"role {role} may not publish versions", hint=f"a superuser can allow it: grant vae_trainer to {role}"
+        )
+
+
 def publish(
     connection: psycopg.Connection,
     *,

@@ -21,7 +21,7 @@ from pgvae.errors import PgvaeError
 from pgvae.evaluation import Evaluation, Metric, evaluate
 from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
-from pgvae.publish import publish
+from pgvae.publish import check_rights, publish
 from pgvae.segments import find_segments, read_previous
 from pgvae.training import DEFAULT_SHORTCUT, Epoch, Fit, fit
 from pgvae.trials import Assignments, read_assignments
@@ -75,6 +75,7 @@ def train(
     listener = listener or Listener()
     durations: dict[str, float] = {}
     with _timed("read", durations, listener), connect(dsn) as connection:
+        check_rights(connection)
         definition, dataset = read_checked(connection, model, force, listener)
         sales = read_sales(connection, model, dataset)
         assignments = read_assignments(connection, model, dataset)

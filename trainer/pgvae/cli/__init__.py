@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -49,6 +50,21 @@ Dsn = Annotated[
 # Exit status: nothing broke, and what was asked for was not done. Schedulers tell it from an error, which is 1.
 NOT_DONE = 3
 
+# The rights without which a command is refused.
+_USAGE = "usage on the model's schema"
+_SELECT = "select on the shop's tables"
+_NEEDED = {
+    "report": f"the role vae_reader and {_USAGE}",
+    "refresh": f"the role vae_operator and {_USAGE}",
+    "export": f"the role vae_operator and {_USAGE}",
+    "evaluate": f"the role vae_trainer, {_USAGE} and {_SELECT}",
+    "tune": f"the role vae_trainer, {_USAGE} and {_SELECT}",
+    "train": f"the role vae_trainer, {_USAGE} and {_SELECT}",
+    "retrain": f"the role vae_trainer, {_USAGE} and {_SELECT}",
+    "import": f"the role vae_trainer and {_USAGE}",
+    "prune": "the role vae_trainer, and the rights of the model's owner",
+}
+
 # One subject each.
 _MODULES = (
     "database",
@@ -88,10 +104,22 @@ def main() -> None:
             )
         message = error.diag.message_primary or str(error)
         detail = f" ({error.diag.message_detail})" if error.diag.message_detail else ""
-        _fail(f"{message}{detail} [SQLSTATE {error.sqlstate}]", error.diag.message_hint)
+        _fail(f"{message}{detail} [SQLSTATE {error.sqlstate}]", error.diag.message_hint or _remedy(error, message))
     except KeyboardInterrupt:
         err.print("interrupted; nothing half-done was kept")
         sys.exit(130)
+
+
+def _remedy(error: psycopg.Error, message: str) -> str | None:
+    """Gives what to do about an error of PostgreSQL itself where pgvae is not there, or a right to it."""
+    is_missing = isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName)
+    if is_missing and re.search(r"\bvae(_private)?\b", message):
+        return "pgvae is not installed in this database: run pgvae install, or check --dsn and PGVAE_DSN"
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        command = next((argument for argument in sys.argv[1:] if argument in _NEEDED), None)
+        if command:
+            return f"pgvae {command} needs {_NEEDED[command]}"
+    return None
 
 
 def _fail(message: str, hint: str | None) -> None:

@@ -58,7 +58,13 @@ def run_refresh(
         connection.execute("call vae.refresh(%s, %s, %s)", [model, views, full])
     except psycopg.Error as error:
         failure = error
-    views_done = [] if connection.broken else _refreshed(connection, model)
+    views_done = []
+    try:
+        if not connection.broken:
+            views_done = _refreshed(connection, model)
+    except psycopg.Error as error:
+        # Where there is no log to read, why not was said by the call.
+        failure = failure or error
     # A view that fails at the role's own lock_timeout has the same state. Its seconds were counted; those of a refresh
     # that gave way to another session were not.
     is_busy = isinstance(failure, psycopg.errors.LockNotAvailable) and all(
