@@ -37,7 +37,7 @@ runtime = "pgvae_runtime_{short}"
 fitted = importlib.import_module(runtime + ".features").FeaturePipeline.from_json(json.loads(pipeline))
 types = {types}
 version = SimpleNamespace(
-    model="shop", version_id=1, user_id_type="bigint", user_pipeline=fitted, event_types=types
+    model="shop", model_id={model_id}, version_id=1, user_id_type="bigint", user_pipeline=fitted, event_types=types
 )
 history = importlib.import_module(runtime + ".history")
 if user_key is None:
@@ -61,7 +61,10 @@ create temporary table refreshed (user_key text, tokens bigint[]);
 def add_readers(connection: psycopg.Connection) -> None:
     digest = resources.runtime_digest()
     types = repr({name: number for number, name in enumerate(EVENT_TYPES)})
-    connection.execute(_READERS.format(digest=digest, short=digest[:12], types=types).encode())
+    found = connection.execute("select model_id from vae.models where name = 'shop'").fetchone()
+    assert found is not None
+    readers = _READERS.format(digest=digest, short=digest[:12], types=types, model_id=found[0])
+    connection.execute(readers.encode())
 
 
 def live_tokens(connection: psycopg.Connection, pipeline: FeaturePipeline, user: int) -> list[int]:
@@ -531,12 +534,14 @@ def test_all_users_are_read_by_one_query_which_joins_features_only_where_there_a
     plpy = SimpleNamespace(
         quote_ident=lambda name: name,
         prepare=lambda query, types: prepared.append(query),
+        execute=lambda plan, values: [{"item_id_type": "bigint"}],
         cursor=lambda plan, values: SimpleNamespace(fetch=lambda count: []),
     )
-    version: Any = SimpleNamespace(model="shop", version_id=1, event_types={}, user_pipeline=pipeline)
+    version: Any = SimpleNamespace(model="shop", model_id=1, version_id=1, event_types={}, user_pipeline=pipeline)
     assert list(read_histories(plpy, version, 10, keys=["an item"])) == []
-    assert len(prepared) == 1
-    assert ("user_features" in prepared[0]) == bool(values)
+    reading = [query for query in prepared if "refresh_events" in query]
+    assert len(reading) == 1
+    assert ("user_features" in reading[0]) == bool(values)
 
 
 def test_an_empty_array_takes_no_features(with_tables: psycopg.Connection) -> None:

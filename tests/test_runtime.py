@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fake_cupy
-from pgvae_runtime import batch, device, forward, tensors
+from pgvae_runtime import batch, blas, device, forward, tensors
+from pgvae_runtime.cpu import CpuScorer
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.scoring import mask_seen, score_users
@@ -462,6 +463,41 @@ def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPa
     greedy, modest = batch.recommend_all(Plpy(), None, version(random_weights()), ITEMS)
     assert greedy[1:3] == ("{}", "{}")
     assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_a_product_is_added_to_the_columns_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, has_library: bool
+) -> None:
+    if not has_library:
+        monkeypatch.setattr(blas, "_library", lambda: None)
+    elif blas._library() is None:
+        pytest.skip("NumPy's BLAS is none that is known")
+    generator = np.random.default_rng(0)
+    left, right = (generator.normal(size=(n, 7)).astype(np.float32) for n in (5, 40))
+    # Rows with something in between, which stays as it is.
+    whole = generator.normal(size=(5, 50)).astype(np.float32)
+    before = whole.copy()
+    add = blas.product_into(left, right, whole[:, :44], np.empty((5, 16), dtype=np.float32))
+    for first, last in ((0, 16), (16, 32), (36, 40)):
+        add(first, last)
+    expected = before[:, :40] + left @ right.T
+    expected[:, 32:36] = before[:, 32:36]
+    np.testing.assert_allclose(whole[:, :40], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole[:, 40:], before[:, 40:])
+
+
+@pytest.mark.parametrize(("items", "k"), [(1023, 1), (1024, 20), (3000, 20), (3000, 100), (2500, 700)])
+def test_the_best_of_several_panels_are_those_of_a_full_sort(items: int, k: int) -> None:
+    weights = random_weights(I=items)
+    history = random_history(np.random.default_rng(items + k), 30, 6)
+    scores, cold = score_users(np, weights, history, max_history=7)
+    mask_seen(np, scores, history, (2,))
+    expected_items, expected = forward.top_k(np, scores, k)
+    found_items, found, found_cold = CpuScorer(version(weights), k)(history)
+    np.testing.assert_array_equal(found_items, expected_items)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_array_equal(found_cold, cold)
 
 
 # Weights

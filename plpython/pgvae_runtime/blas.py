@@ -1,7 +1,7 @@
-"""How many threads the BLAS of this process may use.
+"""What NumPy does not say to its BLAS: how many threads it may use, and to add a product to what is there.
 
-NumPy has no way to say it. The library that it has loaded is found in this process's memory map and asked by name;
-where that fails (another system, another BLAS) nothing is changed, and scoring is only slower.
+The library that NumPy has loaded is found in this process's memory map and asked by name; where that fails (another
+system, another BLAS) the threads stay as they are, and NumPy adds: scoring is only slower.
 """
 
 from __future__ import annotations
@@ -9,43 +9,114 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# OpenBLAS as Debian builds it, and as NumPy's own wheels carry it, old and new.
-_PREFIXES, _SUFFIXES = ("", "scipy_"), ("", "64_", "_64")
+import numpy as np
+from numpy.typing import NDArray
+
+# OpenBLAS as Debian builds it, and as NumPy's own wheels carry it, old and new; and whether its integers have 64 bits.
+_PREFIXES, _SUFFIXES = ("", "scipy_"), {"": ctypes.c_int, "64_": ctypes.c_int64, "_64": ctypes.c_int64}
+Floats = NDArray[np.float32]
+
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Library:
+    """The functions of OpenBLAS: openblas_get_num_threads, openblas_set_num_threads, cblas_sgemm."""
+
+    get_threads: Callable[[], int]
+    set_threads: Callable[[int], None]
+    sgemm: Callable[..., None] | None
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keeps BLAS to one thread meanwhile: who computes has threads of its own, or leaves the cores to others."""
-    functions = _functions()
-    if functions is None:
+    library = _library()
+    if library is None:
         yield
         return
-    get, set_threads = functions
-    before = get()
-    set_threads(1)
+    before = library.get_threads()
+    library.set_threads(1)
     try:
         yield
     finally:
-        set_threads(before)
+        library.set_threads(before)
+
+
+def product_into(left: Floats, right: Floats, out: Floats, spare: Floats) -> Callable[[int, int], None]:
+    """Gives a function that adds left [M, K] times the transpose of right [N, K] to the columns first to last of out.
+
+    Each array has its rows as they lie in memory, perhaps with something between two of them. `spare` [M, columns at
+    once] may be overwritten.
+    """
+    library = _library()
+    if library is None or library.sgemm is None or not all(map(_has_whole_rows, (left, right, out))):
+
+        def add(first: int, last: int) -> None:
+            product = spare[:, : last - first]
+            np.matmul(left, right[first:last].T, out=product)
+            np.add(out[:, first:last], product, out=out[:, first:last])
+
+        return add
+
+    # Numbers from here on: asking an array for its address takes as long as a small product.
+    rows, depth = left.shape
+    sgemm, size = library.sgemm, out.itemsize
+    left_place, right_place, out_place = left.ctypes.data, right.ctypes.data, out.ctypes.data
+    left_step, right_step, out_step = (array.strides[0] // size for array in (left, right, out))
+
+    def add_in_place(first: int, last: int) -> None:
+        sgemm(
+            *(_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED, rows, last - first, depth, 1.0),
+            *(left_place, left_step, right_place + first * right_step * size, right_step, 1.0),
+            *(out_place + first * size, out_step),
+        )
+
+    return add_in_place
+
+
+def _has_whole_rows(array: Floats) -> bool:
+    return (
+        array.dtype == np.float32
+        and array.size > 0
+        and array.strides[1] == 4
+        and array.strides[0] >= 4 * array.shape[1]
+    )
 
 
 @cache
-def _functions() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """Gives OpenBLAS's openblas_get_num_threads and openblas_set_num_threads; None where there is no such library."""
+def _library() -> _Library | None:
+    """Gives the functions of the OpenBLAS of this process; None where there is no such library."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
         for path in {line.split(maxsplit=5)[5] for line in lines if "blas" in line and ".so" in line}:
             library = ctypes.CDLL(path)
             for prefix in _PREFIXES:
-                for suffix in _SUFFIXES:
-                    get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
+                for suffix, integer in _SUFFIXES.items():
+                    get_threads = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
                     set_threads = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
-                    if get is not None and set_threads is not None:
-                        set_threads.restype = None
-                        return get, set_threads
+                    if get_threads is None or set_threads is None:
+                        continue
+                    set_threads.restype = None
+                    sgemm = getattr(library, f"{prefix}cblas_sgemm{suffix}", None)
+                    if sgemm is not None:
+                        sgemm.restype = None
+                        number, address = ctypes.c_float, ctypes.c_void_p
+                        matrix = [address, integer]
+                        sgemm.argtypes = [
+                            *[ctypes.c_int] * 3,
+                            *[integer] * 3,
+                            number,
+                            *matrix,
+                            *matrix,
+                            number,
+                            *matrix,
+                        ]
+                    return _Library(get_threads=get_threads, set_threads=set_threads, sgemm=sgemm)
     except (OSError, IndexError):
         pass
     return None

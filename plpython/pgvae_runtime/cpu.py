@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import blas
 from .forward import decode_direction, mean_of_features, mean_of_latent
 from .scoring import seen_columns
 from .store import Version
@@ -26,6 +27,9 @@ _TILE_BYTES = 10 * 1024 * 1024
 _MAX_TILE = 256
 # Columns of a tile that are finished one after the other, while they are in the second-level cache.
 _PANEL = 1024
+# Groups of 8 columns: the best ones are looked for among an eighth of the logits. There should be four times k groups
+# at least whose maxima give the threshold.
+_HALVINGS, _GROUPS_FOR_EACH = 2, 4
 # Links are kept in segments of so many: one of them is gathered as one cache line.
 _SEGMENT = 16
 # Segments that are added at once, 16 * 20 bytes each.
@@ -78,7 +82,10 @@ class _Links:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What a tile is: so many users, and columns in groups of 2 ** halvings, whose maxima give a threshold."""
+    """What a tile is: so many users, and columns in groups of 2 ** halvings within a panel, whose maxima are kept.
+
+    Group g of a panel with G groups are its columns g, g + G, g + 2 G, …
+    """
 
     users: int
     columns: int
@@ -91,9 +98,18 @@ class _Shape:
         return _Shape(
             users=max(1, min(_MAX_TILE, _TILE_BYTES // (4 * columns))),
             columns=columns,
-            # There should be at least four times k groups.
-            halvings=min(6, max(0, (items // (4 * k)).bit_length() - 1)),
+            halvings=min(_HALVINGS, max(0, (items // (_GROUPS_FOR_EACH * k)).bit_length() - 1)),
         )
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of a tile."""
+        return self.columns >> self.halvings
+
+    @property
+    def stride(self) -> int:
+        """The places between two users; a power of two would let all rows compete for the same few cache sets."""
+        return self.columns + _SEGMENT
 
 
 def shared_bytes(version: Version) -> int:
@@ -113,8 +129,8 @@ def shared_bytes(version: Version) -> int:
 def own_bytes(version: Version, k: int, users: int, events: int) -> int:
     """Gives the bytes at most that one scorer needs for itself, for batches of so many users and events."""
     shape = _Shape.of(version.item_count, k)
-    # Where the logits reach the threshold is a byte each; where they do, and the maxima twice, is some more.
-    tile = shape.users * (6 * shape.columns + 4 * _PANEL + 8 * (shape.columns >> shape.halvings))
+    # The maxima, half of them and a quarter, and a byte each for where they reach the threshold.
+    tile = shape.users * (4 * shape.stride + 4 * _PANEL + 8 * shape.groups)
     links = _SEGMENTS_AT_ONCE * _SEGMENT * _BYTES_OF_A_LINK // 4
     width = sum(int(version.weights[name].shape[-1]) for name in ("item_embedding", "output_weight"))
     return tile + links + users * (16 * width + 40 * k) + events * _BYTES_OF_AN_EVENT
@@ -156,9 +172,9 @@ class CpuScorer:
 
     def _make_buffers(self) -> None:
         shape = self._shape
-        self._logits = np.empty((shape.users, shape.columns), dtype=np.float32)
+        self._logits = np.empty((shape.users, shape.stride), dtype=np.float32)
         self._panel = np.empty((shape.users, _PANEL), dtype=np.float32)
-        self._maxima = np.empty((shape.users, shape.columns >> shape.halvings), dtype=np.float32)
+        self._maxima = np.empty((shape.users, shape.groups), dtype=np.float32)
 
     def __call__(self, history: History) -> Scored:
         """Gives the best items of these users, whose events may repeat."""
@@ -253,7 +269,7 @@ class CpuScorer:
                 self._links.start[item[begin:finish]] - (end[begin:finish] - end[begin]), own_segments
             )
             row = np.repeat(user[begin:finish], own_segments)
-            cell = self._links.item.take(segment, axis=0) + (row * self._shape.columns)[:, None]
+            cell = self._links.item.take(segment, axis=0) + (row * self._shape.stride)[:, None]
             weight = self._links.weight.take(segment, axis=0) * share[row][:, None]
             cells[cell] += weight
 
@@ -275,14 +291,9 @@ class CpuScorer:
             whole = np.append(logits[row, : self._items], seen[seen_user == row])
             shift[row] = whole.max()
             total[row] = np.exp(whole - shift[row]).sum()
-        maxima = self._maxima[:users]
-        place = maxima.shape[1] - self._k
-        # k groups have a logit that large.
-        threshold = np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
-        cell = np.flatnonzero(logits >= threshold[:, None])
-        user, item = np.divmod(cell, self._shape.columns)
+        user, cell, value = self._reaching(logits, self._threshold(users))
+        item = cell - user * self._shape.stride
         count = np.bincount(user, minlength=users)
-        value = logits.reshape(-1)[cell]
         # One number that sorts by falling value and then by rising item: the bits of a float, made to rise with it.
         bits = value.view(np.uint32)
         rising = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
@@ -301,29 +312,48 @@ class CpuScorer:
         values[is_left] = -1.0
         return best, values
 
+    def _threshold(self, users: int) -> Floats:
+        """Gives a number that at least k logits of each user of the tile reach, [U]: k groups have such a maximum."""
+        maxima = self._maxima[:users]
+        while maxima.shape[1] % 2 == 0 and maxima.shape[1] >= 2 * _GROUPS_FOR_EACH * self._k:
+            half = maxima.shape[1] // 2
+            maxima = np.maximum(maxima[:, :half], maxima[:, half:])
+        place = maxima.shape[1] - self._k
+        return np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
+
+    def _reaching(self, logits: Floats, threshold: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+        """Gives (user, cell, value) of the logits that reach their user's threshold, user by user."""
+        shape = self._shape
+        user, group = np.divmod(np.flatnonzero(self._maxima[: len(logits)] >= threshold[:, None]), shape.groups)
+        in_panel = _PANEL >> shape.halvings
+        first = user * shape.stride + group // in_panel * _PANEL + group % in_panel
+        cell = (first[:, None] + np.arange(0, _PANEL, in_panel)).reshape(-1)
+        value = logits.reshape(-1)[cell]
+        user = np.repeat(user, 1 << shape.halvings)
+        reaches = value >= threshold[user]
+        return user[reaches], cell[reaches], value[reaches]
+
     def _multiply(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
         """Adds the matrix product to the logits, writes the maxima of groups of columns, and gives sum exp(logit), [U].
 
         Nothing is taken off the logits first, as it would cost a pass to find their peak: a sum may overflow or vanish.
         """
         users = len(logits)
-        output = self._weights["output_weight"]
         total = np.zeros(users)
         ones = np.ones(_PANEL, dtype=np.float32)
-        groups = _PANEL >> self._shape.halvings
+        panel = self._panel[:users]
+        add_product = blas.product_into(direction, self._weights["output_weight"], logits, panel)
+        maxima = self._maxima[:users].reshape(users, -1, _PANEL >> self._shape.halvings)
         for number, first in enumerate(range(0, self._shape.columns, _PANEL)):
             own = logits[:, first : first + _PANEL]
-            panel = self._panel[:users]
-            rows = output[first : first + _PANEL]
-            np.matmul(direction, rows.T, out=panel[:, : len(rows)])
-            panel[:, len(rows) :] = 0.0
-            np.add(own, panel, out=own)
+            if first < self._items:
+                add_product(first, min(first + _PANEL, self._items))
             np.exp(own, out=panel)
             # As exact as a pairwise sum: a panel at a time, and then in double precision.
             total += panel @ ones
-            maxima = own
+            groups = own
             for _ in range(self._shape.halvings):
-                half = maxima.shape[1] // 2
-                maxima = np.maximum(maxima[:, :half], maxima[:, half:])
-            self._maxima[:users, number * groups : (number + 1) * groups] = maxima
+                half = groups.shape[1] // 2
+                groups = np.maximum(groups[:, :half], groups[:, half:])
+            maxima[:, number] = groups
         return total
