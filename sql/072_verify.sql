@@ -20,6 +20,27 @@ comment on function vae_private.verify(integer, bigint) is
     'Scores the golden users of a version and compares, a row per device; for vae.verify.';
 
 
+create or replace function vae_private.activation_hint(id integer, model text)
+returns text
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select coalesce(
+    (select format('put a version into service: select * from vae.activate(%L, %s)', model, max(v.version))
+    from vae.versions v
+    where v.model_id = id and v.state <> 'loading'
+    having count(*) > 0),
+    format('train one, in a terminal: pgvae train %s --activate', model))
+$$;
+
+comment on function vae_private.activation_hint(integer, text) is
+    'Says what to do about a model without an active version: activate the newest, or train the first.';
+
+
 create or replace function vae_private.version_id(id integer, model text, version integer)
 returns bigint
 language plpgsql
@@ -72,7 +93,7 @@ declare
 begin
     if number is null then
         raise exception 'model % has no active version', model
-            using errcode = 'VA002', hint = format('name a version: select * from vae.verify(%L, 1)', model);
+            using errcode = 'VA002', hint = vae_private.activation_hint(id, model);
     end if;
     wanted := vae_private.version_id(id, model, number);
     for result in select * from vae_private.verify(id, wanted) loop

@@ -188,7 +188,7 @@ begin
     perform vae_private.check_views(m);
     if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
         raise exception 'model % has no active version', m.name
-            using errcode = 'VA002', hint = 'train one with pgvae train, then: select * from vae.activate(…)';
+            using errcode = 'VA002', hint = vae_private.activation_hint(id, m.name);
     end if;
 end;
 $$;

@@ -216,7 +216,7 @@ begin
     select * into active from vae.versions v where v.model_id = id and v.state = 'active';
     if active.version_id is null then
         raise exception 'model % has no active version', model
-            using errcode = 'VA002', hint = 'train one with pgvae train, then: select * from vae.activate(…)';
+            using errcode = 'VA002', hint = vae_private.activation_hint(id, model);
     end if;
     if check_drift.days < 1 or check_drift.days > 3650 then
         raise exception 'days is %', check_drift.days

@@ -19,6 +19,7 @@ grant select on vae_private.scoring_versions, vae_private.scoring_tensors, vae_p
 grant execute on function
     vae.release_gpu(),
     vae_private.load_runtime(text),
+    vae_private.activation_hint(integer, text),
     vae_private.recommend(integer, text, integer, jsonb),
     vae_private.score(integer, text, text),
     vae_private.score_pairs(integer, text[], text[]),

@@ -112,8 +112,13 @@ def test_an_unknown_device_is_refused_by_name(shared_trained: psycopg.Connection
 def test_without_an_active_version_nothing_is_scored(trained: psycopg.Connection, trained_database: str) -> None:
     trained.execute("update vae.versions set state = 'retired'")
     log = trained.execute("select * from vae.refreshes").fetchall()
-    refused_everywhere(trained_database, "VA002", "model shop has no active version", "pgvae train")
+    remedy = "select * from vae.activate('shop', 1)"
+    refused_everywhere(trained_database, "VA002", "model shop has no active version", remedy)
     assert trained.execute("select * from vae.refreshes").fetchall() == log
+    for query in ("select * from vae.verify('shop')", "select * from vae.check_drift('shop')"):
+        assert "vae.activate('shop', 1)" in str(refusal(trained, query).message_hint)
+    trained.execute("delete from vae.versions")
+    refused_everywhere(trained_database, "VA002", "model shop has no active version", "pgvae train shop --activate")
 
 
 def test_a_model_number_that_does_not_exist_is_named(shared_trained: psycopg.Connection) -> None:

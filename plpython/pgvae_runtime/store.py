@@ -170,7 +170,9 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
     return ScoringError(
         f"model {name} has no active version",
         sqlstate=NO_ACTIVE_VERSION,
-        hint=f"in a terminal: pgvae train {name}; then activate the version with vae.activate",
+        hint=execute(plpy, "select vae_private.activation_hint($1, $2) as hint", ["integer", "text"], [model_id, name])[
+            0
+        ]["hint"],
     )
 
 
