@@ -467,6 +467,8 @@ select n.nspname || '.' || p.proname, p.prokind = 'p', p.proname, pg_get_functio
 from pg_proc p
 join pg_namespace n on n.oid = p.pronamespace
 where n.nspname in ('vae', 'shop')
+-- Of functions of one name the last one is described.
+order by 1, 4
 """
 _RELATIONS = """
 select n.nspname || '.' || c.relname, obj_description(c.oid, 'pg_class'), (

@@ -76,7 +76,7 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
 def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
     """Gives P(the user buys one of the items within the horizon); None for a user without known events."""
     history = read_history(plpy, version, user_key)
-    response, _ = _responses(version, history, [items], time.time())
+    response, _, _ = _answers(version, history, [items], time.time())
     return None if np.isnan(response[0, 0]) else float(response[0, 0])
 
 
@@ -84,7 +84,7 @@ def uplift_of_user(plpy: Any, version: Version, user_key: str, items: NDArray[np
     """Gives by how much an offer of an item raises P(the user buys it); None where that is not known."""
     if not uplift.has_uplift(version.weights):
         return None
-    _, found = _responses(version, read_history(plpy, version, user_key), [items], time.time())
+    _, _, found = _answers(version, read_history(plpy, version, user_key), [items], time.time())
     return None if np.isnan(found[0, 0]) else float(found[0, 0])
 
 
@@ -204,36 +204,34 @@ def _best_of_all(
     size = min(size, max(1, _PAIRS // sum(map(len, items))))
     for users, events in read_histories(plpy, version, size):
         history = events.distinct()
-        response, won = _responses(version, history, items, now)
-        for column, (own, wanted) in enumerate(zip(best, items, strict=True)):
-            has_bought = _has_bought(version, history, wanted)
+        response, has_bought, won = _answers(version, history, items, now)
+        for column, own in enumerate(best):
             value = (won if rank_by[column] == UPLIFT else response)[:, column]
             if exclude_buyers[column]:
-                value = np.where(has_bought, np.nan, value)
-            own.add(users, value, response[:, column], has_bought, won[:, column])
+                value = np.where(has_bought[:, column], np.nan, value)
+            own.add(users, value, response[:, column], has_bought[:, column], won[:, column])
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
     return best
 
 
-def _responses(
+def _answers(
     version: Version, history: History, items: Sequence[NDArray[np.int64]], now: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gives P(user buys one of the items within the horizon) and what an offer adds to it, [U, N], for N sets of items.
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Gives of N sets of items P(the user buys one), whether the user did before, and the uplift of an offer, [U, N].
 
-    nan for unknown users; the second also for several items together, and where the version claims no uplift.
+    nan for unknown users; the uplift also for several items together, and where the version claims none.
     """
     scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
     found, _ = look_ahead(version, history, now)
     response = np.column_stack([outcomes.any_probability(version.weights, found, scores[:, own]) for own in items])
+    has_bought = np.column_stack([_has_bought(version, history, own) for own in items])
     won = np.full(response.shape, np.nan)
     if uplift.has_uplift(version.weights):
-        for column, own in enumerate(items):
-            if len(own) == 1:
-                has_bought = _has_bought(version, history, own)
-                inputs = uplift.inputs_of(response[:, column], found.purchase, has_bought)
-                won[:, column] = uplift.uplift_of(version.weights, inputs)
-    return response, won
+        for column in (number for number, own in enumerate(items) if len(own) == 1):
+            inputs = uplift.inputs_of(response[:, column], found.purchase, has_bought[:, column])
+            won[:, column] = uplift.uplift_of(version.weights, inputs)
+    return response, has_bought, won
 
 
 def _has_bought(version: Version, history: History, items: NDArray[np.int64]) -> NDArray[np.bool_]:
