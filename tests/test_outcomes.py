@@ -610,12 +610,17 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
     shop.add_notice_handler(handler)
     try:
         shop.execute(
-            "insert into vae.offers (model_id, name, item_keys, max_users, exclude_buyers)"
-            " select model_id, n, array[k], 5, false from vae.models, (values ('old', '99'), ('new', '3')) o (n, k)"
+            "insert into vae.offers (model_id, name, item_keys, max_users, exclude_buyers, choose_by)"
+            " select model_id, n, array[k], 5, false, c from vae.models,"
+            " (values ('old', '99', 'response'), ('new', '3', 'response'), ('won', '3', 'uplift')) o (n, k, c)"
         )
         shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
         assert shop.execute("select offer, count(*) from shop.offer_responses group by 1").fetchall() == [("new", 5)]
         assert any("offer old is left out" in notice for notice in notices)
+        assert "offer won is left out: choose_by is uplift, but version 1 of model shop claims none" in notices
+        live = refusal(shop, """select * from shop.audience(3, 9, '{"rank_by": "uplift"}')""")
+        assert (live.sqlstate, "claims none" in str(live.message_primary)) == ("VA053", True)
+        assert shop.execute("select shop.uplift(1, 3)").fetchone() == (None,)
     finally:
         shop.remove_notice_handler(handler)
         shop.execute("delete from vae.offers")
