@@ -331,6 +331,28 @@ comment on function vae_private.chosen_features(regclass, text, text, text[]) is
     'Checks the columns that are named as features; of null it makes the columns that are features by themselves.';
 
 
+create or replace function vae_private.check_exposure(events regclass, exposure_column text)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if exposure_column is not null and vae_private.column_type(events, exposure_column, 'exposure_column') <> 'boolean' then
+        raise exception 'column "%" of % has the type %',
+            exposure_column, events, vae_private.column_type(events, exposure_column, 'exposure_column')
+            using errcode = 'datatype_mismatch',
+                hint = 'exposure is a boolean: true where the offer was made, false where chance withheld it, null in all other events';
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_exposure(regclass, text) is 'Refuses a column of exposure that is none, or not a boolean; null is fine.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -430,12 +452,7 @@ begin
             quantity, events, vae_private.column_type(events, quantity, 'quantity')
             using errcode = 'datatype_mismatch', hint = 'the quantity is a number';
     end if;
-    if exposure_column is not null and vae_private.column_type(events, exposure_column, 'exposure_column') <> 'boolean' then
-        raise exception 'column "%" of % has the type %',
-            exposure_column, events, vae_private.column_type(events, exposure_column, 'exposure_column')
-            using errcode = 'datatype_mismatch',
-                hint = 'exposure is a boolean: true where the offer was made, false where chance withheld it, null in all other events';
-    end if;
+    perform vae_private.check_exposure(events, exposure_column);
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> user_type then
         raise exception 'keys of users differ: % in %, % in %',
             user_type, events, vae_private.key_type(users, users_key, 'users_key'), users

@@ -81,6 +81,35 @@ comment on function vae_private.assignment_select(vae.models) is
     'Writes the query that gives the usable assignments of a model''s experiments, and whether the user was both within a horizon.';
 
 
+create or replace function vae.set_exposure(model text, exposure_column text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+begin
+    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_tables(m);
+    perform vae_private.check_exposure(format('%I.%I', m.events_schema, m.events_table)::regclass, set_exposure.exposure_column);
+    if set_exposure.exposure_column is null then
+        execute format('drop view if exists %I.clean_assignments', m.name);
+    end if;
+    update vae.models set exposure_column = set_exposure.exposure_column where models.model_id = m.model_id;
+    perform vae_private.build_model(m.model_id);
+end;
+$$;
+
+comment on function vae.set_exposure(text, text) is
+    'Names the column of a model''s events that marks the rows of a randomised experiment, a boolean: true, the offer of the item was '
+    'made, false, it was withheld by chance, null in all other events. Marked rows are no behaviour from then on; the next training '
+    'learns uplift from them. Null: there is no experiment any more.';
+
+
 create or replace function vae_private.check_assignments(m vae.models)
 returns table (check_name text, status text, row_count bigint, share double precision, threshold double precision, remedy text)
 language plpgsql

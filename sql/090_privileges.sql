@@ -101,7 +101,7 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean) to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (user_features, item_features), delete on vae.models to vae_trainer;
+grant insert, update (user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
@@ -116,6 +116,8 @@ grant execute on function
     vae.rebuild_model(text),
     vae.set_event_type(text, text, text, real),
     vae.set_features(text, text[], text[]),
+    vae.set_exposure(text, text),
+    vae_private.check_exposure(regclass, text),
     vae.set_candidates(text, text, regclass, text, boolean),
     vae.drop_candidates(text, text),
     vae_private.standard_event_types(),

@@ -582,3 +582,54 @@ def test_offers_that_an_earlier_release_stored_are_read_until_the_next_refresh(s
         assert one(shop, "select to_regclass('shop.offer_responses_before') is null")
         shop.execute("refresh materialized view shop.offer_responses_materialized")
         assert one(shop, "select count(uplift) > 1 from shop.offer_responses where offer = 'likely'")
+
+
+@pytest.mark.parametrize(
+    ("user_type", "item_type", "time_type"),
+    [("text", "uuid", "date"), ("uuid", "text", "timestamp"), ("integer", "integer", "timestamptz")],
+)
+def test_assignments_have_the_keys_of_the_shop(
+    shared: Connection, user_type: str, item_type: str, time_type: str
+) -> None:
+    own = Shop(user_type=user_type, item_type=item_type, time_type=time_type, events='the "events"', user_id="who?")
+    with shared.transaction(force_rollback=True):
+        own.make(shared)
+        relation = own.relation.as_string(shared)
+        shared.execute(f"""alter table {relation} add "on %offer" boolean""".encode())
+        own.create_model(shared, exposure_column="on %offer")
+        insert = f"""insert into {relation} ("who?", item_id, occurred_at, "on %%offer") values (%s, %s, %s, true)"""
+        shared.execute(insert.encode(), [own.users[3], own.items[4], BEGIN])
+        rows = shared.execute("select user_id, item_id, occurred_at, is_exposed from shop.clean_assignments").fetchall()
+        assert rows == [(own.users[3], own.items[4], BEGIN, True)]
+        types = shared.execute(
+            "select format_type(atttypid, null) from pg_attribute where attrelid = 'shop.clean_assignments'::regclass"
+            " and attnum in (1, 2) order by attnum"
+        ).fetchall()
+        assert types == [(user_type,), (item_type,)]
+        assert one(shared, "select count(*) from vae.check_events('shop') where check_name like '%assign%'") == 3
+        shared.execute("select vae.rebuild_model('shop'), vae.drop_model('shop')")
+
+
+def test_a_model_that_exists_gets_a_column_of_exposure_and_loses_it(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        Shop().make(connection)
+        Shop().create_model(connection)
+        events = one(connection, "select count(*) from shop.clean_events")
+        connection.execute("alter table events add exposed boolean")
+        connection.execute(
+            "insert into events select user_id, item_id, event_type, '2024-01-01', true from events limit 1"
+        )
+        assert one(connection, "select count(*) from shop.clean_events") == events + 1
+        connection.execute("select vae.set_exposure('shop', 'exposed')")
+        assert one(connection, "select count(*) from shop.clean_events") == events
+        assert one(connection, "select count(*) from shop.clean_assignments") == 1
+        wrong = refusal(connection, "select vae.set_exposure('shop', 'occurred_at')")
+        assert (wrong.sqlstate, wrong.message_primary) == (
+            "42804",
+            'column "occurred_at" of public.events has the type timestamptz',
+        )
+        assert refusal(connection, "select vae.set_exposure('shop', 'nothing')").sqlstate == "42703"
+        connection.execute("select vae.set_exposure('shop', null)")
+        assert one(connection, "select count(*) from shop.clean_events") == events + 1
+        assert one(connection, "select to_regclass('shop.clean_assignments') is null")
+        connection.execute("select vae.drop_model('shop')")

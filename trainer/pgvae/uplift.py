@@ -30,7 +30,7 @@ from pgvae_runtime.scoring import score_users
 from pgvae_runtime.uplift import inputs_of, uplift_of
 
 SPLIT = "experiment"
-NO_COLUMN = "the events carry no exposure: name a column for it with vae.create_model(…, exposure_column => …)"
+NO_COLUMN = "the events carry no exposure: name a column for it with vae.set_exposure"
 # Assignments that each kind needs in the older and in the newer part, and buyers of both kinds together.
 LEAST, LEAST_BUYERS = 100, 20
 # Standard deviations of the coefficients that are thought likely, per standard deviation of an input: of r, and of e,
