@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from psycopg import sql
 
-from conftest import create_database, drop_database
+from conftest import as_role, create_database, drop_database
 from pgvae.cli.metrics import uplift_verdict
 from pgvae.dataset import Dataset, read_dataset
 from pgvae.outcome_windows import DAY, Weights
@@ -633,3 +634,27 @@ def test_a_model_that_exists_gets_a_column_of_exposure_and_loses_it(database: st
         assert one(connection, "select count(*) from shop.clean_events") == events + 1
         assert one(connection, "select to_regclass('shop.clean_assignments') is null")
         connection.execute("select vae.drop_model('shop')")
+
+
+def test_roles_are_enough_for_an_experiment(server: Server, database: str, role: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        Shop().make(connection)
+        connection.execute("alter table events add exposed boolean")
+        for statement in (
+            "grant vae_trainer to {0}",
+            "grant select on events to {0}",
+            "grant create on database {1} to {0}",
+        ):
+            connection.execute(sql.SQL(statement).format(sql.Identifier(role), sql.Identifier(connection.info.dbname)))
+        with psycopg.connect(as_role(database, role), autocommit=True) as own:
+            Shop().create_model(own, exposure_column="exposed")
+            own.execute("select vae.set_exposure('shop', null)")
+            own.execute("select vae.set_exposure('shop', 'exposed')")
+            assert one(own, "select count(*) from vae.check_events('shop') where check_name like '%assign%'") == 3
+            assert one(own, "select count(*) from shop.clean_assignments") == 0
+            own.execute("select vae.create_offer('shop', 'x', array[7], choose_by => 'uplift')")
+            # What is missing is a version, not a right.
+            for call in ("shop.uplift(1, 7)", "shop.audience(7)"):
+                assert refusal(own, f"select * from {call}").sqlstate == "VA002"
+            own.execute("select vae.drop_model('shop')")
+        connection.execute(sql.SQL("drop owned by {}").format(sql.Identifier(role)))
