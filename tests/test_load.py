@@ -161,6 +161,8 @@ def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp
         (["03/04/2010 8:26", "01/02/2011 9:00"], ("--date-order", "mdy"), "2011-01-02 09:00:00+00"),
         (["2010-01-01 00:00", "2011-01-02 09:00"], ("--timezone", "Europe/Berlin"), "2011-01-02 08:00:00+00"),
         (["1262304000", "1293958800"], ("--type", "occurred_at=timestamptz"), "2011-01-02 09:00:00+00"),
+        (["1262304000", "1293958800"], (), "2011-01-02 09:00:00+00"),
+        (["1262304000000", "1293958800000"], (), "2011-01-02 09:00:00+00"),
     ],
 )
 def test_times_are_read_in_the_order_that_they_tell(
@@ -171,6 +173,22 @@ def test_times_are_read_in_the_order_that_they_tell(
     assert done.returncode == 0, done.stderr
     query = "select (max(occurred_at) at time zone 'UTC')::text || '+00' from events"
     assert rows(empty_database, query) == [(expected,)]
+
+
+def test_a_few_broken_times_do_not_make_the_column_text(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    times = ["25.12.2010 08:26", "01.02.2011 09:00"] * 10 + ["never"]
+    file = write(tmp_path / "events.csv", "user,item,time\n" + "".join(f"1,a,{time}\n" for time in times))
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 21 are no times, and will be rejected" in done.stdout
+    assert rows(empty_database, "select reason from events_rejects") == [("occurred_at: 'never' is no time",)]
+    assert rows(empty_database, "select count(*), pg_typeof(max(occurred_at))::text from events") == [
+        (20, "timestamp with time zone")
+    ]
+    # A column that is mostly something else stays what it is, and the plan says what to do.
+    other = write(tmp_path / "other.csv", "user,item,time\n1,a,2011-02-01\n1,a,morning\n")
+    done = run_cli("load", "events", other, "--yes", "--replace", dsn=empty_database)
+    assert "not read as times: --type occurred_at=timestamptz rejects what is none" in done.stdout
 
 
 def test_a_table_in_the_way_is_added_to_or_exchanged_only_on_demand(

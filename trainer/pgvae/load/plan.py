@@ -10,7 +10,7 @@ from itertools import islice
 from pgvae.errors import PgvaeError
 from pgvae.load.columns import Kind, snake_case, squashed
 from pgvae.load.sources import BATCH_ROWS, Batch, Source
-from pgvae.load.types import Dialect, converter, date_order_of, infer
+from pgvae.load.types import Dialect, converter, date_order_of, infer, infer_time
 
 SAMPLE_ROWS = 6 * BATCH_ROWS
 
@@ -73,7 +73,8 @@ def make_plan(kind: Kind, source: Source, options: LoadOptions) -> Plan:
     columns = []
     for position, header in enumerate(headers):
         values = [row[position] for row in rows]
-        guessed, remark = infer(values, dialect)
+        is_time = names[header] == "occurred_at" and "occurred_at" in kind.required
+        guessed, remark = (infer_time if is_time else infer)(values, dialect)
         sql_type = options.types.get(names[header], guessed)
         if sql_type in ("timestamptz", "timestamp", "date") and dialect.date_order is None:
             # One order for the whole load: the first column with short dates decides.

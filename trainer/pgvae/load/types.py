@@ -20,6 +20,10 @@ _SLASHED = re.compile(r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2}
 _BOOLEANS = {"true": "t", "false": "f", "t": "t", "f": "f", "yes": "t", "no": "f", "1": "t", "0": "f"}
 _BOOLEAN_WORDS = {"true", "false", "t", "f", "yes", "no"}
 _RANGES = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
+# Whole seconds since 1970, or milliseconds: those of 1973 and later have 12 digits or more.
+_EPOCH_DIGITS, _MILLISECONDS_DIGITS = 9, 12
+# The share of a column's values that must be times where a few are none.
+_MOSTLY = 0.9
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 NULL = "\\N"
 
@@ -64,6 +68,24 @@ def infer(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
     if all(len(value) >= 8 and _is_timestamp(value) for value in filled):
         return "timestamptz", "times without a zone are read as UTC" if dialect.timezone is UTC else None
     return "text", None
+
+
+def infer_time(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
+    """Gives the type of a column that must hold times: also where some values are none, or count from 1970."""
+    guessed, remark = infer(values, dialect)
+    filled = [value.strip() for value in values if value not in dialect.nulls and value.strip()]
+    if guessed == "bigint" and all(value.isdigit() and len(value) >= _EPOCH_DIGITS for value in filled):
+        unit = "milliseconds" if len(filled[0]) >= _MILLISECONDS_DIGITS else "seconds"
+        return "timestamptz", f"{unit} since 1970"
+    if guessed != "text" or not filled:
+        return guessed, remark
+    times = [value for value in filled if _SLASHED.fullmatch(value) or _is_date(value) or _is_timestamp(value)]
+    wrong = len(filled) - len(times)
+    if len(times) >= _MOSTLY * len(filled):
+        guessed, _ = infer(times, dialect)
+    if guessed == "text":
+        return "text", "not read as times: --type occurred_at=timestamptz rejects what is none"
+    return guessed, f"{wrong} of {len(filled)} are no times, and will be rejected"
 
 
 def date_order_of(values: Sequence[str], dialect: Dialect) -> tuple[DateOrder, str | None]:
@@ -190,9 +212,9 @@ def _date(text: str, dialect: Dialect) -> str:
 
 def _timestamp(text: str, dialect: Dialect) -> str:
     try:
-        if text.isdigit() and len(text) >= 9:
-            # Whole seconds since 1970, or milliseconds: those of 1973 and later have 12 digits or more.
-            return datetime.fromtimestamp(int(text) / (1000 if len(text) >= 12 else 1), UTC).isoformat()
+        if text.isdigit() and len(text) >= _EPOCH_DIGITS:
+            thousands = len(text) >= _MILLISECONDS_DIGITS
+            return datetime.fromtimestamp(int(text) / (1000 if thousands else 1), UTC).isoformat()
         found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
         return (found if found.tzinfo else found.replace(tzinfo=dialect.timezone)).isoformat()
     except (ValueError, OverflowError, OSError):
