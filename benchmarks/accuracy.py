@@ -33,7 +33,8 @@ from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.console import err, out
 from pgvae.ranking import per_user_metrics
-from pgvae.training import Epoch, fit, scorer
+from pgvae.rows import Epoch
+from pgvae.training import fit, scorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 METHODS = ("popularity", "item_knn", "ease", "graph_filter", "mult_vae", "pgvae")

@@ -23,9 +23,10 @@ from pgvae.baselines import CHOICES
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
-from pgvae.evaluation import ALL, METHODS, Metric, compare, evaluate, summarise
+from pgvae.evaluation import METHODS, compare, evaluate, summarise
 from pgvae.measurement import BINS, LEAST_SHARE, calibration_error, measure
 from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics
+from pgvae.rows import ALL, Metric
 from pgvae.server import Server
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline

@@ -23,9 +23,10 @@ from pgvae.errors import PgvaeError
 from pgvae.report.insight import AGES, SAMPLE_USERS, Insight, look_into
 from pgvae.report.page import Report, read_report, render, write
 from pgvae.report.words import card, markdown, verdict
+from pgvae.rows import CurvePoint, Metric
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
-from pgvae.versions import Measured, Point, PublishedVersion, read_version, read_weights
+from pgvae.versions import PublishedVersion, read_version, read_weights
 from pgvae_runtime import forward, outcomes
 from pgvae_runtime.tokens import age_bucket
 from shop import SMALL, Shop, create_model, train, train_and_activate
@@ -268,7 +269,7 @@ def test_reading_the_weights_back_gives_what_was_published(measured_dsn: str, re
 def version_with(report: Report, *values: tuple[str, float, float]) -> PublishedVersion:
     """Gives a version that was measured as NDCG@20 (method, value, half the width of the interval)."""
     metrics = [
-        Measured(
+        Metric(
             method=method,
             split="temporal",
             slice="all",
@@ -520,9 +521,9 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None
 # What it says of the shop
 
 
-def points(curve: str, method: str, xy: Sequence[tuple[float, float]]) -> list[Point]:
+def points(curve: str, method: str, xy: Sequence[tuple[float, float]]) -> list[CurvePoint]:
     return [
-        Point(
+        CurvePoint(
             curve=curve, method=method, position=place, label=EVIL, x=x, y=y, lower=0.0, upper=y + 1, weight=1.0
         )
         for place, (x, y) in enumerate(xy, start=1)
@@ -535,7 +536,7 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "needs sales over four times its horizon" in text
     assert "who will answer an offer is not measured" in text
     measured = [
-        Measured(
+        Metric(
             method=method, split="horizon", slice="all", metric=metric, k=0, value=value, lower=None, upper=None,
             user_count=9,
         )

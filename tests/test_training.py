@@ -24,11 +24,12 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.ranking import make_holdout
+from pgvae.rows import Epoch
 from pgvae.shortcut import shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae.train import Listener
 from pgvae.train import train as run_training
-from pgvae.training import Epoch, Fit, _Run, fit, scorer
+from pgvae.training import Fit, _Run, fit, scorer
 from shop import QUICK, SMALL, Shop, train
 from variants import dataset_of, with_features
 

@@ -200,7 +200,7 @@ def test_a_training_that_fails_is_set_aside_with_its_reason(shop: str, monkeypat
 
 @pytest.mark.usefixtures("in_process")
 def test_a_trial_far_behind_is_stopped_early(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pgvae.training import Epoch
+    from pgvae.rows import Epoch
 
     def fit(dataset: Dataset, config: TrainingConfig, *, on_epoch: Callable[[Epoch], None], **arguments: Any) -> None:
         number = len(seen)

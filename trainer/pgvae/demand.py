@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from pgvae.bootstrap import interval, resampled_means
-from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset
-from pgvae.evaluation import Metric
+from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
     Equation,

@@ -16,11 +16,11 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.measurement import Measurement, calibration_error, measure
 from pgvae.ranking import Holdout, Scorer, hits_of, list_metrics, per_user_metrics
+from pgvae.rows import ALL, Epoch, Metric
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
-from pgvae.training import Epoch, Fit, fit, scorer
+from pgvae.training import Fit, fit, scorer
 
 K = 20
-ALL = "all"
 METHODS = ("pgvae", *baselines.CHOICES, "popularity")
 # Those of the methods whose scores are probabilities.
 _PROBABILITIES = ("pgvae", "recency", "popularity")
@@ -29,24 +29,6 @@ _CATEGORIES = 10
 
 # A metric of each user, by its name and k.
 Values = Mapping[tuple[str, int], NDArray[np.float64]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A mean over the users of a test part, with its 95 % bootstrap interval where there is one.
-
-    The metric ndcg_lead of a baseline is pgvae's ndcg less its own: pgvae beats it where the interval is above 0.
-    """
-
-    method: str
-    split: str
-    slice: str = ALL
-    metric: str
-    k: int
-    value: float
-    lower: float | None
-    upper: float | None
-    user_count: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgvae.bootstrap import interval, resampled_means
-from pgvae.curves import CurvePoint
-from pgvae.evaluation import Metric
 from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, in_half, log_loss, score_parts
 from pgvae.regression import fit_logistic
+from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.behaviour import names
 from pgvae_runtime.outcomes import Outlook, item_probability, outlook, risk_band, sigmoid

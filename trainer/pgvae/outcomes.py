@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset
-from pgvae.evaluation import Metric
 from pgvae.outcome_figures import measure
 from pgvae.outcome_windows import (
     Floats,
@@ -32,6 +30,7 @@ from pgvae.outcome_windows import (
     windows,
 )
 from pgvae.regression import fit_cloglog, fit_logistic, fit_poisson
+from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.outcomes import sigmoid
 

@@ -12,13 +12,12 @@ from psycopg.types.json import Jsonb
 
 from pgvae import __version__, resources
 from pgvae.config import TrainingConfig
-from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
-from pgvae.evaluation import Metric
 from pgvae.golden import GoldenUser, golden_users
+from pgvae.rows import CurvePoint, Epoch, Metric
 from pgvae.segments import NO_SEGMENTS, Segments
-from pgvae.training import Epoch, Fit, ShortcutChoice
+from pgvae.training import Fit, ShortcutChoice
 from pgvae_runtime import forward
 from pgvae_runtime.demand import Head
 from pgvae_runtime.tensors import to_chunks

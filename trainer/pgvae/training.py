@@ -29,6 +29,7 @@ from pgvae.ranking import (
     per_user_metrics,
     some_users,
 )
+from pgvae.rows import Epoch
 from pgvae.shortcut import Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime import forward
@@ -61,19 +62,6 @@ class ShortcutChoice:
 NO_SHORTCUT = ShortcutChoice(way=None, scale=0.0)
 # Where nothing can be validated.
 DEFAULT_SHORTCUT = ShortcutChoice(way="cooccurrence", scale=4.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """What one pass over the users gave; losses are means per user, in nats."""
-
-    phase: str
-    epoch: int
-    loss: float
-    reconstruction: float
-    kl: float
-    validation_ndcg: float | None
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

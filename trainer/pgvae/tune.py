@@ -30,9 +30,10 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.ranking import Holdout
+from pgvae.rows import Epoch
 from pgvae.splits import measurable
 from pgvae.train import Listener, read_checked
-from pgvae.training import Epoch, fit
+from pgvae.training import fit
 
 SCHEMA = "vae_optuna"
 # Owns the schema, so that whoever may train may also take part in a study that another role began.

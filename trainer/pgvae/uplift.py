@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgvae.curves import CurvePoint
 from pgvae.dataset import Dataset
-from pgvae.evaluation import Metric
 from pgvae.outcome_windows import Floats, Setting, Weights, newest_moment, parts, too_little
 from pgvae.outcomes import fit_heads
 from pgvae.regression import fit_logistic
+from pgvae.rows import CurvePoint, Metric
 from pgvae.trials import Assignments, Trial, has_bought, histories_before, trial_of
 from pgvae.uplift_figures import Estimate, Gains, balance, effects, estimate, gains
 from pgvae_runtime.behaviour import behaviour

@@ -14,51 +14,9 @@ from psycopg import sql
 from psycopg.rows import class_row, dict_row
 
 from pgvae.errors import PgvaeError
+from pgvae.rows import CurvePoint, Epoch, Metric
 from pgvae_runtime.features import NO_FEATURES, FeaturePipeline
 from pgvae_runtime.tensors import Assembler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A row of vae.metrics."""
-
-    method: str
-    split: str
-    slice: str
-    metric: str
-    k: int
-    value: float
-    lower: float | None
-    upper: float | None
-    user_count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """A row of vae.epochs."""
-
-    phase: str
-    epoch: int
-    loss: float
-    reconstruction: float
-    kl: float
-    validation_ndcg: float | None
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A row of vae.curves."""
-
-    curve: str
-    method: str
-    position: int
-    label: str | None
-    x: float
-    y: float
-    lower: float | None
-    upper: float | None
-    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +45,9 @@ class PublishedVersion:
     durations: dict[str, float]
     quality: list[dict[str, Any]]
     features: dict[str, Any] | None
-    metrics: list[Measured]
-    passes: list[Pass]
-    points: Sequence[Point] = ()
+    metrics: list[Metric]
+    passes: list[Epoch]
+    points: Sequence[CurvePoint] = ()
     has_uplift: bool = False
     no_uplift: str | None = None
 
@@ -134,19 +92,19 @@ def read_version(connection: psycopg.Connection, model: str, version: int | None
 
 
 def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
-    with connection.cursor(row_factory=class_row(Measured)) as cursor:
+    with connection.cursor(row_factory=class_row(Metric)) as cursor:
         metrics = cursor.execute(
             "select method, split, slice, metric, k, value, lower, upper, user_count from vae.metrics"
             " where version_id = %s order by split, slice, metric, k, method",
             [version_id],
         ).fetchall()
-    with connection.cursor(row_factory=class_row(Pass)) as cursor:
+    with connection.cursor(row_factory=class_row(Epoch)) as cursor:
         passes = cursor.execute(
             "select phase, epoch, loss, reconstruction, kl, validation_ndcg, seconds from vae.epochs"
             " where version_id = %s order by phase, epoch",
             [version_id],
         ).fetchall()
-    with connection.cursor(row_factory=class_row(Point)) as cursor:
+    with connection.cursor(row_factory=class_row(CurvePoint)) as cursor:
         points = cursor.execute(
             "select curve, method, position, label, x, y, lower, upper, weight from vae.curves"
             " where version_id = %s order by curve, method, position",

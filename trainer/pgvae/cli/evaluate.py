@@ -16,7 +16,7 @@ from pgvae.console import err, out, progress_with_detail
 if TYPE_CHECKING:
     from pgvae.evaluate import Evaluated
     from pgvae.evaluation import Listener
-    from pgvae.training import Epoch
+    from pgvae.rows import Epoch
 
 
 class SplitName(StrEnum):

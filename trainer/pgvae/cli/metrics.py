@@ -10,8 +10,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from pgvae.demand import DemandFit
-    from pgvae.evaluation import Metric
     from pgvae.outcomes import OutcomeFit
+    from pgvae.rows import Metric
     from pgvae.uplift import UpliftFit
 
 # What each split is tested on.

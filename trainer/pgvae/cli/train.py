@@ -18,8 +18,8 @@ from pgvae.console import err, out, progress_with_detail
 
 if TYPE_CHECKING:
     from pgvae.dataset import Dataset, ModelDefinition
+    from pgvae.rows import Epoch
     from pgvae.train import Listener, Training
-    from pgvae.training import Epoch
 
 _DEFAULTS = TrainingConfig()
 _PHASES = {

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pgvae.report.insight import Gate, LatentMap
 from pgvae.report.words import OWN, method_name
-from pgvae.versions import Measured, Pass, Point
+from pgvae.rows import CurvePoint, Epoch, Metric
 
 # Colours that stand for a CSS variable of the page, see page.html.
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -64,7 +64,7 @@ _PER_ROW = 0.32
 _LONGEST_LABEL = 24
 
 
-def learning_curves(passes: Sequence[Pass]) -> Markup:
+def learning_curves(passes: Sequence[Epoch]) -> Markup:
     """Draws the loss of each phase and, beneath, the NDCG on the validation part, by pass."""
     phases = {phase: [p for p in passes if p.phase == phase] for phase in dict.fromkeys(p.phase for p in passes)}
     validated = [p for p in passes if p.validation_ndcg is not None]
@@ -93,7 +93,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, label
     axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3 if len(x) > 1 else 6, label=label)
 
 
-def comparison(rows: Sequence[Measured], title: str) -> Markup:
+def comparison(rows: Sequence[Metric], title: str) -> Markup:
     """Draws one metric of each method as a point with its interval."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, _PER_ROW * len(rows) + 0.7), layout="constrained")
@@ -108,7 +108,7 @@ def comparison(rows: Sequence[Measured], title: str) -> Markup:
         return _svg(figure, title)
 
 
-def slices(rows: Sequence[tuple[str, Measured, Measured | None]], title: str, other: str) -> Markup:
+def slices(rows: Sequence[tuple[str, Metric, Metric | None]], title: str, other: str) -> Markup:
     """Draws pgvae's metric in each slice with its interval, and beside it the value of another method."""
     with matplotlib.rc_context(_STYLE):
         # A label has two lines: of what, and which.
@@ -194,7 +194,7 @@ def latent_map(latent: LatentMap) -> Markup:
         return _svg(figure, "latent map")
 
 
-def demand(points: Sequence[Point]) -> Markup:
+def demand(points: Sequence[CurvePoint]) -> Markup:
     """Draws expected units of items with their intervals, and what was sold, on logarithmic axes with room for 0."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
@@ -214,7 +214,7 @@ def demand(points: Sequence[Point]) -> Markup:
         return _svg(figure, "demand, expected and sold")
 
 
-def bands(points: Sequence[Point]) -> Markup:
+def bands(points: Sequence[CurvePoint]) -> Markup:
     """Draws of each band of risk how many were expected to leave, and how many did, in shares of its people."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.75 * len(points) + 1.0), layout="constrained")
@@ -243,7 +243,7 @@ def bands(points: Sequence[Point]) -> Markup:
         return _svg(figure, "people who left, by band of risk")
 
 
-def gains(points: Sequence[Point], title: str) -> Markup:
+def gains(points: Sequence[CurvePoint], title: str) -> Markup:
     """Draws the share of the purchases that the best so many hundredths of the offers reach, a line for each method."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
@@ -260,7 +260,7 @@ def gains(points: Sequence[Point], title: str) -> Markup:
         return _svg(figure, title)
 
 
-def uplift(points: Sequence[Point], title: str) -> Markup:
+def uplift(points: Sequence[CurvePoint], title: str) -> Markup:
     """Draws the extra buyers that offers to the best so many hundredths of all brought, a line for each method.
 
     The interval is that of the model's own line.
@@ -284,7 +284,7 @@ def uplift(points: Sequence[Point], title: str) -> Markup:
         return _svg(figure, title)
 
 
-def calibration(points: Sequence[Point], title: str) -> Markup:
+def calibration(points: Sequence[CurvePoint], title: str) -> Markup:
     """Draws what happened by what was predicted, a line for each method, and the diagonal of a calibrated one."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")

@@ -16,7 +16,8 @@ from pgvae.connection import connect
 from pgvae.errors import PgvaeError
 from pgvae.report import charts, words
 from pgvae.report.insight import Insight, look_into
-from pgvae.versions import Measured, Point, PublishedVersion, read_version
+from pgvae.rows import CurvePoint, Metric
+from pgvae.versions import PublishedVersion, read_version
 
 _POPULARITY = "popularity"
 
@@ -106,7 +107,7 @@ class _Business:
 
 
 def _business(version: PublishedVersion) -> _Business:
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, list[CurvePoint]] = {}
     for point in version.points:
         curves.setdefault(point.curve, []).append(point)
     demand = [point for point in curves.get("demand", []) if point.method == words.OWN]
@@ -166,7 +167,7 @@ def _split_parts(version: PublishedVersion) -> list[_Part]:
     return [_part([row for row in version.metrics if row.split == split], split) for split in splits]
 
 
-def _part(rows: list[Measured], split: str) -> _Part:
+def _part(rows: list[Metric], split: str) -> _Part:
     everybody = [row for row in rows if row.slice == "all"]
     k = words.list_length(everybody)
     ndcg = words.methods_of(everybody, "ndcg", k)
@@ -183,7 +184,7 @@ def _part(rows: list[Measured], split: str) -> _Part:
     )
 
 
-def _table(rows: list[Measured], methods: list[str], keys: list[tuple[str, int]]) -> _Table:
+def _table(rows: list[Metric], methods: list[str], keys: list[tuple[str, int]]) -> _Table:
     found = []
     for metric, k in keys:
         ranked = words.methods_of(rows, metric, k)
@@ -200,12 +201,12 @@ def _table(rows: list[Measured], methods: list[str], keys: list[tuple[str, int]]
     return _Table(methods=[words.method_name(method) for method in methods], rows=found)
 
 
-def _interval(metric: str, row: Measured) -> str:
+def _interval(metric: str, row: Metric) -> str:
     assert row.lower is not None and row.upper is not None
     return f"{words.figure(metric, row.lower)} to {words.figure(metric, row.upper)}"
 
 
-def _slices(rows: list[Measured], split: str, k: int) -> Markup | str:
+def _slices(rows: list[Metric], split: str, k: int) -> Markup | str:
     chosen = [row for row in rows if (row.metric, row.k) == ("ndcg", k)]
     other = {row.slice: row for row in chosen if row.method == _POPULARITY}
     own = [row for row in chosen if row.method == words.OWN]

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgvae.report.insight import Insight
-from pgvae.versions import Measured, Point, PublishedVersion
+from pgvae.rows import CurvePoint, Metric
+from pgvae.versions import PublishedVersion
 
 OWN = "pgvae"
 _METHODS = {
@@ -74,13 +75,13 @@ def ranked_splits(version: PublishedVersion) -> set[str]:
     return {row.split for row in version.metrics if row.metric == "ndcg"}
 
 
-def main_split(version: PublishedVersion) -> list[Measured]:
+def main_split(version: PublishedVersion) -> list[Metric]:
     """Gives the metrics of everybody on the split that a version is judged by: by time, where that was measured."""
     splits = sorted(ranked_splits(version), key=lambda split: (split != "temporal", split))
     return [row for row in version.metrics if splits and row.split == splits[0] and row.slice == "all"]
 
 
-def methods_of(rows: Iterable[Measured], metric: str, k: int) -> list[Measured]:
+def methods_of(rows: Iterable[Metric], metric: str, k: int) -> list[Metric]:
     """Gives the rows of one metric, the best method first."""
     sign = 1 if metric in _LOWER_IS_BETTER else -1
     return sorted(
@@ -89,7 +90,7 @@ def methods_of(rows: Iterable[Measured], metric: str, k: int) -> list[Measured]:
     )
 
 
-def metrics_of(rows: Iterable[Measured]) -> list[tuple[str, int]]:
+def metrics_of(rows: Iterable[Metric]) -> list[tuple[str, int]]:
     """Gives the metrics, by name and length of list, in the order of METRICS."""
     names = list(METRICS)
     return sorted(
@@ -97,7 +98,7 @@ def metrics_of(rows: Iterable[Measured]) -> list[tuple[str, int]]:
     )
 
 
-def list_length(rows: Iterable[Measured]) -> int:
+def list_length(rows: Iterable[Metric]) -> int:
     """Gives the length of list by which a version is judged: 20 where that was measured."""
     lengths = sorted({row.k for row in rows if row.metric == "ndcg"})
     return 20 if 20 in lengths or not lengths else lengths[-1]
@@ -150,14 +151,14 @@ def verdict(version: PublishedVersion) -> Verdict:
     )
 
 
-def _clearly_beats(own: Measured, other: Measured, lead: Measured | None) -> bool:
+def _clearly_beats(own: Metric, other: Metric, lead: Metric | None) -> bool:
     """Says whether the 95 % interval of the paired difference is above 0, or, without it, the two intervals apart."""
     if lead is not None and lead.lower is not None:
         return lead.lower > 0
     return own.lower is not None and other.upper is not None and own.lower > other.upper
 
 
-def _recall_sentences(version: PublishedVersion, recall: dict[str, Measured], k: int) -> tuple[str, ...]:
+def _recall_sentences(version: PublishedVersion, recall: dict[str, Metric], k: int) -> tuple[str, ...]:
     own = recall.get(OWN)
     if own is None:
         return ()
@@ -191,7 +192,7 @@ CALIBRATIONS = {
 }
 
 
-def churn_sentences(version: PublishedVersion, bands: Sequence[Point]) -> tuple[str, ...]:
+def churn_sentences(version: PublishedVersion, bands: Sequence[CurvePoint]) -> tuple[str, ...]:
     """Says how well it is known who leaves, beside the baseline; `bands` are the points of the curve churn_bands."""
     found = {(row.method, row.metric): row for row in version.metrics if row.split == "horizon"}
     sentences = []
@@ -225,9 +226,9 @@ def offer_sentence(version: PublishedVersion) -> str:
     return f" In the sum over all pairs, {100 * bias:.0f} purchases were expected for every 100 that came."
 
 
-def lift_sentence(points: Iterable[Point]) -> str:
+def lift_sentence(points: Iterable[CurvePoint]) -> str:
     """Says what the tenth of the offers with the highest probabilities reach, beside the other methods."""
-    nearest: dict[str, Point] = {}
+    nearest: dict[str, CurvePoint] = {}
     for point in points:
         best = nearest.get(point.method)
         if best is None or abs(point.x - 0.1) < abs(best.x - 0.1):
