@@ -16,6 +16,7 @@ declare
     outliers record;
     time_from text;
     time_to text;
+    unknown_types text[];
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
     perform vae_private.check_tables(m);
@@ -61,6 +62,21 @@ begin
         case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end
     ) into counts;
 
+    if counts.unknown_event_types > 0 then
+        execute format(
+            'select array_agg(u.name) from ('
+            ' select e.%1$I::text as name'
+            ' from %2$I.%3$I e'
+            ' left join vae.event_types t on t.model_id = %4$s and t.name = e.%1$I::text'
+            ' where t.name is null and e.%1$I is not null%5$s'
+            ' group by 1'
+            ' order by count(*) desc, 1'
+            ' limit 5) u',
+            m.event_type_column, m.events_schema, m.events_table, m.model_id,
+            case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) end)
+        into unknown_types;
+    end if;
+
     -- Of the rows that all other rules admit, those that the distinct of the cleaned events takes away.
     execute format('select (select count(*) from (%s) a) - (select count(*) from (%s) d) as duplicates',
         vae_private.clean_select(m.model_id, 'admitted rows'), vae_private.clean_select(m.model_id, 'all users'))
@@ -84,8 +100,9 @@ begin
             (4, 'overlong_ids', counts.overlong_ids, 'ids of more than 512 bytes are left out: is the right column mapped?'),
             (5, 'unknown_event_types', counts.unknown_event_types,
                 case when m.event_type_column is not null then format(
-                    'rows of event types without a meaning are left out; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
-                    model, 'THEIR NAME') end),
+                    'rows of event types without a meaning are left out%s; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
+                    (select ': ' || string_agg(quote_literal(left(u.name, 60)), ', ' order by u.place) from unnest(unknown_types) with ordinality as u (name, place)),
+                    model, coalesce(unknown_types[1], 'THEIR NAME')) end),
             (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check clocks and time zones'),
             (7, 'absurd_timestamps', counts.absurd_timestamps,
                 format('rows before %s are left out; move the limit with options => ''{"earliest": "…"}''', m.options ->> 'earliest')),

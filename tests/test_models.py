@@ -328,6 +328,13 @@ def test_each_check_counts_what_was_planted_and_nothing_else(dirty: psycopg.Conn
     found = report(dirty)
     assert list(found) == CHECKS
     assert {name: found[name][1] for name in expected} == expected
+    remedy = dirty.execute("select remedy from vae.check_events('shop') where check_name = 'unknown_event_types'")
+    assert remedy.fetchall() == [
+        (
+            "rows of event types without a meaning are left out: '', ' view', 'View', 'mystery'; say what they mean:"
+            " select vae.set_event_type('shop', '', 'view')",
+        )
+    ]
     good = len(MANY.rows()) + expected["items_seen_once"]
     assert found["enough_events"] == ("pass", good)
     assert found["enough_users"] == ("pass", 150)
