@@ -32,11 +32,11 @@ SCORED = {
     "recommendations": ("batch", "write_scores", "_MAX_BATCH = 1"),
     "churn": ("churn", "reasons_of", "_BATCH = 1"),
     "explanations": ("explanations", "_parts", "_USERS = 1"),
-    "offer_responses": ("audience", "_responses", "_PAIRS = 1"),
+    "offer_responses": ("audience", "_answers", "_PAIRS = 1"),
     "user_segments": ("segments", "directions", "_USERS = 1"),
     "demand": ("sales", "_numbers", "_BATCH = 1"),
     "related_items": ("related", "chosen_order", "_SHARES_BYTES = 1"),
-    "audience": ("audience", "_responses", "_USERS = 1"),
+    "audience": ("audience", "_answers", "_USERS = 1"),
     "score_pairs": ("pairs", "score_users", "_USERS = 1"),
 }
 CALLS = {
