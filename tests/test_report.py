@@ -597,10 +597,10 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     text = Page(render(won, report.insight)).text("business")
     assert "So of 1,000 offers 20.0 made somebody buy (10.0 to 30.0)." in text
     assert "the likeliest buyers first" in render(won, report.insight)
-    assert "not foretold" not in text
+    assert "No uplift" not in text
     unclaimed = replace(won, has_uplift=False, no_uplift="too few <b>buyers</b>")
     html = render(unclaimed, report.insight)
-    assert "is not foretold: too few <b>buyers</b>." in Page(html).text("business")
+    assert "No uplift is claimed: too few <b>buyers</b>." in Page(html).text("business")
     assert "<b>buyers" not in html
     # A version that a simpler method equals does not boast.
     lead = replace(measured[0], method="rfm", metric="churn_log_loss_lead", value=0.001, lower=-0.01, upper=0.01)

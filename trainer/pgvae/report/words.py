@@ -259,7 +259,7 @@ def uplift_sentence(version: PublishedVersion) -> str:
     sentences.append(
         "The higher a line above the dashed one, the better is known whom to ask; the shade is the 95 % interval."
         if version.has_uplift
-        else f"Whom an offer makes buy is not foretold: {version.no_uplift}."
+        else f"No uplift is claimed: {version.no_uplift}."
     )
     return " ".join(sentences)
 
