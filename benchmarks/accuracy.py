@@ -79,7 +79,9 @@ class Measured:
 def main(
     split: Annotated[list[Path] | None, typer.Option(help="Folder of a data set; may be repeated.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="All data sets of ../shared/data.")] = False,
-    methods: Annotated[str, typer.Option(help="Which methods, with commas between.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help="Which methods (or, with --ablation, parts), with commas between; all unless given.")
+    ] = "",
     ablation: Annotated[bool, typer.Option("--ablation", help="pgvae without each of its parts instead.")] = False,
     mult_vae_seconds: Annotated[
         float, typer.Option(help="Most seconds of training Mult-VAE before its settings are fixed.")
@@ -90,7 +92,11 @@ def main(
     folders = [*(split or []), *(sorted(path for path in DATA.iterdir() if path.is_dir()) if all_ else [])]
     if not folders:
         raise typer.BadParameter("give --split DIR or --all")
-    names = ["pgvae", *_ABLATIONS] if ablation else methods.split(",")
+    known = [name.removeprefix("without ") for name in _ABLATIONS] if ablation else METHODS
+    chosen = methods.split(",") if methods else list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
+    names = ["pgvae", *(f"without {part}" for part in chosen)] if ablation else chosen
     for folder in folders:
         _run(folder, names, "ablation" if ablation else "accuracy", seed, mult_vae_seconds)
 

@@ -154,47 +154,19 @@ def _tmall(folder: Path) -> Task:
         event_type=np.full(len(bought), 2),
         event_types=types,
     )
-    part, last = _without_last_purchase(events)
+    part, validation = hold_out_items(events, parts=10, seed=1)
+    # No item of the test is in the user's history, of whatever type: the split masks all of it.
+    seen = tuple(range(len(types)))
     return Task(
         name=folder.name,
         k=20,
-        protocol="leave one out: each user's last purchase is the test; validation: one of the last day's of each user"
-        " with several, by chance; all items of the history masked",
+        protocol="leave one out: each user's last purchase is the test; validation: a tenth of each user's purchased"
+        " items, by chance; all items of the history masked",
         part=part,
-        # No item of the test is in the user's history, of whatever type: the split masks all of it.
-        validation=make_holdout(part, last, seen=range(len(types))),
+        validation=replace(validation, seen=seen),
         whole=events,
-        test=make_holdout(events, after, seen=range(len(types))),
+        test=make_holdout(events, after, seen=seen),
         published=[],
-    )
-
-
-def _without_last_purchase(events: Dataset) -> tuple[Dataset, Dataset]:
-    """Gives the events without the last purchase of each user with another one on that day, and these.
-
-    So it is in the test: a history that ends on the data's last day, as three of four do, ends on the day of what is
-    held out. Which of the day's is drawn: the items of small numbers are popular, so the largest is no fair choice.
-    """
-    bought = np.flatnonzero(np.isin(events.event_type, events.targets))
-    chance = np.random.default_rng(1).random(len(bought))
-    bought = bought[np.lexsort((chance, events.occurred_at[bought], events.user[bought]))]
-    user, at = events.user[bought], events.occurred_at[bought]
-    is_last = np.append(user[1:] != user[:-1], True)
-    has_company = np.append(False, (user[1:] == user[:-1]) & (at[1:] == at[:-1]))
-    last = bought[is_last & has_company]
-    chosen = np.zeros(len(events.user), dtype=bool)
-    chosen[last] = True
-    return _subset(events, ~chosen), _subset(events, chosen)
-
-
-def _subset(events: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
-    return replace(
-        events,
-        user=events.user[chosen],
-        item=events.item[chosen],
-        event_type=events.event_type[chosen],
-        occurred_at=events.occurred_at[chosen],
-        weight=events.weight[chosen],
     )
 
 
