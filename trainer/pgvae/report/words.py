@@ -409,7 +409,8 @@ def _privacy(version: PublishedVersion) -> tuple[str, ...]:
         f" {version.model}.explanations also says which of their events led to the first recommendation. They go when"
         " the model is dropped, and change with the next refresh.",
         "Who is removed from the shop's tables is out of live scores at once, out of the stored predictions with the"
-        " next refresh, and has no influence on the weights after the next training.",
+        " next refresh (out of the tables beneath them with the next full one), and has no influence on the weights"
+        " after the next training.",
         "The report shows averages, and a map of a sample of people as points without keys.",
     )
 
