@@ -42,6 +42,7 @@ def main(
     neighbours: Annotated[int, typer.Option(help="Links of an item in the shortcut; 0 leaves it out.")] = 64,
     calls: Annotated[int, typer.Option(help="Live calls to time.")] = 400,
     sessions: Annotated[int, typer.Option(help="Sessions that ask at once.")] = 8,
+    pace: Annotated[float, typer.Option(help="Seconds between two calls of a session, as a dashboard asks.")] = 0.1,
     idle: Annotated[int, typer.Option(help="Sessions that asked once and stay open.")] = 100,
     paired: Annotated[int, typer.Option(help="Users with ten pairs each to score.")] = 20_000,
 ) -> None:
@@ -52,6 +53,7 @@ def main(
         figures = [
             *_one_session(dsn, users, calls),
             *_many_sessions(dsn, users, calls, sessions),
+            *_many_sessions(dsn, users, calls, sessions, pace),
             *_idle_sessions(dsn, idle),
             *_pairs(dsn, items, min(paired, users)),
         ]
@@ -62,6 +64,7 @@ def main(
         "width": width,
         "neighbours": neighbours,
         "sessions": sessions,
+        "seconds_between_paced_calls": pace,
         "idle": idle,
         "pairs": 10 * paired,
     }
@@ -82,26 +85,37 @@ def _one_session(dsn: str, users: int, calls: int) -> list[Figure]:
     ]
 
 
-def _many_sessions(dsn: str, users: int, calls: int, sessions: int) -> list[Figure]:
+def _many_sessions(dsn: str, users: int, calls: int, sessions: int, pace: float = 0.0) -> list[Figure]:
     with ThreadPoolExecutor(sessions) as threads:
-        runs = threads.map(lambda seed: _call(dsn, users, calls, seed), range(sessions))
+        runs = threads.map(lambda seed: _call(dsn, users, calls, seed, pace), range(sessions))
         milliseconds = [value for run in runs for value in run]
-    name = f"live call in {sessions} sessions at once"
+    name = f"live call in {sessions} sessions at once" + (f", one in {1000 * pace:.0f} ms each" if pace else "")
     return [
         Figure(figure=f"{name}, median", value=statistics.median(milliseconds), unit="ms"),
         Figure(figure=f"{name}, 99th percentile", value=float(np.percentile(milliseconds, 99)), unit="ms", target=10),
     ]
 
 
-def _call(dsn: str, users: int, calls: int, seed: int) -> list[float]:
+def _call(dsn: str, users: int, calls: int, seed: int, pace: float = 0.0) -> list[float]:
+    """Gives the milliseconds of each call of a session, which asks again at once, or every `pace` seconds.
+
+    A call that is late because the one before it took too long counts from when it was due.
+    """
     generator = np.random.default_rng(seed)
     milliseconds = []
     with psycopg.connect(dsn, autocommit=True) as connection:
-        for user in generator.integers(1, users, calls + 10):
+        for user in generator.integers(1, users, 10):
+            connection.execute(_RECOMMEND, [int(user)]).fetchall()
+        due = time.perf_counter() + generator.random() * pace
+        for user in generator.integers(1, users, calls):
             begun = time.perf_counter()
+            if pace:
+                time.sleep(max(0.0, due - begun))
+                begun = time.perf_counter() if begun < due else due
+                due += pace
             connection.execute(_RECOMMEND, [int(user)]).fetchall()
             milliseconds.append(1000 * (time.perf_counter() - begun))
-    return milliseconds[10:]
+    return milliseconds
 
 
 def _idle_sessions(dsn: str, sessions: int) -> list[Figure]:
