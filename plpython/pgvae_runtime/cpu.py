@@ -27,9 +27,8 @@ _TILE_BYTES = 10 * 1024 * 1024
 _MAX_TILE = 256
 # Columns of a tile that are finished one after the other, while they are in the second-level cache.
 _PANEL = 1024
-# Groups of 8 columns: the best ones are looked for among an eighth of the logits. There should be four times k groups
-# at least whose maxima give the threshold.
-_HALVINGS, _GROUPS_FOR_EACH = 2, 4
+# Columns are halved at most so often while a panel is in the cache: the threshold needs four times k groups at least.
+_HALVINGS, _GROUPS_FOR_EACH = 4, 4
 # Links are kept in segments of so many: one of them is gathered as one cache line.
 _SEGMENT = 16
 # Segments that are added at once, 16 * 20 bytes each.
@@ -82,10 +81,7 @@ class _Links:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What a tile is: so many users, and columns in groups of 2 ** halvings within a panel, whose maxima are kept.
-
-    Group g of a panel with G groups are its columns g, g + G, g + 2 G, …
-    """
+    """What a tile is: so many users, and columns in groups of 2 ** halvings within a panel, whose maxima are kept."""
 
     users: int
     columns: int
@@ -129,8 +125,8 @@ def shared_bytes(version: Version) -> int:
 def own_bytes(version: Version, k: int, users: int, events: int) -> int:
     """Gives the bytes at most that one scorer needs for itself, for batches of so many users and events."""
     shape = _Shape.of(version.item_count, k)
-    # The maxima, half of them and a quarter, and a byte each for where they reach the threshold.
-    tile = shape.users * (4 * shape.stride + 4 * _PANEL + 8 * shape.groups)
+    # Where the logits reach the threshold is a byte each; where they do, and the maxima and half of them, is some more.
+    tile = shape.users * (6 * shape.stride + 4 * _PANEL + 8 * shape.groups)
     links = _SEGMENTS_AT_ONCE * _SEGMENT * _BYTES_OF_A_LINK // 4
     width = sum(int(version.weights[name].shape[-1]) for name in ("item_embedding", "output_weight"))
     return tile + links + users * (16 * width + 40 * k) + events * _BYTES_OF_AN_EVENT
@@ -291,7 +287,9 @@ class CpuScorer:
             whole = np.append(logits[row, : self._items], seen[seen_user == row])
             shift[row] = whole.max()
             total[row] = np.exp(whole - shift[row]).sum()
-        user, cell, value = self._reaching(logits, self._threshold(users))
+        cell = np.flatnonzero(logits >= self._threshold(users)[:, None])
+        user = cell // self._shape.stride
+        value = logits.reshape(-1)[cell]
         item = cell - user * self._shape.stride
         count = np.bincount(user, minlength=users)
         # One number that sorts by falling value and then by rising item: the bits of a float, made to rise with it.
@@ -320,18 +318,6 @@ class CpuScorer:
             maxima = np.maximum(maxima[:, :half], maxima[:, half:])
         place = maxima.shape[1] - self._k
         return np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
-
-    def _reaching(self, logits: Floats, threshold: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-        """Gives (user, cell, value) of the logits that reach their user's threshold, user by user."""
-        shape = self._shape
-        user, group = np.divmod(np.flatnonzero(self._maxima[: len(logits)] >= threshold[:, None]), shape.groups)
-        in_panel = _PANEL >> shape.halvings
-        first = user * shape.stride + group // in_panel * _PANEL + group % in_panel
-        cell = (first[:, None] + np.arange(0, _PANEL, in_panel)).reshape(-1)
-        value = logits.reshape(-1)[cell]
-        user = np.repeat(user, 1 << shape.halvings)
-        reaches = value >= threshold[user]
-        return user[reaches], cell[reaches], value[reaches]
 
     def _multiply(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
         """Adds the matrix product to the logits, writes the maxima of groups of columns, and gives sum exp(logit), [U].
