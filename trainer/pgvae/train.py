@@ -26,7 +26,7 @@ from pgvae.rows import Epoch, Metric
 from pgvae.segments import find_segments, read_previous
 from pgvae.training import DEFAULT_SHORTCUT, Fit, fit
 from pgvae.trials import Assignments, read_assignments
-from pgvae.uplift import UpliftFit, fit_uplift
+from pgvae.uplift import NO_COLUMN, UpliftFit, fit_uplift
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -103,8 +103,12 @@ def train(
         segments = find_segments(dataset, final.weights, config, max_history=definition.max_history, previous=previous)
     with _timed("outcomes", durations, listener):
         outcomes = _fit_outcomes(dataset, config, evaluation, final, definition, sales.horizon, kept)
-    with _timed("uplift", durations, listener):
-        uplift = _fit_uplift(dataset, assignments, config, evaluation, final, definition, outcomes, sales.horizon, kept)
+    uplift = UpliftFit(missing=NO_COLUMN)
+    if assignments is not None:
+        with _timed("uplift", durations, listener):
+            uplift = _fit_uplift(
+                dataset, assignments, config, evaluation, final, definition, outcomes, sales.horizon, kept
+            )
     with _timed("publish", {}, listener), connect(dsn) as connection:
         version = publish(
             connection,
@@ -162,7 +166,7 @@ def _fit_outcomes(
 
 def _fit_uplift(
     dataset: Dataset,
-    assignments: Assignments | None,
+    assignments: Assignments,
     config: TrainingConfig,
     evaluation: Evaluation,
     final: Fit,
@@ -178,7 +182,7 @@ def _fit_uplift(
             return evaluation.fit.weights
         return _fit_until(dataset, until, config, final, definition, "uplift", checkpoints).weights
 
-    if assignments is not None and not outcomes.tensors:
+    if not outcomes.tensors:
         return UpliftFit(missing=f"there are no probabilities of purchases to rest it on: {outcomes.missing}")
     return fit_uplift(
         dataset, assignments, network, horizon=horizon, max_history=definition.max_history, seed=config.seed

@@ -52,7 +52,7 @@ class UpliftFit:
 
 def fit_uplift(
     dataset: Dataset,
-    assignments: Assignments | None,
+    assignments: Assignments,
     network: Callable[[float], Weights],
     *,
     horizon: int,
@@ -64,8 +64,6 @@ def fit_uplift(
     `network(until)` gives the weights of a network that learned from events before a moment only; it is asked for only
     where the experiment is random and has an effect.
     """
-    if assignments is None:
-        return UpliftFit(missing=NO_COLUMN)
     trial = trial_of(dataset, assignments, horizon=horizon, seed=seed)
     if isinstance(trial, str):
         return UpliftFit(missing=trial)
