@@ -104,6 +104,7 @@ begin
             using errcode = 'invalid_parameter_value', hint = 'say for how long the logs are kept, as in: set vae.log_retention = ''1 year''';
     end if;
     -- What vae.freshness and vae.health read stays, however old: of each view the last refresh, and the last good one.
+    -- Negated, as the index on refreshes has its numbers: it gives a view's newest first.
     delete from vae.refreshes r
     where r.model_id = id and r.started_at < oldest and r.state <> 'running'
         and exists (
