@@ -75,6 +75,95 @@ comment on function vae_private.model_objects(integer) is
     'Lists what a model''s schema holds, in the order in which it is made.';
 
 
+create or replace function vae_private.time_literal(time_type text, expression text)
+returns text
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Compared in the column's own type, so that an index on it can be used.
+select case time_type
+    when 'timestamptz' then format('%s::timestamptz', expression)
+    when 'timestamp' then format('(%s::timestamptz at time zone ''UTC'')', expression)
+    else format('(%s::timestamptz at time zone ''UTC'')::date', expression)
+end
+$$;
+
+comment on function vae_private.time_literal(text, text) is 'Writes a point in time in the type of the event table''s column.';
+
+
+create or replace function vae_private.earliest(m vae.models)
+returns text
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Midnight in UTC, whatever the zone of the session that makes or asks a view.
+select vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'))
+$$;
+
+comment on function vae_private.earliest(vae.models) is 'Writes the moment before which a model takes an event''s time for absurd.';
+
+
+create or replace function vae_private.admission_rules(m vae.models, scope text)
+returns text[]
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select array_remove(array[
+    format('e.%I is %s', m.user_id_column, case when scope = 'anonymous sales' then 'null' else 'not null' end),
+    format('e.%I is not null', m.item_id_column),
+    format('e.%I >= %s', m.occurred_at_column, vae_private.earliest(m)),
+    -- Not now(): in a long transaction that would hide what others wrote since it began.
+    format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()')),
+    case when m.user_id_type = 'text' and scope <> 'anonymous sales' then
+        format('octet_length(e.%I) <= 512', m.user_id_column) end,
+    case when m.item_id_type = 'text' then
+        format('octet_length(e.%I) <= 512', m.item_id_column) end,
+    -- A sale counts whoever bought, and whether anybody knows who.
+    case when m.users_table is not null and scope not in ('sales to users', 'anonymous sales') then
+        format('exists (select from %I.%I u where u.%I = e.%I)',
+            m.users_schema, m.users_table, m.users_key_column, m.user_id_column) end,
+    case when m.items_table is not null then
+        format('exists (select from %I.%I i where i.%I = e.%I)',
+            m.items_schema, m.items_table, m.items_key_column, m.item_id_column) end
+], null)
+$$;
+
+comment on function vae_private.admission_rules(vae.models, text) is
+    'Writes the conditions that a row of a model''s events, e, must meet to count at all: keys, time, and the tables of users and '
+    'items; scope as of clean_select, or assignments.';
+
+
+create or replace function vae_private.event_time(m vae.models)
+returns text
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select case m.occurred_at_type
+    when 'timestamptz' then format('e.%I', m.occurred_at_column)
+    else format('(e.%I::timestamp at time zone ''UTC'')', m.occurred_at_column)
+end
+$$;
+
+comment on function vae_private.event_time(vae.models) is
+    'Writes the time of a row of a model''s events, e, as timestamptz: a time without a zone is in UTC.';
+
+
 create or replace function vae_private.clean_select(model_id integer, scope text)
 returns text
 language plpgsql
@@ -92,17 +181,10 @@ declare
     is_grouped boolean;
 begin
     select * into m from vae.models where models.model_id = clean_select.model_id;
-    -- Whoever bought, and whether anybody knows who: it must have been in stock.
     is_sales := scope in ('sales to users', 'anonymous sales');
     -- Two names of one event type may weigh differently: at one moment they are one event still, of the greater weight.
     is_grouped := m.event_type_column is not null and scope not in ('admitted rows', 'anonymous sales');
-    rules := array[
-        format('e.%I is %s null', m.user_id_column, case when scope = 'anonymous sales' then '' else 'not' end),
-        format('e.%I is not null', m.item_id_column),
-        format('e.%I >= %s', m.occurred_at_column, vae_private.earliest(m)),
-        -- Not now(): in a long transaction that would hide what others wrote since it began.
-        format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
-    ];
+    rules := vae_private.admission_rules(m, scope);
     if m.exposure_column is not null then
         -- An assignment of an experiment is nothing that the user did.
         rules := rules || format('e.%I is null', m.exposure_column);
@@ -113,20 +195,6 @@ begin
     if is_sales and m.quantity_column is not null then
         -- Not a number is above all numbers.
         rules := rules || format('(e.%1$I::float8 < ''infinity'' or e.%1$I is null)', m.quantity_column);
-    end if;
-    if m.user_id_type = 'text' and scope <> 'anonymous sales' then
-        rules := rules || format('octet_length(e.%I) <= 512', m.user_id_column);
-    end if;
-    if m.item_id_type = 'text' then
-        rules := rules || format('octet_length(e.%I) <= 512', m.item_id_column);
-    end if;
-    if m.users_table is not null and not is_sales then
-        rules := rules || format('exists (select from %I.%I u where u.%I = e.%I)',
-            m.users_schema, m.users_table, m.users_key_column, m.user_id_column);
-    end if;
-    if m.items_table is not null then
-        rules := rules || format('exists (select from %I.%I i where i.%I = e.%I)',
-            m.items_schema, m.items_table, m.items_key_column, m.item_id_column);
     end if;
     if scope = 'training' then
         rules := rules || format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name);
@@ -145,9 +213,7 @@ begin
         m.user_id_column, case m.user_id_type when 'text' then '::text' else '' end,
         m.item_id_column, case m.item_id_type when 'text' then '::text' else '' end,
         case when m.event_type_column is null then '''purchase''::text' else 't.event_type' end,
-        case m.occurred_at_type
-            when 'timestamptz' then format('e.%I', m.occurred_at_column)
-            else format('(e.%I::timestamp at time zone ''UTC'')', m.occurred_at_column) end,
+        vae_private.event_time(m),
         case when m.event_type_column is null then '4::real' when is_grouped then 'max(t.weight)' else 't.weight' end,
         m.events_schema, m.events_table,
         case when m.event_type_column is null then ''
@@ -211,42 +277,6 @@ $$;
 comment on function vae_private.feature_select(integer, text, text) is
     'Writes the query that gives the features of a model''s users or items, a jsonb object per row; scope is all keys, '
     'or one key ($1).';
-
-
-create or replace function vae_private.time_literal(time_type text, expression text)
-returns text
-language sql
-immutable
-called on null input
-parallel safe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
--- Compared in the column's own type, so that an index on it can be used.
-select case time_type
-    when 'timestamptz' then format('%s::timestamptz', expression)
-    when 'timestamp' then format('(%s::timestamptz at time zone ''UTC'')', expression)
-    else format('(%s::timestamptz at time zone ''UTC'')::date', expression)
-end
-$$;
-
-comment on function vae_private.time_literal(text, text) is 'Writes a point in time in the type of the event table''s column.';
-
-
-create or replace function vae_private.earliest(m vae.models)
-returns text
-language sql
-immutable
-called on null input
-parallel safe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
--- Midnight in UTC, whatever the zone of the session that makes or asks a view.
-select vae_private.time_literal(m.occurred_at_type, format('%L', (m.options ->> 'earliest') || ' 00:00+00'))
-$$;
-
-comment on function vae_private.earliest(vae.models) is 'Writes the moment before which a model takes an event''s time for absurd.';
 
 
 create or replace function vae_private.check_tables(m vae.models)

@@ -26,30 +26,7 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    rules text[];
 begin
-    rules := array[
-        format('e.%I is not null', m.exposure_column),
-        format('e.%I is not null', m.user_id_column),
-        format('e.%I is not null', m.item_id_column),
-        format('e.%I >= %s', m.occurred_at_column, vae_private.earliest(m)),
-        format('e.%I <= %s', m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'))
-    ];
-    if m.user_id_type = 'text' then
-        rules := rules || format('octet_length(e.%I) <= 512', m.user_id_column);
-    end if;
-    if m.item_id_type = 'text' then
-        rules := rules || format('octet_length(e.%I) <= 512', m.item_id_column);
-    end if;
-    if m.users_table is not null then
-        rules := rules || format('exists (select from %I.%I u where u.%I = e.%I)',
-            m.users_schema, m.users_table, m.users_key_column, m.user_id_column);
-    end if;
-    if m.items_table is not null then
-        rules := rules || format('exists (select from %I.%I i where i.%I = e.%I)',
-            m.items_schema, m.items_table, m.items_key_column, m.item_id_column);
-    end if;
     return format(
         E'select a.user_id, a.item_id, a.occurred_at, a.is_exposed,'
         '\n    bool_or(a.is_exposed) over near <> bool_and(a.is_exposed) over near as is_conflicting'
@@ -67,11 +44,10 @@ begin
         '\n    range between ''%10$s hours''::interval preceding and ''%10$s hours''::interval following)',
         m.user_id_column, case m.user_id_type when 'text' then '::text' else '' end,
         m.item_id_column, case m.item_id_type when 'text' then '::text' else '' end,
-        case m.occurred_at_type
-            when 'timestamptz' then format('e.%I', m.occurred_at_column)
-            else format('(e.%I::timestamp at time zone ''UTC'')', m.occurred_at_column) end,
+        vae_private.event_time(m),
         m.exposure_column::text, m.events_schema, m.events_table,
-        array_to_string(rules, E'\n        and '),
+        array_to_string(
+            vae_private.admission_rules(m, 'assignments') || format('e.%I is not null', m.exposure_column), E'\n        and '),
         24 * (m.options ->> 'horizon_days')::integer
     );
 end;
