@@ -316,6 +316,15 @@ def test_the_command_line_says_which_right_is_missing(
         done = run_cli(*arguments, dsn=as_role(trained.info.dsn, people[who]))
         assert (done.returncode, "epoch" in done.stderr) == (1, False)
         assert f"hint: {hint}\n" in done.stderr
+    # The command is the one that runs, whatever its options are called.
+    trained.execute("create table public.export (user_id bigint, item_id bigint, occurred_at timestamptz)")
+    options = ["--dsn", as_role(trained.info.dsn, people["reader"]), "--table", "export"]
+    events = "user_id,item_id,occurred_at\n1,2,2024-01-01\n"
+    done = run_cli("load", "events", *options, "--append", "--yes", "-", dsn="host=/nowhere", input=events)
+    assert done.stderr.endswith(
+        "error: permission denied for table export [SQLSTATE 42501]\n"
+        "hint: pgvae load needs to own the table, or with --append the right to insert into it\n"
+    )
 
 
 def test_a_database_without_pgvae_is_called_so(

@@ -254,6 +254,28 @@ def test_a_retrained_version_that_is_worse_does_not_go_live(trained: Connection)
     assert "version 4 of model shop stays ready" in done.stderr
 
 
+def test_a_model_that_does_not_exist_is_told_before_anything_is_read(shared_trained: Connection) -> None:
+    register_commands()
+    for command in ("train", "retrain", "evaluate", "tune", "report"):
+        done = run_here(command, "nope", f"--dsn={shared_trained.info.dsn}")
+        assert done.exit_code == 1
+        assert done.stderr.startswith('error: model "nope" does not exist'), command
+        assert done.stderr.splitlines()[1:] == ["hint: there are: shop"]
+
+
+def test_an_interrupt_ends_a_command_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, shared_trained: Connection
+) -> None:
+    register_commands()
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgvae.cli.refresh.run_refresh", interrupted)
+    done = run_here("refresh", "shop", f"--dsn={shared_trained.info.dsn}")
+    assert (done.exit_code, done.stderr) == (130, "interrupted; nothing half-done was kept\n")
+
+
 # The units of the page
 
 

@@ -42,6 +42,8 @@ def evaluate_version(
     """
     with connect(dsn) as connection:
         version_id, number, config = _read_version(connection, model, version)
+    listener = listener or Listener()
+    listener.on_read()
     with connect(dsn) as connection:
         # Whether the gate lets the events pass was asked before the version was published.
         definition, dataset = read_checked(connection, model, True, TrainListener())

@@ -56,8 +56,9 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Listener:
-    """What a comparison tells while it runs: each step's name, its number from 0 and of how many, and the epochs."""
+    """What a comparison tells while it runs: that it reads, epochs, and steps by name and number from 0 of how many."""
 
+    on_read: Callable[[], None] = lambda: None
     on_step: Callable[[str, int, int], None] = lambda step, number, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
 

@@ -23,18 +23,19 @@ from pgvae_runtime.demand import Head
 from pgvae_runtime.tensors import to_chunks
 
 
-def check_rights(connection: psycopg.Connection) -> None:
-    """Refuses, before anything is computed, a role that could not publish the result."""
+def check_publishable(connection: psycopg.Connection, model: str) -> None:
+    """Refuses, before anything is read, a role that could not publish the result, and a model that does not exist."""
     with connection.transaction():
         found = connection.execute(
             "select quote_ident(current_user), has_any_column_privilege('vae.versions', 'insert')"
         ).fetchone()
-    assert found
-    role, may_publish = found
-    if not may_publish:
-        raise PgvaeError(
-            f"role {role} may not publish versions", hint=f"a superuser can allow it: grant vae_trainer to {role}"
-        )
+        assert found
+        role, may_publish = found
+        if not may_publish:
+            raise PgvaeError(
+                f"role {role} may not publish versions", hint=f"a superuser can allow it: grant vae_trainer to {role}"
+            )
+        connection.execute("select vae_private.model_id(%s)", [model])
 
 
 def publish(

@@ -21,7 +21,7 @@ from pgvae.errors import PgvaeError
 from pgvae.evaluation import Evaluation, evaluate
 from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
-from pgvae.publish import check_rights, publish
+from pgvae.publish import check_publishable, publish
 from pgvae.rows import Epoch, Metric
 from pgvae.segments import find_segments, read_previous
 from pgvae.training import DEFAULT_SHORTCUT, Fit, fit
@@ -75,11 +75,12 @@ def train(
     kept = Checkpoints(checkpoints or default_folder())
     listener = listener or Listener()
     durations: dict[str, float] = {}
-    with _timed("read", durations, listener), connect(dsn) as connection:
-        check_rights(connection)
-        definition, dataset = read_checked(connection, model, force, listener)
-        sales = read_sales(connection, model, dataset)
-        assignments = read_assignments(connection, model, dataset)
+    with connect(dsn) as connection:
+        check_publishable(connection, model)
+        with _timed("read", durations, listener):
+            definition, dataset = read_checked(connection, model, force, listener)
+            sales = read_sales(connection, model, dataset)
+            assignments = read_assignments(connection, model, dataset)
     with _timed("demand", durations, listener):
         demand = fit_demand(sales, seed=config.seed)
     with _timed("evaluate", durations, listener):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import psycopg
 import typer
@@ -22,18 +21,30 @@ _ORDER = (
 )
 
 
-class _InOrder(TyperGroup):
-    """Lists its commands in the order of _ORDER."""
+class _Commands(TyperGroup):
+    """Lists the commands in the order of _ORDER; a failure that the user can mend ends in a message and a hint."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(
             super().list_commands(ctx), key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER)
         )
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that the context names; exit status 1 after an error, 130 after an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except PgvaeError as error:
+            _fail(error.message, error.hint)
+        except psycopg.Error as error:
+            _fail(*_explain(error, ctx.invoked_subcommand))
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing half-done was kept")
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="pgvae",
-    cls=_InOrder,
+    cls=_Commands,
     help="Train a behaviour model on the shop events in PostgreSQL and score users from plain SQL.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -54,6 +65,7 @@ NOT_DONE = 3
 _USAGE = "usage on the model's schema"
 _SELECT = "select on the shop's tables"
 _NEEDED = {
+    "load": "to own the table, or with --append the right to insert into it",
     "report": f"the role vae_reader and {_USAGE}",
     "refresh": f"the role vae_operator and {_USAGE}",
     "export": f"the role vae_operator and {_USAGE}",
@@ -89,41 +101,37 @@ def register_commands() -> None:
 
 
 def main() -> None:
-    """Runs the command line; a failure the user can mend ends in a message, a hint and exit status 1."""
+    """Runs the command line."""
     register_commands()
-    try:
-        app()
-    except PgvaeError as error:
-        _fail(error.message, error.hint)
-    except psycopg.Error as error:
-        if error.sqlstate is None or isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
-            reason = (error.diag.message_primary or str(error)).splitlines()[0]
-            _fail(
-                f"the connection to the server was lost: {reason}",
-                "nothing half-done was kept; once the server takes connections, run the command again",
-            )
-        message = error.diag.message_primary or str(error)
-        detail = f" ({error.diag.message_detail})" if error.diag.message_detail else ""
-        _fail(f"{message}{detail} [SQLSTATE {error.sqlstate}]", error.diag.message_hint or _remedy(error, message))
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing half-done was kept")
-        sys.exit(130)
+    app()
 
 
-def _remedy(error: psycopg.Error, message: str) -> str | None:
+def _explain(error: psycopg.Error, command: str) -> tuple[str, str | None]:
+    """Gives what to say about an error of the database within a command, and a hint where there is one."""
+    if error.sqlstate is None or isinstance(error, psycopg.errors.AdminShutdown | psycopg.errors.CrashShutdown):
+        reason = (error.diag.message_primary or str(error)).splitlines()[0]
+        return (
+            f"the connection to the server was lost: {reason}",
+            "nothing half-done was kept; once the server takes connections, run the command again",
+        )
+    message = error.diag.message_primary or str(error)
+    detail = f" ({error.diag.message_detail})" if error.diag.message_detail else ""
+    hint = error.diag.message_hint or _remedy(error, message, command)
+    return f"{message}{detail} [SQLSTATE {error.sqlstate}]", hint
+
+
+def _remedy(error: psycopg.Error, message: str, command: str) -> str | None:
     """Gives what to do about an error of PostgreSQL itself where pgvae is not there, or a right to it."""
     is_missing = isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName)
     if is_missing and re.search(r"\bvae(_private)?\b", message):
         return "pgvae is not installed in this database: run pgvae install, or check --dsn and PGVAE_DSN"
-    if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        command = next((argument for argument in sys.argv[1:] if argument in _NEEDED), None)
-        if command:
-            return f"pgvae {command} needs {_NEEDED[command]}"
+    if isinstance(error, psycopg.errors.InsufficientPrivilege) and command in _NEEDED:
+        return f"pgvae {command} needs {_NEEDED[command]}"
     return None
 
 
-def _fail(message: str, hint: str | None) -> None:
+def _fail(message: str, hint: str | None) -> NoReturn:
     err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     if hint:
         err.print(f"[bold]hint:[/] {escape(hint)}", highlight=False, soft_wrap=True)
-    sys.exit(1)
+    raise typer.Exit(1)

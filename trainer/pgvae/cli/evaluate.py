@@ -119,7 +119,6 @@ class _Display:
 
     def __enter__(self) -> _Display:
         self._progress.start()
-        self._task = self._progress.add_task("reading events", total=None, detail="")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -128,10 +127,13 @@ class _Display:
     def listener(self) -> Listener:
         from pgvae.evaluation import Listener
 
-        return Listener(on_step=self._step, on_epoch=self._epoch)
+        return Listener(on_read=self._read, on_step=self._step, on_epoch=self._epoch)
+
+    def _read(self) -> None:
+        self._task = self._progress.add_task("reading events", total=None, detail="")
 
     def _step(self, step: str, number: int, steps: int) -> None:
-        assert self._task is not None  # A step comes after __enter__.
+        assert self._task is not None  # A step comes after the reading.
         self._progress.update(self._task, description=f"measuring {step}", total=steps, completed=number, detail="")
         if not err.is_terminal:
             err.print(f"{number + 1} of {steps}: {step}", highlight=False)
