@@ -60,7 +60,10 @@ with facts as (
         select string_agg(regexp_replace(c.relname, '_materialized$', ''), ', ' order by c.relname) as views
         from pg_catalog.pg_namespace n
         join pg_catalog.pg_class c on c.relnamespace = n.oid
-        where n.nspname = f.model and c.relkind = 'm' and c.relname like '%\_materialized' and not c.relispopulated
+        where n.nspname = f.model and c.relkind = 'm' and c.relname like '%\_materialized'
+            -- What churn reads is made with content, though with none.
+            and (not c.relispopulated or c.relname = 'churn_materialized' and not exists (
+                select from vae.refreshes r where r.model_id = f.model_id and r.view = 'churn'))
     ) e on true
     union all
     select f.model, 4, 'last refresh',

@@ -263,6 +263,10 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
     assert "recommendations" in checks(connection)["refreshed"][1]
     connection.execute("call vae.refresh('shop', views => array['recommendations'])")
     # One view of a release that was installed since, say.
+    assert checks(connection)["refreshed"][1].startswith("never refreshed: churn, demand, ")
+    assert connection.execute("select count(*) from shop.churn").fetchone() == (0,)
+    assert refusal(connection, "select * from shop.demand").sqlstate == "55000"
+    connection.execute("call vae.refresh('shop', views => array['churn'])")
     assert checks(connection)["refreshed"][1].startswith("never refreshed: demand, ")
     connection.execute(str(health(connection)["remedy"]))
     row = health(connection)
