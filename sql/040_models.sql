@@ -353,6 +353,112 @@ $$;
 comment on function vae_private.check_exposure(regclass, text) is 'Refuses a column of exposure that is none, or not a boolean; null is fine.';
 
 
+create or replace function vae_private.check_model_name(model text)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if model is null or model !~ '^[a-z_][a-z0-9_]*$' or quote_ident(model) <> model or octet_length(model) > 48
+        or model ~ '^(pg_|vae$|vae_|information_schema$)'
+    then
+        raise exception 'model name "%" cannot be a schema''s name', model
+            using errcode = 'invalid_name',
+                hint = 'use up to 48 lower-case letters, digits and underscores, and no reserved word, as in: shop';
+    end if;
+    if exists (select from pg_namespace where nspname = model) then
+        if exists (select from vae.models m where m.name = model) then
+            raise exception 'model "%" exists already', model
+                using errcode = 'duplicate_object',
+                    hint = format('drop it with: select vae.drop_model(%L); or choose another name', model);
+        end if;
+        raise exception 'schema "%" exists already', model
+            using errcode = 'duplicate_schema', hint = 'a model makes a schema of its own: choose another name';
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_model_name(text) is 'Refuses a name that no model can have, or that is taken; part of vae.create_model.';
+
+
+create or replace function vae_private.check_readable(relations regclass[])
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relation regclass;
+begin
+    foreach relation in array array_remove(relations, null) loop
+        if not exists (select from pg_class c where c.oid = relation and c.relkind in ('r', 'p', 'v', 'm', 'f')) then
+            raise exception '% is not a table or view', relation
+                using errcode = 'wrong_object_type', hint = 'name a table or a view';
+        end if;
+        if not has_table_privilege(relation, 'select') then
+            raise exception 'permission denied for %', relation
+                using errcode = 'insufficient_privilege',
+                    hint = format('its owner can allow it: grant select on %s to %I', relation, current_user);
+        end if;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.check_readable(regclass[]) is
+    'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model.';
+
+
+create or replace function vae_private.map_event_types(model_id integer, event_types jsonb)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    entry record;
+    event_types_hint constant text := $h$give an object: '{"look": "view", "buy": {"event_type": "purchase", "weight": 4}}'$h$;
+begin
+    if jsonb_typeof(event_types) <> 'object' then
+        raise exception 'event_types is %', event_types
+            using errcode = 'invalid_parameter_value', hint = event_types_hint;
+    end if;
+    insert into vae.event_types (model_id, name, event_type, weight)
+    select model_id, s.name, s.event_type, s.weight from vae_private.standard_event_types() s;
+    for entry in select * from jsonb_each(coalesce(event_types, '{}')) loop
+        if jsonb_typeof(entry.value) not in ('string', 'number', 'object') or jsonb_typeof(entry.value -> 'event_type') <> 'string' then
+            raise exception 'event type "%" is mapped to %', entry.key, entry.value
+                using errcode = 'invalid_parameter_value', hint = event_types_hint;
+        end if;
+        if jsonb_typeof(entry.value) = 'object' and entry.value - array['event_type', 'weight'] <> '{}' then
+            raise exception 'event type "%" has the unknown key "%"',
+                entry.key, (select min(k) from jsonb_object_keys(entry.value - array['event_type', 'weight']) k)
+                using errcode = 'invalid_parameter_value', hint = event_types_hint;
+        end if;
+        perform vae_private.map_event_type(
+            model_id,
+            entry.key,
+            case jsonb_typeof(entry.value) when 'object' then entry.value ->> 'event_type' when 'string' then entry.value #>> '{}' end,
+            case jsonb_typeof(entry.value) when 'object' then entry.value -> 'weight' when 'number' then entry.value end
+        );
+    end loop;
+end;
+$$;
+
+comment on function vae_private.map_event_types(integer, jsonb) is
+    'Gives a new model the standard event types, and the mapping of the shop''s words; part of vae.create_model.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -385,42 +491,14 @@ declare
     item_type text;
     time_type text;
     new_id integer;
-    relation regclass;
     checked jsonb;
-    entry record;
-    event_types_hint constant text := $h$give an object: '{"look": "view", "buy": {"event_type": "purchase", "weight": 4}}'$h$;
 begin
-    if model is null or model !~ '^[a-z_][a-z0-9_]*$' or quote_ident(model) <> model or octet_length(model) > 48
-        or model ~ '^(pg_|vae$|vae_|information_schema$)'
-    then
-        raise exception 'model name "%" cannot be a schema''s name', model
-            using errcode = 'invalid_name',
-                hint = 'use up to 48 lower-case letters, digits and underscores, and no reserved word, as in: shop';
-    end if;
-    if exists (select from pg_namespace where nspname = model) then
-        if exists (select from vae.models m where m.name = model) then
-            raise exception 'model "%" exists already', model
-                using errcode = 'duplicate_object',
-                    hint = format('drop it with: select vae.drop_model(%L); or choose another name', model);
-        end if;
-        raise exception 'schema "%" exists already', model
-            using errcode = 'duplicate_schema', hint = 'a model makes a schema of its own: choose another name';
-    end if;
+    perform vae_private.check_model_name(model);
     if events is null then
         raise exception 'events is null'
             using errcode = 'null_value_not_allowed', hint = 'name the table of events: events => ''public.events''';
     end if;
-    foreach relation in array array_remove(array[events, users, items], null) loop
-        if not exists (select from pg_class c where c.oid = relation and c.relkind in ('r', 'p', 'v', 'm', 'f')) then
-            raise exception '% is not a table or view', relation
-                using errcode = 'wrong_object_type', hint = 'name a table or a view';
-        end if;
-        if not has_table_privilege(relation, 'select') then
-            raise exception 'permission denied for %', relation
-                using errcode = 'insufficient_privilege',
-                    hint = format('its owner can allow it: grant select on %s to %I', relation, current_user);
-        end if;
-    end loop;
+    perform vae_private.check_readable(array[events, users, items]);
     user_type := vae_private.key_type(events, user_id, 'user_id');
     item_type := vae_private.key_type(events, item_id, 'item_id');
     time_type := vae_private.column_type(events, occurred_at, 'occurred_at');
@@ -466,10 +544,6 @@ begin
     user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
     item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
     checked := vae_private.checked_options(options);
-    if jsonb_typeof(event_types) <> 'object' then
-        raise exception 'event_types is %', event_types
-            using errcode = 'invalid_parameter_value', hint = event_types_hint;
-    end if;
 
     execute format('create schema %I', model);
     insert into vae.models (
@@ -489,26 +563,7 @@ begin
     where e.oid = events
     returning model_id into new_id;
 
-    insert into vae.event_types (model_id, name, event_type, weight)
-    select new_id, s.name, s.event_type, s.weight from vae_private.standard_event_types() s;
-    for entry in select * from jsonb_each(coalesce(event_types, '{}')) loop
-        if jsonb_typeof(entry.value) not in ('string', 'number', 'object') or jsonb_typeof(entry.value -> 'event_type') <> 'string' then
-            raise exception 'event type "%" is mapped to %', entry.key, entry.value
-                using errcode = 'invalid_parameter_value', hint = event_types_hint;
-        end if;
-        if jsonb_typeof(entry.value) = 'object' and entry.value - array['event_type', 'weight'] <> '{}' then
-            raise exception 'event type "%" has the unknown key "%"',
-                entry.key, (select min(k) from jsonb_object_keys(entry.value - array['event_type', 'weight']) k)
-                using errcode = 'invalid_parameter_value', hint = event_types_hint;
-        end if;
-        perform vae_private.map_event_type(
-            new_id,
-            entry.key,
-            case jsonb_typeof(entry.value) when 'object' then entry.value ->> 'event_type' when 'string' then entry.value #>> '{}' end,
-            case jsonb_typeof(entry.value) when 'object' then entry.value -> 'weight' when 'number' then entry.value end
-        );
-    end loop;
-
+    perform vae_private.map_event_types(new_id, event_types);
     perform vae_private.build_model(new_id);
     return query
         select format('%I.%s', model, o.object), o.purpose from vae_private.model_objects(new_id) o where o.is_public;

@@ -389,7 +389,7 @@ comment on function vae_private.check_views(vae.models) is
     'Refuses where the schema of a model is gone, or a view in it that reads the shop''s tables.';
 
 
-create or replace function vae_private.build_model(model_id integer)
+create or replace function vae_private.build_event_views(m vae.models)
 returns void
 language plpgsql
 volatile
@@ -398,22 +398,12 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_variable
 declare
-    m vae.models;
-    invoker text := '';
-    u text;
-    i text;
-begin
-    select * into m from vae.models where models.model_id = build_model.model_id;
-    u := m.user_id_type;
-    i := m.item_id_type;
-    perform vae_private.check_tables(m);
+    u constant text := m.user_id_type;
     -- From 15 on a view can read with the rights of whoever asks; before, the views read with the owner's.
-    if current_setting('server_version_num')::integer >= 150000 then
-        invoker := ' with (security_invoker = true)';
-    end if;
-
+    invoker constant text := case
+        when current_setting('server_version_num')::integer >= 150000 then ' with (security_invoker = true)' else '' end;
+begin
     -- The 90th percentile says what a busy day is in this shop: wholesalers order hundreds of lines at once. A higher
     -- one would be the bot itself where users are few.
     execute format(
@@ -443,27 +433,46 @@ begin
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)
             else format('e.%I::date', m.occurred_at_column) end,
         (m.options -> 'outlier_events_per_day')::text::float8);
-    execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(model_id, 'training'));
+    execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(m.model_id, 'training'));
     -- Outliers are asked about like everybody else: leaving them out keeps them from the training alone. An event that stands
     -- twice is left to the runtime: "distinct" would sort all events.
     execute format(
         E'create or replace view %I.refresh_events%s as'
         '\nselect c.user_id, c.item_id, c.event_type, c.occurred_at from (\n%s\n) c%s',
-        m.name, invoker, vae_private.clean_select(model_id, 'admitted rows'),
+        m.name, invoker, vae_private.clean_select(m.model_id, 'admitted rows'),
         case when m.users_table is not null then format(
             E'\nunion all\nselect k.%1$I%2$s, null, null, null from %3$I.%4$I k where k.%1$I is not null%5$s',
             m.users_key_column, case u when 'text' then '::text' else '' end, m.users_schema, m.users_table,
             case u when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end) end);
 
     if m.users_table is not null then
-        execute format('create or replace view %I.user_features%s as %s', m.name, invoker, vae_private.feature_select(model_id, 'users', 'all keys'));
+        execute format('create or replace view %I.user_features%s as %s', m.name, invoker, vae_private.feature_select(m.model_id, 'users', 'all keys'));
     end if;
     if m.items_table is not null then
-        execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(model_id, 'items', 'all keys'));
+        execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(m.model_id, 'items', 'all keys'));
     end if;
 
-    execute format('create or replace view %I.refresh_digests%s as %s', m.name, invoker, vae_private.digest_select(model_id));
+    execute format('create or replace view %I.refresh_digests%s as %s', m.name, invoker, vae_private.digest_select(m.model_id));
+end;
+$$;
 
+comment on function vae_private.build_event_views(vae.models) is
+    'Makes or remakes the views of a model''s schema that read the shop''s tables; part of vae_private.build_model.';
+
+
+create or replace function vae_private.build_live_functions(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    u constant text := m.user_id_type;
+    i constant text := m.item_id_type;
+begin
     -- Bodies are quoted as literals: a column's name could hold any dollar quote.
     execute format(
         'create or replace function %I.history(user_id %s)'
@@ -471,12 +480,12 @@ begin
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
         m.name, u, i,
         format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
-            vae_private.clean_select(model_id, 'one user')));
+            vae_private.clean_select(m.model_id, 'one user')));
     if m.users_table is not null then
         execute format(
             'create or replace function %I.features(user_id %s) returns table (features jsonb)'
             ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-            m.name, u, format(E'\nselect s.features from (\n%s\n) s\n', vae_private.feature_select(model_id, 'users', 'one key')));
+            m.name, u, format(E'\nselect s.features from (\n%s\n) s\n', vae_private.feature_select(m.model_id, 'users', 'one key')));
     end if;
     perform vae_private.drop_changed(format('%I.recommend(%s, integer, jsonb)', m.name, u), 'probability');
     execute format(
@@ -489,11 +498,11 @@ begin
             E'\nselect r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
             '\norder by r.rank\n',
-            i, model_id));
+            i, m.model_id));
     execute format(
         'create or replace function %I.score(user_id %s, item_id %s) returns real'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', model_id));
+        m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', m.model_id));
     execute format(
         'create or replace function %I.score_pairs(user_ids %s[], item_ids %s[])'
         ' returns table (user_id %2$s, item_id %3$s, score real)'
@@ -502,12 +511,34 @@ begin
         format(
             E'\nselect p.user_key::%s, p.item_key::%s, p.score'
             '\nfrom vae_private.score_pairs(%s, $1::text[], $2::text[]) p\n',
-            u, i, model_id));
+            u, i, m.model_id));
     execute format(
         'create or replace function %I.embedding(user_id %s) returns real[]'
         ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', model_id));
+        m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', m.model_id));
+end;
+$$;
 
+comment on function vae_private.build_live_functions(vae.models) is
+    'Makes or remakes the functions of a model''s schema that read and score one user; part of vae_private.build_model.';
+
+
+create or replace function vae_private.build_model(model_id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+begin
+    select * into m from vae.models where models.model_id = build_model.model_id;
+    perform vae_private.check_tables(m);
+    perform vae_private.build_event_views(m);
+    perform vae_private.build_live_functions(m);
     -- Before recommendations, whose view reads churn_materialized.
     perform vae_private.build_outcomes(m);
     perform vae_private.build_uplift(m);
@@ -523,181 +554,6 @@ $$;
 
 comment on function vae_private.build_model(integer) is
     'Makes or remakes the functions and views of a model''s schema, except materialized content.';
-
-
-create or replace function vae_private.comment_model(m vae.models)
-returns void
-language plpgsql
-volatile
-called on null input
-parallel unsafe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    made record;
-    line record;
-begin
-    execute format('comment on schema %I is %L', m.name,
-        format('pgvae model over %I.%I: live functions, cleaned events, prediction views.', m.events_schema, m.events_table));
-    for made in
-        select * from vae_private.model_objects(m.model_id) o
-        where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
-    loop
-        execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object,
-            upper(left(made.purpose, 1)) || substr(made.purpose, 2) || case
-                when made.object like 'recommend(%' then
-                    '. The score is the item''s share of the model''s probability over the catalogue: relative. probability is the'
-                    ' calibrated one that the user buys the item within the horizon, in the same order; null for a cold start and where'
-                    ' the version has none (see docs/outcomes.md). Items already bought are left out unless options is {"exclude_seen": false}.'
-                    ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
-                    ' the popular items.'
-                when made.object like 'explain(%' then
-                    ': a row per event, best first, then the user''s features, the item''s popularity and a remainder. contribution is by'
-                    ' deletion: the logit less that of the history without the event. relevance is the event''s part of the logit, exactly'
-                    ' additive. Each of the two columns adds up to the logit: the exponential of the difference between two items is the'
-                    ' quotient of their scores. share is the part of all that events speak for the item. The option by is event or item.'
-                when made.object like 'because(%' then
-                    ', of the two items of the history that contribute most to the score. Items have the title that the shop''s table of'
-                    ' items holds (title, name, product_name, item_name or description), else their key.'
-                when made.object = 'explanations' then
-                    '. A row per user and item of the history that speaks for it, five at most; where none does, one row for the'
-                    ' features or the popularity. Join on user_id; for the sentence alone take rank = 1. It shows what users did.'
-                when made.object like 'recommend_for(%' then
-                    '. events is an array of objects: item_id, and if you like event_type (the shop''s word or the standard one, else'
-                    ' view) and occurred_at (else now, in the order of the array). The option features gives columns of the user, the'
-                    ' others and the columns that come back are those of recommend.'
-                when made.object like 'recommend_for_items(%' then
-                    '. The arrays are of one length; without event_types all are views, without occurred_ats they happen now, one after the other.'
-                when made.object like 'related(%' then
-                    ': the model asked for somebody who bought this item and nothing else. score is an item''s share of the probability over'
-                    ' the catalogue, lift that share over the mean one beside any item of the shop, support the users who bought'
-                    ' both. Ranked by score times lift, unless the option rank_by is score or lift; the option min_support leaves out'
-                    ' what fewer users bought with it.'
-                when made.object like 'basket(%' then
-                    ': as related, for somebody who just put these items into the cart. support counts the users who bought an item'
-                    ' and one of the cart''s. Items outside the catalogue are left out with a notice.'
-                when made.object = 'related_items' then
-                    '. One row per item and rank, twenty of them. Join on item_id or related_item_id; model_version joins vae.versions.'
-                when made.object like 'score(%' then
-                    ', as recommend gives it. Null for an item that the active version does not know.'
-                when made.object like 'score_pairs(%' then
-                    ', in one pass: each user is encoded once. The arrays are of one length; a row per pair, a user''s pairs one after'
-                    ' the other. The score is that of score.'
-                when made.object like 'embedding(%' then
-                    ': the mean of q(z | history), the features of the user included. Null for a user without known events.'
-                    ' Positions of different versions cannot be compared.'
-                when made.object like 'features(%' then
-                    ', as one object. Times are seconds since 1970. No row for a user who is not in the table of users.'
-                when made.object ~ '^(all_)?item_days\(' then
-                    ': units, buyers, viewers and users who put it into a cart, a user once a day. Days count back from as_of, day 0 is'
-                    ' the 24 hours before it. Sales to anonymous buyers and to outliers count, returns do not. event_types'
-                    ' are those whose events are sales.'
-                when made.object like 'demand(%' then
-                    '. units_low to units_high holds what is sold in 80 % of the cases, likewise for buyers. Expected numbers are null'
-                    ' for an item that nothing happened to. "Now" is the end of the training window where a version was made of old events.'
-                when made.object like 'demand_by_category(%' then
-                    ', as of the last vae.refresh. The column is one of the items'' features (vae.feature_columns). The bounds are those of'
-                    ' the sum, which strays less than its items do, but all of them may be off together.'
-                when made.object = 'demand' then
-                    '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
-                when made.object like 'churn(%' then
-                    ', and how much. "Now" is the end of the training window, or the user''s last event, where a version was made of old'
-                    ' events. For a user without known events probabilities, band, reasons and last_event_at are null.'
-                when made.object = 'churn' then
-                    '. A row per user. Join on user_id; model_version joins vae.versions. Probabilities are null for a user without known'
-                    ' events. Empty where the version has none (see docs/outcomes.md).'
-                when made.object like 'explain_churn(%' then
-                    ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
-                    ' leaving, compared to the average user.'
-                when made.object like 'response(%' then
-                    ', from now on. Null for a user without known events. With or without an offer: what an offer changes says uplift.'
-                when made.object like 'uplift(%' then
-                    ': P(buys if it is offered) less P(buys if not). Null where the active version claims no uplift (no_uplift of'
-                    ' vae.versions says why) and for a user without known events.'
-                when made.object = 'clean_assignments' then
-                    '. A row per user, item and moment. Left out: who was both within the horizon.'
-                when made.object like 'audience%' then
-                    ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
-                    ' uplift to the number of those who buy because of the offer; it is null for several items and where the version claims none.'
-                    ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
-                    ' is response or uplift.'
-                when made.object = 'offer_responses' then
-                    '. A row per offer and user, of offers that have not ended. Join on user_id; sum response_probability where is_chosen for'
-                    ' the expected number of buyers.'
-                when made.object = 'offers' then
-                    '. A row per offer of vae.create_offer.'
-                when made.object = 'recommendations' then
-                    '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
-                when made.object = 'recommendations_materialized' then
-                    '. Who reads it directly misses what recommendations_changed holds: read recommendations.'
-                when made.object like 'segment(%' then
-                    ': its number and name, and how typical of it the user is. Null for a user of whom nothing is known.'
-                when made.object = 'user_segments' then
-                    '. One row per user. Join on user_id; segment joins segments.'
-                else '.'
-            end);
-    end loop;
-    for line in
-        select * from (values
-            ('outlier_users', 'user_id', 'Key of the user.'),
-            ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
-            ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: ten times the 90th percentile of this shop''s users.'),
-            ('outlier_users', 'events', 'Events of the user in all.'),
-            ('clean_events', 'user_id', 'Key of the user.'),
-            ('clean_events', 'item_id', 'Key of the item.'),
-            ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
-            ('clean_events', 'occurred_at', 'When it happened.'),
-            ('clean_events', 'weight', 'How much the event counts as a training target.'),
-            ('refresh_events', 'user_id', 'Key of the user.'),
-            ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
-            ('refresh_events', 'event_type', 'Standard event type.'),
-            ('refresh_events', 'occurred_at', 'When it happened.'),
-            ('refresh_digests', 'user_id', 'Key of the user.'),
-            ('refresh_digests', 'digest', 'Sum of a hash of each event and of the features. Equal digests: nothing to score again.'),
-            ('user_features', 'user_id', 'Key of the user.'),
-            ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
-            ('item_features', 'item_id', 'Key of the item.'),
-            ('item_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
-            ('recommendations_materialized', 'user_id', 'Key of the user.'),
-            ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
-            ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),
-            ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-            ('recommendations_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
-            ('recommendations_materialized', 'scored_at', 'When the row was scored.'),
-            ('recommendations_materialized', 'digest', 'What refresh_digests gave for the user when the row was scored.'),
-            ('recommendations_materialized', 'context', 'Hash of version, code and options that the row was scored with.'),
-            ('recommendations_changed', 'user_id', 'Key of the user.'),
-            ('recommendations_changed', 'item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
-            ('recommendations_changed', 'scores', 'Scores of the items, in the same order.'),
-            ('recommendations_changed', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-            ('recommendations_changed', 'model_version', 'Version that scored the row, see vae.versions.'),
-            ('recommendations_changed', 'scored_at', 'When the row was scored.'),
-            ('recommendations_changed', 'digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
-            ('recommendations_changed', 'context', 'Hash of version, code and options that the row was scored with.'),
-            ('recommendations', 'user_id', 'Key of the user.'),
-            ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
-            ('recommendations', 'item_id', 'Key of the item.'),
-            ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, see probability.'),
-            ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-            ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
-            ('recommendations', 'scored_at', 'When the row was scored.'),
-            ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a cold start, where the version has no probabilities, and where refreshes rank candidates only.')
-        ) as c (relation, column_name, comment)
-        union all
-        select * from vae_private.demand_comments()
-        union all
-        select * from vae_private.outcome_comments()
-        union all
-        select * from vae_private.uplift_comments()
-    loop
-        continue when to_regclass(format('%I.%I', m.name, line.relation)) is null;
-        execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
-    end loop;
-end;
-$$;
-
-comment on function vae_private.comment_model(vae.models) is 'Writes the comments of a model''s schema.';
 
 
 create or replace function vae_private.grant_model(m vae.models)
