@@ -9,6 +9,7 @@ a training turns out is compared, too.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -613,6 +614,16 @@ def test_every_command_explains_itself(name: str) -> None:
     assert command.help
     silent = [parameter.name for parameter in command.params if not getattr(parameter, "help", None)]
     assert silent == []
+
+
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    shown = CliRunner().invoke(app, ["train", "--help"]).output
+    text = [line.strip() for line in shown.splitlines() if re.match(r" \w", line)]
+    # A line ends where the next word would not fit, or with its paragraph.
+    short = [line for line, after in itertools.pairwise(text) if len(f"{line} {after.split()[0]}") <= 78]
+    assert [line for line in short if not line.endswith((".", "{model}", "MODEL"))] == []
+    assert re.search(r"--activate +Activate the version", shown)
 
 
 def test_help_lists_every_command_from_the_first_day_on() -> None:

@@ -21,7 +21,21 @@ _ORDER = (
 )
 
 
-class _Commands(TyperGroup):
+class CommandGroup(TyperGroup):
+    """Shows help that fits a terminal of any width, and no type beside an option that takes no value."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            # Rich would keep the line breaks of the docstring.
+            command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", command.help or "")
+            for parameter in command.params:
+                if getattr(parameter, "is_bool_flag", False):
+                    parameter.metavar = ""
+        return command
+
+
+class _Commands(CommandGroup):
     """Lists the commands in the order of _ORDER; a failure that the user can mend ends in a message and a hint."""
 
     def list_commands(self, ctx: Any) -> list[str]:

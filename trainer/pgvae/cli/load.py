@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pgvae.cli import Dsn, app
+from pgvae.cli import CommandGroup, Dsn, app
 from pgvae.console import err, out
 from pgvae.errors import PgvaeError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pgvae.load import LoadSummary, Plan, Source
 
 group = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     help="Load CSV or Parquet files into tables. Not needed where the events are in PostgreSQL already.",
 )
