@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_rejected_rows_are_kept_with_line_and_reason(empty_database: str, run_cl
     ):
         assert words in reason
     assert rows(empty_database, "select count(*) from events") == [(60_000,)]
+
+
+def test_rejected_rows_and_names_are_told_as_they_were_written(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    good = "".join(f"{n};a;2024-01-01\n" for n in range(30))
+    file = write(tmp_path / "events.csv", "user_id;item_id;ts\n" + good + '5;"b;c"\n' + "x1;a,b;2024-01-01\n")
+    done = run_cli(
+        "load", "events", file, "--yes", "--type=user_id=bigint", "--table=My Shop.o'clock", dsn=empty_database
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, """select raw_line from "My Shop"."o'clock_rejects" order by line_number""") == [
+        ('5;"b;c"',),
+        ("x1;a,b;2024-01-01",),
+    ]
+    # What it says to do next can be done.
+    (call,) = re.findall(r"select \* from vae.create_model\('shop', events => ('.*')\)", done.stdout)
+    assert rows(empty_database, f"select {call}::regclass is not null") == [(True,)]
 
 
 def test_too_many_rejects_load_nothing(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:

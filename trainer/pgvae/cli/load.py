@@ -234,5 +234,11 @@ def _show_summary(plan: Plan, summary: LoadSummary, schema: str, table: str) -> 
             out.print(f"  {count:,} × {reason}", highlight=False, markup=False)
         out.print(f"  they are kept in {schema}.{table[:55]}_rejects", highlight=False, markup=False)
     if plan.kind.name == "events":
-        call = f"vae.create_model('shop', events => '{schema}.{table}')"
-        out.print("next, in psql: select * from", call, highlight=False, markup=False)
+        name = ".".join(_quoted(part) for part in (schema, table)).replace("'", "''")
+        call = f"vae.create_model('shop', events => '{name}')"
+        out.print("next, in psql: select * from", call, highlight=False, markup=False, soft_wrap=True)
+
+
+def _quoted(name: str) -> str:
+    """Gives a name as the type regclass reads it."""
+    return name if re.fullmatch("[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'

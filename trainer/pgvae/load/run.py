@@ -142,7 +142,7 @@ def _convert(
             if isinstance(text, Bad):
                 wrong.setdefault(number, f"{plans[position].name}: {text}")
     bad += [
-        _Reject(file=file, line=batch.lines[number], reason=reason, raw=raw_line(batch.rows[number]))
+        _Reject(file=file, line=batch.lines[number], reason=reason, raw=raw_line(batch.rows[number], batch.delimiter))
         for number, reason in wrong.items()
     ]
     return [row for number, row in enumerate(rows) if number not in wrong], bad

@@ -40,6 +40,7 @@ class Batch:
     rows: list[list[str]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     broken: list[tuple[int, str, str]] = field(default_factory=list)
+    delimiter: str = ","
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def _csv(
     # A header may hold newlines within quotes: the reader gets the line back.
     reader = csv.reader(_chain(first, text), delimiter=delimiter)
     header = next(reader)
-    return header, _csv_batches(name, reader, len(header))
+    return header, _csv_batches(name, reader, len(header), delimiter)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -125,8 +126,8 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _csv_batches(name: str, reader: Any, width: int) -> Iterator[Batch]:
-    batch = Batch()
+def _csv_batches(name: str, reader: Any, width: int, delimiter: str) -> Iterator[Batch]:
+    batch = Batch(delimiter=delimiter)
     line = reader.line_num + 1
     try:
         for row in reader:
@@ -134,11 +135,12 @@ def _csv_batches(name: str, reader: Any, width: int) -> Iterator[Batch]:
                 batch.rows.append(row)
                 batch.lines.append(line)
             elif row:
-                batch.broken.append((line, f"{len(row)} fields where the header has {width}", raw_line(row)))
+                reason = f"{len(row)} fields where the header has {width}"
+                batch.broken.append((line, reason, raw_line(row, delimiter)))
             line = reader.line_num + 1
             if len(batch.rows) + len(batch.broken) >= BATCH_ROWS:
                 yield batch
-                batch = Batch()
+                batch = Batch(delimiter=delimiter)
     except csv.Error as error:
         raise PgvaeError(
             f"file {name}, from line {line} on: {error}", hint="a quote that is opened there may never be closed"
@@ -146,10 +148,10 @@ def _csv_batches(name: str, reader: Any, width: int) -> Iterator[Batch]:
     yield batch
 
 
-def raw_line(row: list[str]) -> str:
+def raw_line(row: list[str], delimiter: str) -> str:
     """Gives a row as one line of CSV, without what PostgreSQL cannot store."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(row)
+    csv.writer(buffer, lineterminator="", delimiter=delimiter).writerow(row)
     return buffer.getvalue().replace("\0", "�").encode("utf-8", "replace").decode()
 
 
