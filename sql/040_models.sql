@@ -545,6 +545,11 @@ begin
     item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
     checked := vae_private.checked_options(options);
 
+    if not has_database_privilege(current_database(), 'create') then
+        raise exception 'permission denied for database %: a model makes a schema of its own', current_database()
+            using errcode = 'insufficient_privilege',
+                hint = format('its owner can allow it: grant create on database %I to %I', current_database(), current_user);
+    end if;
     execute format('create schema %I', model);
     insert into vae.models (
         name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column, event_type_column,
@@ -706,13 +711,16 @@ declare
     m vae.models;
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_owner(model);
     if set_features.user_features is not null then
         m.user_features := vae_private.chosen_features(
-            to_regclass(format('%I.%I', m.users_schema, m.users_table)), m.users_key_column, 'user_features', set_features.user_features);
+            to_regclass(quote_ident(m.users_schema) || '.' || quote_ident(m.users_table)),
+            m.users_key_column, 'user_features', set_features.user_features);
     end if;
     if set_features.item_features is not null then
         m.item_features := vae_private.chosen_features(
-            to_regclass(format('%I.%I', m.items_schema, m.items_table)), m.items_key_column, 'item_features', set_features.item_features);
+            to_regclass(quote_ident(m.items_schema) || '.' || quote_ident(m.items_table)),
+            m.items_key_column, 'item_features', set_features.item_features);
     end if;
     update vae.models set user_features = m.user_features, item_features = m.item_features where models.model_id = m.model_id;
     perform vae_private.build_model(m.model_id);
@@ -764,6 +772,7 @@ declare
     id constant integer := vae_private.model_id(model);
     dropped record;
 begin
+    perform vae_private.check_owner(model);
     -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
     for dropped in
         select * from vae_private.model_objects(id) o

@@ -279,6 +279,25 @@ comment on function vae_private.feature_select(integer, text, text) is
     'or one key ($1).';
 
 
+create or replace function vae_private.shop_table(table_schema text, table_name text)
+returns regclass
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Not to_regclass, which asks for a right on the schema.
+select c.oid::regclass
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+where n.nspname = shop_table.table_schema and c.relname = shop_table.table_name
+$$;
+
+comment on function vae_private.shop_table(text, text) is 'Gives a table by its names, to whoever asks; null where there is none.';
+
+
 create or replace function vae_private.check_tables(m vae.models)
 returns void
 language plpgsql
@@ -308,7 +327,7 @@ begin
         ) as c (table_schema, table_name, column_name, column_type)
         where c.column_name is not null
     loop
-        relation := to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name));
+        relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
                 using errcode = 'undefined_table', hint = remedy;
@@ -334,7 +353,7 @@ begin
         ) as c (table_schema, table_name, key_column, argument, chosen)
         where c.table_name is not null
     loop
-        relation := to_regclass(format('%I.%I', wanted.table_schema, wanted.table_name));
+        relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         select n.name into gone
         from unnest(wanted.chosen) with ordinality as n (name, place)
         where not exists (
@@ -356,6 +375,98 @@ comment on function vae_private.check_tables(vae.models) is
     'Refuses where a table of a model is gone or has other columns than when the model was made.';
 
 
+create or replace function vae_private.missing_grants(model_id integer)
+returns text
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- What a table is read for: the rows of the events, the key and the features of users and items.
+with read as (
+    select 1 as place, m.events_schema as schema_name, m.events_table as table_name, '{}'::text[] as columns
+    from vae.models m
+    where m.model_id = missing_grants.model_id
+    union all
+    select 2, m.users_schema, m.users_table, m.users_key_column || m.user_features
+    from vae.models m
+    where m.model_id = missing_grants.model_id and m.users_table is not null
+    union all
+    select 3, m.items_schema, m.items_table, m.items_key_column || m.item_features
+    from vae.models m
+    where m.model_id = missing_grants.model_id and m.items_table is not null
+), found as (
+    select r.*, n.oid as schema_id, c.oid as table_id
+    from read r
+    join pg_namespace n on n.nspname = r.schema_name
+    join pg_class c on c.relnamespace = n.oid and c.relname = r.table_name
+), missing as (
+    select distinct 0 as place, format('grant usage on schema %I', f.schema_name) as statement
+    from found f
+    where not has_schema_privilege(f.schema_id, 'usage')
+    union all
+    select f.place, format('grant select%s on %I.%I', c.list, f.schema_name, f.table_name)
+    from found f
+    cross join lateral (
+        select ' (' || string_agg(quote_ident(a.name), ', ' order by a.place) || ')' as list,
+            bool_and(has_column_privilege(f.table_id, a.name, 'select')) as may_read
+        from unnest(f.columns) with ordinality as a (name, place)
+        join pg_attribute t on t.attrelid = f.table_id and t.attname = a.name and not t.attisdropped
+    ) c
+    where not has_table_privilege(f.table_id, 'select') and c.may_read is not true
+)
+select string_agg(
+    m.statement || ' to ' || quote_ident(current_user), '; ' order by m.place, m.statement) as statements
+from missing m
+$$;
+
+comment on function vae_private.missing_grants(integer) is
+    'Gives the statements that grant what the caller lacks to read a model''s tables; null where nothing is missing.';
+
+
+create or replace function vae_private.check_grants(m vae.models, through_views boolean default false)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relation text;
+begin
+    foreach relation in array case
+        -- Views ask for no right on the schemas of the tables.
+        when through_views then array[format('%I.refresh_events', m.name)]
+        else array_remove(array[
+            format('%I.%I', m.events_schema, m.events_table),
+            case when m.users_table is not null then format('%I.%I', m.users_schema, m.users_table) end,
+            case when m.items_table is not null then format('%I.%I', m.items_schema, m.items_table) end
+        ], null)
+    end loop
+        begin
+            -- Of a table it asks for one column, whichever: whoever may read some may read those that the model reads.
+            execute format('select from %s limit 0', relation);
+        exception
+            when insufficient_privilege then
+                raise exception '%', sqlerrm
+                    using errcode = 'insufficient_privilege',
+                        hint = format('the shop''s tables are read with the rights of whoever asks; their owner can allow it: %s',
+                            vae_private.missing_grants(m.model_id));
+            when undefined_table or invalid_schema_name then
+                null;  -- check_tables and check_views say what to do.
+        end;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.check_grants(vae.models, boolean) is
+    'Refuses a caller who may not read the tables of a model, with the grants that are missing.';
+
+
 create or replace function vae_private.check_views(m vae.models)
 returns void
 language plpgsql
@@ -365,6 +476,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    moved text;
 begin
     if to_regnamespace(quote_ident(m.name)) is null then
         raise exception 'schema % of model % is gone', m.name, m.name
@@ -382,11 +495,29 @@ begin
                 hint = format('dropping one of its tables with cascade took them along; its owner remakes them:'
                     ' select vae.rebuild_model(%L)', m.name);
     end if;
+    -- A view follows a table that is renamed; the functions take the one that has its name.
+    select format('%I.%I', t.table_schema, t.table_name) into moved
+    from (values
+        (1, m.events_schema, m.events_table), (2, m.users_schema, m.users_table), (3, m.items_schema, m.items_table)
+    ) as t (place, table_schema, table_name)
+    where t.table_name is not null and not exists (
+        select from pg_depend d
+        join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid
+        where r.ev_class = to_regclass(format('%I.clean_events', m.name)) and d.refclassid = 'pg_class'::regclass
+            and d.refobjid = vae_private.shop_table(t.table_schema, t.table_name))
+    order by t.place
+    limit 1;
+    if moved is not null then
+        raise exception 'the views of model % read another table than %', m.name, moved
+            using errcode = 'undefined_table',
+                hint = format('the table was renamed: rename it back; or, once there is a new one of that name, the model''s owner'
+                    ' remakes the views: select vae.rebuild_model(%L)', m.name);
+    end if;
 end;
 $$;
 
 comment on function vae_private.check_views(vae.models) is
-    'Refuses where the schema of a model is gone, or a view in it that reads the shop''s tables.';
+    'Refuses where the schema of a model is gone, or a view in it that reads the shop''s tables, or where it reads others.';
 
 
 create or replace function vae_private.build_event_views(m vae.models)
@@ -646,14 +777,19 @@ comment on function vae_private.build_all_models() is 'Remakes the schemas of al
 
 create or replace function vae.rebuild_model(model text)
 returns void
-language sql
+language plpgsql
 volatile
 called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-select vae_private.build_model(vae_private.model_id(model))
+declare
+    id constant integer := vae_private.model_id(model);
+begin
+    perform vae_private.check_owner(model);
+    perform vae_private.build_model(id);
+end;
 $$;
 
 comment on function vae.rebuild_model(text) is

@@ -70,6 +70,7 @@ declare
     m vae.models;
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_owner(model);
     perform vae_private.check_tables(m);
     perform vae_private.check_exposure(format('%I.%I', m.events_schema, m.events_table)::regclass, set_exposure.exposure_column);
     if set_exposure.exposure_column is null then

@@ -19,6 +19,7 @@ declare
     unknown_types text[];
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_grants(m);
     perform vae_private.check_tables(m);
     perform vae_private.check_views(m);
     time_from := vae_private.earliest(m);

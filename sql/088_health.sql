@@ -22,6 +22,7 @@ with facts as (
 ), predictions as (
     select f.model, count(*) as views,
         count(*) filter (where f.refreshed_at is null) as empty_views,
+        bool_or(f.prediction = 'recommendations' and f.row_count = 0) as knows_nobody,
         min(f.refreshed_at) as oldest,
         string_agg(f.prediction, ', ' order by f.prediction) filter (where f.model_version <> f.active_version) as other_version,
         string_agg(format('%s: %s', f.prediction, f.last_error), '; ' order by f.prediction) filter (where f.last_state = 'failed') as failures
@@ -48,11 +49,15 @@ with facts as (
     from facts f
     union all
     select f.model, 3, 'refreshed',
-        case when f.version is null then 'unknown' when e.views is not null or p.oldest is null or p.empty_views > 0 then 'critical' else 'ok' end,
+        case when f.version is null then 'unknown' when e.views is not null or p.oldest is null or p.empty_views > 0 or p.knows_nobody then 'critical' else 'ok' end,
         case when f.version is null then 'no version is active'
             when e.views is not null then format('never refreshed: %s', e.views)
-            else 'a prediction view was never refreshed well' end,
-        case when f.version is not null then format('call vae.refresh(%L)', f.model) end,
+            when p.oldest is null or p.empty_views > 0 then 'a prediction view was never refreshed well'
+            else 'the last refresh found no user' end,
+        case when f.version is null then null
+            when e.views is null and p.empty_views = 0 and p.knows_nobody
+                then format('see what became of the events: select * from vae.check_events(%L); then: call vae.refresh(%1$L)', f.model)
+            else format('call vae.refresh(%L)', f.model) end,
         format('%s prediction views hold content', p.views)
     from facts f
     left join predictions p using (model)

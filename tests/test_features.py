@@ -758,8 +758,20 @@ def test_a_refusal_names_the_grants_that_are_missing(
         f"grant select on public.events to {role}",
         f"grant select (user_id, {features}) on public.users to {role}",
     ]
+    # So does what an operator asks of the events.
+    scored.execute(sql.SQL("grant vae_operator to {}").format(sql.Identifier(role)))
+    for query in (
+        "select * from vae.check_events('shop')",
+        "select * from vae.check_drift('shop')",
+        "select * from vae.check_freshness('shop')",
+        "select * from vae.hit_rate('shop')",
+    ):
+        refused = refusal(reader, query)
+        assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for table events")
+        assert str(refused.message_hint).endswith(f"; their owner can allow it: {grants}")
     scored.execute(grants)
     assert reader.execute("select * from shop.recommend(%s)", [SHOP.users[1]]).fetchall()
+    assert reader.execute("select * from vae.check_freshness('shop')").fetchall()
 
 
 def test_only_the_owner_of_a_model_chooses_its_features(scored: psycopg.Connection, role: str) -> None:

@@ -464,6 +464,14 @@ def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connect
     assert "vae.drop_model" in str(refused.message_hint)
 
 
+def test_features_need_a_table(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    assert shop.execute("select * from vae.feature_columns('shop')").fetchall() == []
+    shop.execute("select vae.set_features('shop', user_features => '{}', item_features => '{}')")
+    refused = refusal(shop, "select vae.set_features('shop', user_features => '{age}')")
+    assert (refused.sqlstate, refused.message_primary) == ("22023", "user_features is given, but no table")
+
+
 def test_a_renamed_schema_is_told(shop: psycopg.Connection) -> None:
     Shop().create_model(shop)
     shop.execute("alter schema shop rename to elsewhere")

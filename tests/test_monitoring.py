@@ -269,6 +269,13 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
     connection.execute("call vae.refresh('shop', views => array['churn'])")
     assert checks(connection)["refreshed"][1].startswith("never refreshed: demand, ")
     connection.execute(str(health(connection)["remedy"]))
+    connection.execute(
+        "alter table events rename to kept; create table events (like kept); select vae.rebuild_model('shop')"
+    )
+    connection.execute("call vae.refresh('shop', '{recommendations}')")
+    assert checks(connection)["refreshed"][:2] == ("critical", "the last refresh found no user")
+    connection.execute("insert into events select * from kept")
+    connection.execute("call vae.refresh('shop')")
     row = health(connection)
     assert (row["status"], row["severity"], row["problems"], row["detail"], row["remedy"]) == ("ok", 0, 0, None, None)
     assert (row["active_version"], row["refresh_age"] < timedelta(minutes=5)) == (1, True)

@@ -408,9 +408,13 @@ def test_a_trainer_defines_trains_and_drops_models_without_being_superuser(
 
 
 def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connection, login: Login) -> None:
-    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
     trained.execute("grant select on events to the_trainer")
     trainer = login("trainer")
+    refused = refusal(trainer, "select * from vae.create_model('mine', 'events')")
+    assert (
+        refused.message_hint == f"its owner can allow it: grant create on database {trained.info.dbname} to the_trainer"
+    )
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
     before = state(trained)
     assert refusal(trainer, "select vae.drop_model('shop')").message_primary == "permission denied for model shop"
     assert refusal(trainer, "select vae.set_event_type('shop', 'x', 'view')").sqlstate == "42501"
@@ -420,7 +424,16 @@ def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connecti
     assert state(trained) == before
     # Usage lets it train and activate, not drop.
     trained.execute("grant usage on schema shop to the_trainer")
-    assert refusal(trainer, "select vae.drop_model('shop')").sqlstate == "42501"
+    owner = trained.info.user
+    for query in (
+        "select vae.drop_model('shop')",
+        "select vae.rebuild_model('shop')",
+        "select vae.set_features('shop', user_features => '{}')",
+        "select vae.set_exposure('shop', null)",
+    ):
+        refused = refusal(trainer, query)
+        assert (refused.sqlstate, refused.message_primary) == ("42501", f"model shop belongs to {owner}"), query
+        assert refused.message_hint == f"act as its owner: set role {owner}"
     assert trainer.execute("delete from vae.models").rowcount == 0
     assert trainer.execute("delete from vae.versions").rowcount == 0
     assert refusal(trainer, "delete from vae_private.tensors").sqlstate == "42501"

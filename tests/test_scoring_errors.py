@@ -370,6 +370,34 @@ def test_a_failed_refresh_leaves_the_last_content_and_is_logged(trained: psycopg
     assert ask("select count(*) from pg_locks where locktype = 'advisory'") == [(0,)]
 
 
+def test_a_renamed_table_or_column_is_told_and_nothing_is_computed_of_another(
+    trained: psycopg.Connection, ask: Query
+) -> None:
+    stored = ask("select * from shop.recommendations order by user_id, rank")
+    calls: list[tuple[str, list[Any] | None]] = [("call vae.refresh('shop')", None), (RECOMMEND, [USER])]
+    trained.execute("alter table events rename column item_id to article")
+    for query, parameters in calls:
+        refused = refusal(trained, query, parameters)
+        assert refused.sqlstate == "42703"
+        assert 'public.events has no column "item_id" any more' in str(refused.message_primary)
+        assert "restore it" in str(refused.message_hint)
+    trained.execute("alter table events rename column article to item_id")
+    trained.execute("alter table events rename to archive")
+    for query, parameters in calls:
+        refused = refusal(trained, query, parameters)
+        assert refused.sqlstate == "42P01"
+        assert "public.events" in str(refused.message_primary)
+        assert "restore it" in str(refused.message_hint) or "rename it back" in str(refused.message_hint)
+    # A new table of the name: the functions read it, the views still the old one.
+    Shop().make(trained)
+    refused = refusal(trained, "call vae.refresh('shop')")
+    assert refused.message_primary == "the views of model shop read another table than public.events"
+    assert ask("select * from shop.recommendations order by user_id, rank") == stored
+    trained.execute("select vae.rebuild_model('shop')")
+    trained.execute("call vae.refresh('shop')")
+    trained.execute("drop table archive")
+
+
 def test_a_refresh_without_the_shops_table_says_how_to_mend_it(trained: psycopg.Connection, ask: Query) -> None:
     stored = ask("select * from shop.recommendations order by user_id, rank")
     live = ask(RECOMMEND, [USER])
@@ -378,7 +406,9 @@ def test_a_refresh_without_the_shops_table_says_how_to_mend_it(trained: psycopg.
     assert (refused.sqlstate, refused.message_primary) == ("42P01", "the views of model shop are gone")
     assert "select vae.rebuild_model('shop')" in str(refused.message_hint)
     refused = refusal(trained, RECOMMEND, [USER])
-    assert (refused.sqlstate, refused.message_primary) == ("42P01", 'pgvae: relation "public.events" does not exist')
+    gone = "table public.events of model shop does not exist"
+    assert (refused.sqlstate, refused.message_primary) == ("42P01", f"pgvae: {gone}")
+    assert str(refused.message_hint).startswith("restore it, or drop the model")
     # What was predicted is there all the while, and everything works on the table that comes back.
     assert ask("select * from shop.recommendations order by user_id, rank") == stored
     Shop().make(trained)

@@ -13,13 +13,20 @@ import numpy as np
 
 from . import audience as audiences
 from . import batch, blas, churn, device, explanations, forward, outcomes, pairs, runs, sales, segments
-from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_DEMAND, NO_OUTCOMES, ScoringError
+from .errors import (
+    INSUFFICIENT_PRIVILEGE,
+    INVALID_PARAMETER,
+    NO_DEMAND,
+    NO_OUTCOMES,
+    UNDEFINED_COLUMN,
+    UNDEFINED_TABLE,
+    ScoringError,
+)
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, keys_of_items, read_history, unknown_items
 from .options import Option, one_of, read_options, whole_number
-from .privileges import missing_grants
 from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
@@ -32,6 +39,7 @@ from .session import (
     read_session,
     split_features,
 )
+from .shop_tables import changed_table, missing_grants
 from .store import Version, active_version
 from .tokens import History
 
@@ -71,7 +79,10 @@ def _translation(plpy: Any, args: Sequence[Any]) -> Iterator[None]:
         detail, hint = (error.spidata or (None, None, None))[1:3]
         if error.sqlstate == INSUFFICIENT_PRIVILEGE and args and (grants := missing_grants(plpy, args[0])):
             hint = f"the shop's tables are read with the rights of whoever scores; their owner can allow it: {grants}"
-        raise _postgres_error(plpy, str(error), error.sqlstate, detail, hint) from None
+        message = str(error)
+        if error.sqlstate in (UNDEFINED_TABLE, UNDEFINED_COLUMN) and args and (found := changed_table(plpy, args[0])):
+            message, hint = found
+        raise _postgres_error(plpy, message, error.sqlstate, detail, hint) from None
 
 
 def _postgres_error(plpy: Any, message: str, sqlstate: str, detail: str | None, hint: str | None) -> Exception:
