@@ -186,7 +186,6 @@ declare
 begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
-    perform vae_private.check_tables(m);
     if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
         raise exception 'model % has no active version', m.name
             using errcode = 'VA002', hint = vae_private.activation_hint(id, m.name);
@@ -195,7 +194,7 @@ end;
 $$;
 
 comment on function vae_private.check_refresh(integer) is
-    'Refuses a refresh of a model without an active version, or whose tables or views are gone or changed; part of vae.refresh.';
+    'Refuses a refresh of a model without an active version, or whose views are gone or read another table; part of vae.refresh.';
 
 
 create or replace function vae_private.first_mode(id integer, view_name text, "full" boolean)
