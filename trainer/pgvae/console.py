@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-out = Console()
-err = Console(stderr=True)
+# A file or a pipe has no width, and rich takes 80: tables would lose the ends of their columns there.
+_PIPE_WIDTH = 160
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+out = _console()
+err = _console(stderr=True)
 
 
 def progress(*extra: TextColumn) -> Progress:
