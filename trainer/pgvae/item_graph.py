@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 # Of the cosine: two users in common shall not make two rare items twins.
 _SHRINKAGE = 3.0
@@ -75,14 +76,16 @@ def regressions(plain: sparse.csr_array, near: sparse.csr_array, l2s: Sequence[f
     """
     by_item = sparse.csc_array(plain)
     weights = np.zeros((len(l2s), near.nnz), dtype=np.float32)
-    for item, (begin, end) in enumerate(pairwise(near.indptr)):
-        if begin == end:
-            continue
-        columns = by_item[:, np.append(near.indices[begin:end], item)]
-        gram = (columns.T @ columns).toarray().astype(np.float64)
-        for number, l2 in enumerate(l2s):
-            system = gram[:-1, :-1] + l2 * np.eye(end - begin)
-            weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
+    # Two threads of OpenBLAS would wait for each other in each of these small systems, on a busy machine for 70 ms.
+    with threadpool_limits(1, user_api="blas"):
+        for item, (begin, end) in enumerate(pairwise(near.indptr)):
+            if begin == end:
+                continue
+            columns = by_item[:, np.append(near.indices[begin:end], item)]
+            gram = (columns.T @ columns).toarray().astype(np.float64)
+            for number, l2 in enumerate(l2s):
+                system = gram[:-1, :-1] + l2 * np.eye(end - begin)
+                weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
     return [sparse.csr_array((own, near.indices, near.indptr), shape=near.shape) for own in weights]
 
 
