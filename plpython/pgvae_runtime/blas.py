@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 # OpenBLAS as Debian builds it, and as NumPy's own wheels carry it, old and new; and whether its integers have 64 bits.
 _PREFIXES, _SUFFIXES = ("", "scipy_"), {"": ctypes.c_int, "64_": ctypes.c_int64, "_64": ctypes.c_int64}
 Floats = NDArray[np.float32]
+# Of a product that BLAS cannot add by itself.
+COLUMNS_AT_ONCE = 1024
 
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
 
@@ -50,16 +52,18 @@ def one_thread() -> Iterator[None]:
 def product_into(left: Floats, right: Floats, out: Floats, spare: Floats) -> Callable[[int, int], None]:
     """Gives a function that adds left [M, K] times the transpose of right [N, K] to the columns first to last of out.
 
-    Each array has its rows as they lie in memory, perhaps with something between two of them. `spare` [M, columns at
-    once] may be overwritten.
+    Each array has its rows as they lie in memory, perhaps with something between two of them. `spare`
+    [M, COLUMNS_AT_ONCE] may be overwritten.
     """
     library = _library()
     if library is None or library.sgemm is None or not all(map(_has_whole_rows, (left, right, out))):
 
         def add(first: int, last: int) -> None:
-            product = spare[:, : last - first]
-            np.matmul(left, right[first:last].T, out=product)
-            np.add(out[:, first:last], product, out=out[:, first:last])
+            for begin in range(first, last, COLUMNS_AT_ONCE):
+                own = slice(begin, min(begin + COLUMNS_AT_ONCE, last))
+                product = spare[:, : own.stop - begin]
+                np.matmul(left, right[own].T, out=product)
+                np.add(out[:, own], product, out=out[:, own])
 
         return add
 

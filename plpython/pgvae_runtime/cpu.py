@@ -7,13 +7,14 @@ goes and what was tried: docs/performance.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import blas
-from .forward import decode_direction, mean_of_features, mean_of_latent
+from .forward import decode_direction, mean_of_features, mean_of_latent, softmax, top_k
 from .scoring import seen_columns
 from .store import Version
 from .tokens import History, Tokens, pieces, starts
@@ -25,23 +26,26 @@ Scored = tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]
 # Logits of a tile. A third of the third-level cache of a server's core and more costs nothing that was measured.
 _TILE_BYTES = 10 * 1024 * 1024
 _MAX_TILE = 256
-# Columns of a tile that are finished one after the other, while they are in the second-level cache.
-_PANEL = 1024
-# Columns are halved at most so often while a panel is in the cache: the threshold needs four times k groups at least.
-_HALVINGS, _GROUPS_FOR_EACH = 4, 4
+# Columns at most that are finished before the next ones. Fewer would stay in a nearer cache, but a thread asks for
+# Python's lock after each operation: five times 1024 are faster by themselves, and leave the cores idle for less.
+_PANEL = 5120
+# Columns of a group at most, whose maximum is kept, in powers of two: the threshold needs four times k groups at least.
+_MAX_GROUP, _GROUPS_FOR_EACH = 16, 4
+# Panels are so many columns or a multiple: maxima of groups can then be halved a few times.
+_GRANULE = 4 * _MAX_GROUP
 # Links are kept in segments of so many: one of them is gathered as one cache line.
 _SEGMENT = 16
 # Segments that are added at once, 16 * 20 bytes each.
-_SEGMENTS_AT_ONCE = 16_384
+_SEGMENTS_AT_ONCE = 8192
 # Links that are put into segments at once, some 80 bytes each meanwhile.
 _LINKS_AT_ONCE = 262_144
 # What a link and an event need while they are at work, in arrays of eight bytes an element.
 _BYTES_OF_A_LINK, _BYTES_OF_AN_EVENT = 80, 200
 # Tokens whose embeddings are gathered at once, and then added up by one dense product with their gates.
 _TOKENS_AT_ONCE = 256
-_LOWEST = np.finfo(np.float32).min
-# The sum of exponentials is taken of the logits as they are, unless it falls out of this range.
-_SMALLEST_SUM, _LARGEST_SUM = 1e-20, 1e30
+# Exponentials are taken of the logits as they are, unless their sum falls out of this range, or one of the best is
+# smaller than what float32 holds to its full precision.
+_SMALLEST_SUM, _LARGEST_SUM, _SMALLEST = 1e-20, 1e30, np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +85,43 @@ class _Links:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What a tile is: so many users, and columns in groups of 2 ** halvings within a panel, whose maxima are kept."""
+    """What a tile is: so many users, and panels of so many columns, of which each `group` have their maximum kept."""
 
     users: int
-    columns: int
-    halvings: int
+    panels: int
+    panel: int
+    group: int
 
     @staticmethod
     def of(items: int, k: int) -> _Shape:
-        # Whole panels, and at least one column more than items: the links' empty places.
-        columns = -(-(items + 1) // _PANEL) * _PANEL
+        # At least one column more than items: the links' empty places.
+        panels = -(-(items + 1) // _PANEL)
+        panel = -(-(items + 1) // (panels * _GRANULE)) * _GRANULE
         return _Shape(
-            users=max(1, min(_MAX_TILE, _TILE_BYTES // (4 * columns))),
-            columns=columns,
-            halvings=min(_HALVINGS, max(0, (items // (_GROUPS_FOR_EACH * k)).bit_length() - 1)),
+            users=max(1, min(_MAX_TILE, _TILE_BYTES // (4 * panels * panel))),
+            panels=panels,
+            panel=panel,
+            group=1 << min(_MAX_GROUP.bit_length(), max(1, (items // (_GROUPS_FOR_EACH * k)).bit_length())) - 1,
         )
+
+    @property
+    def columns(self) -> int:
+        """The columns of a tile."""
+        return self.panels * self.panel
 
     @property
     def groups(self) -> int:
         """The number of groups of a tile."""
-        return self.columns >> self.halvings
+        return self.columns // self.group
 
     @property
     def stride(self) -> int:
         """The places between two users; a power of two would let all rows compete for the same few cache sets."""
         return self.columns + _SEGMENT
+
+    def columns_of_groups(self) -> NDArray[np.int64]:
+        """Gives the columns of each group, [groups, group]: those of a panel that are so far apart as it has groups."""
+        return np.arange(self.columns).reshape(self.panels, self.group, -1).transpose(0, 2, 1).reshape(self.groups, -1)
 
 
 def shared_bytes(version: Version) -> int:
@@ -125,8 +141,8 @@ def shared_bytes(version: Version) -> int:
 def own_bytes(version: Version, k: int, users: int, events: int) -> int:
     """Gives the bytes at most that one scorer needs for itself, for batches of so many users and events."""
     shape = _Shape.of(version.item_count, k)
-    # Where the logits reach the threshold is a byte each; where they do, and the maxima and half of them, is some more.
-    tile = shape.users * (6 * shape.stride + 4 * _PANEL + 8 * shape.groups)
+    # The maxima twice, and what is looked through of the groups that reach the threshold.
+    tile = shape.users * (4 * shape.stride + 4 * blas.COLUMNS_AT_ONCE + 9 * shape.groups + 32 * shape.group * k)
     links = _SEGMENTS_AT_ONCE * _SEGMENT * _BYTES_OF_A_LINK // 4
     width = sum(int(version.weights[name].shape[-1]) for name in ("item_embedding", "output_weight"))
     return tile + links + users * (16 * width + 40 * k) + events * _BYTES_OF_AN_EVENT
@@ -154,6 +170,7 @@ class CpuScorer:
             "order": weights["order_embedding"] @ gate + weights["order_gate"],
         }
         self._shape = _Shape.of(self._items, self._k)
+        self._columns_of_groups = self._shape.columns_of_groups()
         popularity = weights["item_popularity"]
         order = np.argsort(-popularity, kind="stable")[: self._k]
         self._popular = order, popularity[order]
@@ -169,7 +186,7 @@ class CpuScorer:
     def _make_buffers(self) -> None:
         shape = self._shape
         self._logits = np.empty((shape.users, shape.stride), dtype=np.float32)
-        self._panel = np.empty((shape.users, _PANEL), dtype=np.float32)
+        self._spare = np.empty((shape.users, blas.COLUMNS_AT_ONCE), dtype=np.float32)
         self._maxima = np.empty((shape.users, shape.groups), dtype=np.float32)
 
     def __call__(self, history: History) -> Scored:
@@ -186,15 +203,15 @@ class CpuScorer:
         seen_user, seen_item = np.divmod(np.unique(seen_user * self._items + seen_item), self._items)
         for first in range(0, users, self._shape.users):
             last = min(first + self._shape.users, users)
-            logits = self._logits[: last - first]
-            logits[:, : self._items] = self._weights["output_bias"]
-            logits[:, self._items :] = -np.inf
-            if links is not None:
-                self._add_links(logits, links, first, last)
             seen = slice(*np.searchsorted(seen_user, (first, last)))
-            items[first:last], scores[first:last] = self._best(
-                direction[first:last], logits, seen_user[seen] - first, seen_item[seen]
+            own = seen_user[seen] - first, seen_item[seen]
+            items[first:last], scores[first:last], is_sure = self._best(
+                direction[first:last], self._without_product(links, first, last), *own
             )
+            for user in (first + np.flatnonzero(~is_sure)).tolist():
+                items[user], scores[user] = self._best_of_one(
+                    direction[user], self._without_product(links, user, user + 1), seen_item[seen_user == user]
+                )
         cold = history.counts == 0
         unknown = cold if history.features is None else cold & (history.features.counts() == 0)
         items[unknown], scores[unknown] = self._popular
@@ -236,6 +253,15 @@ class CpuScorer:
         share = (np.maximum(count, 1) ** -0.5).astype(np.float32)
         return user, item, share
 
+    def _without_product(self, links: Any, first: int, last: int) -> Floats:
+        """Gives the logits of the users first to last, as far as they are bias and shortcut, in the tile's buffer."""
+        logits = self._logits[: last - first]
+        logits[:, : self._items] = self._weights["output_bias"]
+        logits[:, self._items :] = -np.inf
+        if links is not None:
+            self._add_links(logits, links, first, last)
+        return logits
+
     def _add_links(self, logits: Floats, links: Any, first: int, last: int) -> None:
         """Adds the shortcut to the logits of a tile.
 
@@ -253,93 +279,108 @@ class CpuScorer:
         user, item, place = user[order], item[order], place[order]
         segments = self._links.start[item + 1] - self._links.start[item]
         end = starts(segments)
-        # Cut after each place, and within a place where it would be too much at once.
-        cuts = np.append(np.flatnonzero(np.diff(place, prepend=-1)), len(place))
         cells = logits.reshape(-1)
-        for begin, finish in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            total = int(end[finish] - end[begin])
+        for begin, finish in pieces(end[1:], _SEGMENTS_AT_ONCE):
+            base, total = end[begin], int(end[finish] - end[begin])
             if not total:
                 continue
-            own_segments = segments[begin:finish]
-            segment = np.arange(total) + np.repeat(
-                self._links.start[item[begin:finish]] - (end[begin:finish] - end[begin]), own_segments
-            )
-            row = np.repeat(user[begin:finish], own_segments)
+            pair = np.repeat(np.arange(begin, finish), segments[begin:finish])
+            segment = np.arange(base, base + total) + (self._links.start[item] - end[:-1])[pair]
+            row = user[pair]
             cell = self._links.item.take(segment, axis=0) + (row * self._shape.stride)[:, None]
-            weight = self._links.weight.take(segment, axis=0) * share[row][:, None]
-            cells[cell] += weight
+            weight = self._links.weight.take(segment, axis=0)
+            weight *= share[row][:, None]
+            # Within such a piece, one place after the other.
+            changes = np.flatnonzero(np.diff(place[pair])) + 1
+            for left, right in pairwise((0, *changes.tolist(), total)):
+                cells[cell[left:right]] += weight[left:right]
 
     def _best(
         self, direction: Floats, logits: Floats, seen_user: NDArray[np.int64], seen_item: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], Floats]:
-        """Gives the best items of a tile that are not seen, and their shares; `logits` lack the matrix product."""
+    ) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
+        """Gives the best items of a tile that are not seen, their shares, and for which users these are sure.
+
+        `logits` lack the matrix product; afterwards they are their own exponentials.
+        """
         users = len(logits)
         # No maximum may be that of a seen item; but their probability counts.
         seen = logits[seen_user, seen_item] + np.einsum(
             "nz,nz->n", direction[seen_user], self._weights["output_weight"][seen_item]
         )
         logits[seen_user, seen_item] = -np.inf
-        with np.errstate(over="ignore"):
-            total = self._multiply(direction, logits)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self._exponentials(direction, logits)
             total += np.bincount(seen_user, weights=np.exp(seen), minlength=users)
-        shift = np.zeros(users, dtype=np.float32)
-        for row in np.flatnonzero(~((total > _SMALLEST_SUM) & (total < _LARGEST_SUM))).tolist():
-            whole = np.append(logits[row, : self._items], seen[seen_user == row])
-            shift[row] = whole.max()
-            total[row] = np.exp(whole - shift[row]).sum()
-        cell = np.flatnonzero(logits >= self._threshold(users)[:, None])
+            best, values, count = self._largest(logits)
+            values /= total[:, None]
+        values[np.arange(self._k) >= count[:, None]] = -1.0
+        left = self._items - np.bincount(seen_user, minlength=users)
+        is_sure = (total > _SMALLEST_SUM) & (total < _LARGEST_SUM) & (count >= np.minimum(left, self._k))
+        return best, values, is_sure
+
+    def _best_of_one(
+        self, direction: Floats, logits: Floats, seen_item: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """Gives the same of one user by forward.softmax, which no size of the logits troubles."""
+        scores = softmax(np, logits[:, : self._items] + direction @ self._weights["output_weight"].T)
+        scores[0, seen_item] = -1.0
+        best, values = top_k(np, scores, self._k)
+        return best[0], values[0]
+
+    def _exponentials(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
+        """Adds the matrix product to the logits, exponentiates them, keeps the maxima of groups, and gives sums, [U].
+
+        Nothing is taken off the logits first, as it would cost a pass to find their peak: a sum may overflow or vanish.
+        """
+        users, panel = len(logits), self._shape.panel
+        total = np.zeros(users)
+        ones = np.ones(panel, dtype=np.float32)
+        add_product = blas.product_into(direction, self._weights["output_weight"], logits, self._spare[:users])
+        maxima = self._maxima[:users].reshape(users, self._shape.panels, -1)
+        for number in range(self._shape.panels):
+            first = number * panel
+            own = logits[:, first : first + panel]
+            add_product(first, min(first + panel, self._items))
+            np.exp(own, out=own)
+            # Off by 4e-7 at most, where a sum is by 1e-7 and takes twice as long.
+            total += own @ ones
+            np.maximum.reduce(own.reshape(users, self._shape.group, -1), axis=1, out=maxima[:, number])
+        return total
+
+    def _largest(self, exponentials: Floats) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
+        """Gives the columns of the k largest of each row, largest first, they themselves, and how many there are, [U].
+
+        Numbers below _SMALLEST are none of them.
+        """
+        users = len(exponentials)
+        threshold = self._threshold(users)
+        group = np.flatnonzero(self._maxima[:users] >= threshold[:, None])
+        user, group = np.divmod(group, self._shape.groups)
+        cell = self._columns_of_groups.take(group, axis=0)
+        cell += (user * self._shape.stride)[:, None]
+        found = exponentials.reshape(-1)[cell]
+        reaches = found >= threshold[user][:, None]
+        cell, value = cell[reaches], found[reaches]
         user = cell // self._shape.stride
-        value = logits.reshape(-1)[cell]
         item = cell - user * self._shape.stride
         count = np.bincount(user, minlength=users)
-        # One number that sorts by falling value and then by rising item: the bits of a float, made to rise with it.
-        bits = value.view(np.uint32)
-        rising = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
+        # One number that sorts by falling value and then by rising item: the bits of a positive float rise with it.
         keys = np.full((users, max(int(count.max(initial=0)), self._k)), np.uint64(2**64 - 1))
         keys[user, np.arange(len(cell)) - np.repeat(starts(count)[:-1], count)] = (
-            (~rising).astype(np.uint64) << np.uint64(32)
+            (~value.view(np.uint32)).astype(np.uint64) << np.uint64(32)
         ) | item.astype(np.uint64)
         keys.sort(axis=1)
         keys = keys[:, : self._k]
-        is_left = keys == np.uint64(2**64 - 1)
         best = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        best[is_left] = 0
-        values = np.take_along_axis(logits, best, axis=1) - shift[:, None]
-        np.exp(values, out=values)
-        values /= total[:, None]
-        values[is_left] = -1.0
-        return best, values
+        values = (~(keys >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+        best[np.arange(self._k) >= count[:, None]] = 0
+        return best, values, count
 
     def _threshold(self, users: int) -> Floats:
-        """Gives a number that at least k logits of each user of the tile reach, [U]: k groups have such a maximum."""
+        """Gives a number that at least k of each user's row of the tile reach, [U]: k groups have such a maximum."""
         maxima = self._maxima[:users]
         while maxima.shape[1] % 2 == 0 and maxima.shape[1] >= 2 * _GROUPS_FOR_EACH * self._k:
             half = maxima.shape[1] // 2
             maxima = np.maximum(maxima[:, :half], maxima[:, half:])
         place = maxima.shape[1] - self._k
-        return np.maximum(np.partition(maxima, place, axis=1)[:, place], _LOWEST)
-
-    def _multiply(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
-        """Adds the matrix product to the logits, writes the maxima of groups of columns, and gives sum exp(logit), [U].
-
-        Nothing is taken off the logits first, as it would cost a pass to find their peak: a sum may overflow or vanish.
-        """
-        users = len(logits)
-        total = np.zeros(users)
-        ones = np.ones(_PANEL, dtype=np.float32)
-        panel = self._panel[:users]
-        add_product = blas.product_into(direction, self._weights["output_weight"], logits, panel)
-        maxima = self._maxima[:users].reshape(users, -1, _PANEL >> self._shape.halvings)
-        for number, first in enumerate(range(0, self._shape.columns, _PANEL)):
-            own = logits[:, first : first + _PANEL]
-            if first < self._items:
-                add_product(first, min(first + _PANEL, self._items))
-            np.exp(own, out=panel)
-            # As exact as a pairwise sum: a panel at a time, and then in double precision.
-            total += panel @ ones
-            groups = own
-            for _ in range(self._shape.halvings):
-                half = groups.shape[1] // 2
-                groups = np.maximum(groups[:, :half], groups[:, half:])
-            maxima[:, number] = groups
-        return total
+        return np.maximum(np.partition(maxima, place, axis=1)[:, place], _SMALLEST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -95,6 +95,8 @@ class History:
 
     def distinct(self) -> History:
         """Gives the history with each event once, in the order of the tokens: a table may hold an event twice."""
+        if self._is_later_each():
+            return replace(self, is_ordered=True)
         order, user = self._order(), self.users()
         user, item, event_type, at = user[order], self.item[order], self.event_type[order], self.occurred_at[order]
         is_new = np.ones(len(user), dtype=bool)
@@ -112,6 +114,14 @@ class History:
             features=self.features,
             is_ordered=True,
         )
+
+    def _is_later_each(self) -> bool:
+        """Says whether each event of a user is later than the one before it, as an index on both gives them."""
+        is_later = np.ones(len(self.item), dtype=bool)
+        is_later[1:] = self.occurred_at[1:] > self.occurred_at[:-1]
+        begins = starts(self.counts)[:-1]
+        is_later[begins[begins < len(is_later)]] = True
+        return bool(is_later.all())
 
     def _order(self) -> NDArray[np.int64]:
         """Gives the events' order by user, time, item and event type."""
