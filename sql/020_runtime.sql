@@ -121,9 +121,11 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].embedding(plpy, model_id, user_key)
 $pgvae$;
 
+drop function if exists vae_private.recommend_all(integer, integer);
+
 -- row_security: a restored dump fills the materialized view with it off, and would then fail wherever a policy stands.
 create or replace function vae_private.recommend_all(model_id integer, k integer)
-returns table (user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer)
+returns table (user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer, digest bigint)
 language plpython3u
 stable
 called on null input

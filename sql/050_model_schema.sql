@@ -15,10 +15,11 @@ cross join lateral (values
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
     (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
     (2, 'view', 'clean_assignments', true, 'who was offered what by chance and from whom it was withheld, cleaned by rules that its definition shows'),
-    (3, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
-    (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
-    (5, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
-    (5, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
+    (3, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
+    (4, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
+    -- After user_features, which it may read.
+    (5, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
+    (6, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
     (7, 'function', format('features(%s)', m.user_id_type), true, 'the columns of one user that the model reads as features'),
     (8, 'function', format('recommend(%s, integer, jsonb)', m.user_id_type), true, 'the best items for one user, now'),
@@ -565,17 +566,6 @@ begin
             else format('e.%I::date', m.occurred_at_column) end,
         (m.options -> 'outlier_events_per_day')::text::float8);
     execute format('create or replace view %I.clean_events%s as %s', m.name, invoker, vae_private.clean_select(m.model_id, 'training'));
-    -- Outliers are asked about like everybody else: leaving them out keeps them from the training alone. An event that stands
-    -- twice is left to the runtime: "distinct" would sort all events.
-    execute format(
-        E'create or replace view %I.refresh_events%s as'
-        '\nselect c.user_id, c.item_id, c.event_type, c.occurred_at from (\n%s\n) c%s',
-        m.name, invoker, vae_private.clean_select(m.model_id, 'admitted rows'),
-        case when m.users_table is not null then format(
-            E'\nunion all\nselect k.%1$I%2$s, null, null, null from %3$I.%4$I k where k.%1$I is not null%5$s',
-            m.users_key_column, case u when 'text' then '::text' else '' end, m.users_schema, m.users_table,
-            case u when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end) end);
-
     if m.users_table is not null then
         execute format('create or replace view %I.user_features%s as %s', m.name, invoker, vae_private.feature_select(m.model_id, 'users', 'all keys'));
     end if;
@@ -583,7 +573,12 @@ begin
         execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(m.model_id, 'items', 'all keys'));
     end if;
 
-    execute format('create or replace view %I.refresh_digests%s as %s', m.name, invoker, vae_private.digest_select(m.model_id));
+    execute format('create or replace view %I.refresh_events%s as %s', m.name, invoker, vae_private.refresh_select(m.model_id));
+    -- A sum, not bit_xor: two equal events would cancel each other.
+    execute format(
+        E'create or replace view %1$I.refresh_digests%2$s as'
+        '\nselect e.user_id, (sum(e.digest) %% 9223372036854775783)::bigint as digest from %1$I.refresh_events e group by e.user_id',
+        m.name, invoker);
 end;
 $$;
 

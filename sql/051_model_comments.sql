@@ -131,6 +131,7 @@ values
     ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
     ('refresh_events', 'event_type', 'Standard event type.'),
     ('refresh_events', 'occurred_at', 'When it happened.'),
+    ('refresh_events', 'digest', 'Hash of the row; in the row that stands for a user, of the features.'),
     ('refresh_digests', 'user_id', 'Key of the user.'),
     ('refresh_digests', 'digest', 'Sum of a hash of each event and of the features. Equal digests: nothing to score again.'),
     ('user_features', 'user_id', 'Key of the user.'),

@@ -99,7 +99,6 @@ grant execute on function
     vae_private.refresh_view(integer, text, text),
     vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text),
     vae_private.scoring_context(integer),
-    vae_private.user_digests(integer),
     vae_private.holds_changes(text),
     vae_private.refreshed_recommendations(integer, text)
 to vae_operator;
@@ -131,7 +130,7 @@ grant execute on function
     vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
     vae_private.feature_select(integer, text, text),
-    vae_private.digest_select(integer),
+    vae_private.refresh_select(integer),
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
     vae_private.check_readable(regclass[]),

@@ -389,7 +389,7 @@ def release_gpu(plpy: Any) -> bool:
 @_translated
 def recommend_all(
     plpy: Any, model_id: int, k: int | None, chosen: list[str] | None = None
-) -> Iterator[tuple[str, str, str, bool, int]]:
+) -> Iterator[batch.DigestedRow]:
     """Gives a row per user, or per user of the chosen keys, for a materialized view, see batch.recommend_all."""
     k = checked_k(k)
     version = active_version(plpy, model_id)

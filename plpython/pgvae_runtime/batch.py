@@ -17,6 +17,8 @@ from .tokens import History
 
 # user_key, item_keys, scores, is_cold_start, model_version
 Row = tuple[str, str, str, bool, int]
+# And the digest of what was read of the user.
+DigestedRow = tuple[str, str, str, bool, int, int | None]
 Write = Callable[[list[str], Scored], list[Row]]
 Read = Callable[..., Iterator[tuple[list[str], History]]]
 
@@ -29,8 +31,8 @@ _FIXED_BYTES = 24 << 20
 
 def recommend_all(
     plpy: Any, gpu: Gpu | None, version: Version, k: int, chosen: Sequence[str] | None = None
-) -> Iterator[Row]:
-    """Gives (user_key, item_keys, scores, is_cold_start, model_version) of each user, the lists as array literals.
+) -> Iterator[DigestedRow]:
+    """Gives (user_key, item_keys, scores, is_cold_start, model_version, digest) of each user, lists as array literals.
 
     `chosen` are the keys of the users to score; None scores all.
 
@@ -49,13 +51,15 @@ def recommend_all(
         return [(user, *row, version.version) for user, *row in zip(users, *columns, strict=True)]
 
     done = 0
-    read = partial(read_histories, plpy, version, keys=keys, chosen=chosen)
+    # Of the users who were read and are not stored yet.
+    digests: dict[str, int] = {}
+    read = partial(read_histories, plpy, version, keys=keys, chosen=chosen, digests=digests)
     scored = _on_cpu(plpy, version, k, read, write) if gpu is None else _on_gpu(plpy, gpu, version, k, read, write)
     with blas.one_thread(), closing(scored) as batches:
         for rows in batches:
             done += len(rows)
             report_progress(plpy, f"pgvae {version.model}: {done} users scored")
-            yield from rows
+            yield from [(*row, digests.pop(row[0], None)) for row in rows]
     runs.record(version, "recommendations", done)
 
 

@@ -53,13 +53,15 @@ cross join lateral (
 # Numbers come in PostgreSQL's binary form, an object for each user in place of one for each event.
 _ALL_USERS = """
 select e.user_id::text as user_key,
-    {items} as items,
+    {items} as items,{digest}
     pg_catalog.array_send(array_agg(coalesce(pg_catalog.array_position($1, e.event_type) - 1, -1))
         filter (where e.item_id is not null)) as event_types,
     pg_catalog.array_send(array_agg(e.occurred_at) filter (where e.item_id is not null)) as times
 from {schema}.refresh_events e{only}
 group by e.user_id
 """
+# As <model>.refresh_digests gives it.
+_DIGEST = "\n    (sum(e.digest) % 9223372036854775783)::bigint as digest,"
 _INTEGERS = "pg_catalog.array_send(array_agg(e.item_id::bigint) filter (where e.item_id is not null))"
 _TEXTS = "array_agg(e.item_id::text) filter (where e.item_id is not null)"
 # Of such an array: number of dimensions, flags, type, length and lower bound of the one dimension; then its elements.
@@ -120,18 +122,20 @@ def read_histories(
     keys: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
     max_events: int = MAX_EVENTS,
+    digests: dict[str, int] | None = None,
 ) -> Iterator[tuple[list[str], History]]:
     """Gives (user keys, events) of all users, or of those with the chosen keys, in batches.
 
     A batch is complete with `batch_size` users, or with those in whom it came to `max_events` events or more. Some may
     have no known events. The events are those of the table, where one may stand twice: History.distinct has each once.
-    `keys` are the item keys of the version, if the caller has them.
+    `keys` are the item keys of the version, if the caller has them. The digests of users are put into `digests`.
     """
     schema = plpy.quote_ident(version.model)
     # Compared in the key's own type, so that an index of the shop is used.
     only = "" if chosen is None else f"\nwhere {{alias}}.user_id = any ($2::{version.user_id_type}[])"
     items = _INTEGERS if item_type(plpy, version) in ("integer", "bigint") else _TEXTS
-    query = _ALL_USERS.format(schema=schema, items=items, only=only.format(alias="e"))
+    digest = "" if digests is None else _DIGEST
+    query = _ALL_USERS.format(schema=schema, items=items, digest=digest, only=only.format(alias="e"))
     pipeline = version.user_pipeline
     if pipeline.size:
         query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))
@@ -144,6 +148,8 @@ def read_histories(
     size = 4
     while rows := cursor.fetch(min(size, batch_size - len(users))):
         users += [row["user_key"] for row in rows]
+        if digests is not None:
+            digests.update((row["user_key"], row["digest"]) for row in rows)
         parts.append(_history_of(rows, numbers, pipeline))
         # As many as the last ones let expect, but growing slowly: the next one may have done more.
         fitting = _FETCHED_EVENTS * len(rows) // max(1, len(parts[-1].item))
