@@ -301,7 +301,7 @@ begin
         if cardinality(chosen) > 0 then
             raise exception '% is given, but no table', argument
                 using errcode = 'invalid_parameter_value',
-                    hint = format('name the table too: %1$s => ''public.%1$s''', split_part(argument, '_', 1) || 's');
+                    hint = format('a model knows the table that it was made with: vae.create_model(…, %1$s => ''public.%1$s'')', split_part(argument, '_', 1) || 's');
         end if;
         return '{}';
     end if;

@@ -19,6 +19,7 @@ cross join lateral (values
     (4, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
     -- After user_features, which it may read.
     (5, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
+    (5, 'view', 'digested_events', false, 'refresh_events with a digest of each row'),
     (6, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
     (7, 'function', format('features(%s)', m.user_id_type), true, 'the columns of one user that the model reads as features'),
@@ -573,11 +574,15 @@ begin
         execute format('create or replace view %I.item_features%s as %s', m.name, invoker, vae_private.feature_select(m.model_id, 'items', 'all keys'));
     end if;
 
-    execute format('create or replace view %I.refresh_events%s as %s', m.name, invoker, vae_private.refresh_select(m.model_id));
+    -- Two views: what reads no digest shall need no right to the columns of features.
+    execute format('create or replace view %I.refresh_events%s as %s', m.name, invoker,
+        vae_private.refresh_select(m.model_id, is_digested => false));
+    execute format('create or replace view %I.digested_events%s as %s', m.name, invoker,
+        vae_private.refresh_select(m.model_id, is_digested => true));
     -- A sum, not bit_xor: two equal events would cancel each other.
     execute format(
         E'create or replace view %1$I.refresh_digests%2$s as'
-        '\nselect e.user_id, (sum(e.digest) %% 9223372036854775783)::bigint as digest from %1$I.refresh_events e group by e.user_id',
+        '\nselect e.user_id, (sum(e.digest) %% 9223372036854775783)::bigint as digest from %1$I.digested_events e group by e.user_id',
         m.name, invoker);
 end;
 $$;

@@ -40,7 +40,7 @@ comment on function vae_private.record_run(integer, text, bigint, integer, bigin
 
 drop function if exists vae_private.digest_select(integer);
 
-create or replace function vae_private.refresh_select(model_id integer)
+create or replace function vae_private.refresh_select(model_id integer, is_digested boolean)
 returns text
 language plpgsql
 stable
@@ -64,26 +64,26 @@ begin
     -- stands twice is left to the runtime: sorting duplicates out takes four times as long as all digests (9.6 s of 4 million
     -- events).
     return format(
-        E'select c.user_id, c.item_id, c.event_type, c.occurred_at,'
-        '\n    %1$s(c.item_id, timestamp_hash_extended('
-        'c.occurred_at at time zone ''UTC'', hashtextextended(c.event_type, 0))) as digest'
-        '\nfrom (\n%2$s\n) c%3$s',
-        hash,
+        E'select c.user_id, c.item_id, c.event_type, c.occurred_at%1$s\nfrom (\n%2$s\n) c%3$s',
+        case when is_digested then format(
+            E',\n    %s(c.item_id, timestamp_hash_extended('
+            'c.occurred_at at time zone ''UTC'', hashtextextended(c.event_type, 0))) as digest', hash) end,
         vae_private.clean_select(model_id, 'admitted rows'),
         case
             when m.users_table is null then ''
-            when cardinality(m.user_features) > 0 then format(
+            when is_digested and cardinality(m.user_features) > 0 then format(
                 E'\nunion all\nselect u.user_id, null, null, null, jsonb_hash_extended(u.features, 1) from %I.user_features u', m.name)
             else format(
-                E'\nunion all\nselect k.%1$I%2$s, null, null, null, 1 from %3$I.%4$I k where k.%1$I is not null%5$s',
+                E'\nunion all\nselect k.%1$I%2$s, null, null, null%6$s from %3$I.%4$I k where k.%1$I is not null%5$s',
                 m.users_key_column, case m.user_id_type when 'text' then '::text' else '' end, m.users_schema, m.users_table,
-                case m.user_id_type when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end)
+                case m.user_id_type when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end,
+                case when is_digested then ', 1' end)
         end);
 end;
 $$;
 
-comment on function vae_private.refresh_select(integer) is
-    'Writes the query that gives all that a refresh reads of the users of a model, with a digest of each row.';
+comment on function vae_private.refresh_select(integer, boolean) is
+    'Writes the query that gives what a refresh reads of the users of a model, with a digest of each row or without.';
 
 
 create or replace function vae_private.scoring_context(model_id integer)

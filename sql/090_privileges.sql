@@ -130,7 +130,7 @@ grant execute on function
     vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
     vae_private.feature_select(integer, text, text),
-    vae_private.refresh_select(integer),
+    vae_private.refresh_select(integer, boolean),
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
     vae_private.check_readable(regclass[]),

@@ -530,6 +530,7 @@ def test_a_schema_exchanged_during_a_refresh_runs_nothing_with_more_rights(
                 alter schema mine rename to mine_real;
                 create schema mine;
                 create view mine.refresh_events as select * from mine_real.refresh_events;
+                create view mine.digested_events as select * from mine_real.digested_events;
                 create view mine.refresh_digests as select * from mine_real.refresh_digests;
                 create view mine.recommendations_materialized as select trap.run() as model_version;
                 create materialized view mine.recommendations_changed as select trap.run() as n with no data;

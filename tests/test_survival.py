@@ -333,8 +333,8 @@ def test_a_full_disk_ends_a_refresh_and_the_last_content_stays(
 
 # One user in a batch, 60 ms each: thirty users take two seconds.
 SLOW = (
-    "            yield from rows\n",
-    "            import time\n\n            time.sleep(0.06)\n            yield from rows\n",
+    "            yield from [",
+    "            import time\n\n            time.sleep(0.06)\n            yield from [",
 )
 
 

@@ -57,7 +57,7 @@ select e.user_id::text as user_key,
     pg_catalog.array_send(array_agg(coalesce(pg_catalog.array_position($1, e.event_type) - 1, -1))
         filter (where e.item_id is not null)) as event_types,
     pg_catalog.array_send(array_agg(e.occurred_at) filter (where e.item_id is not null)) as times
-from {schema}.refresh_events e{only}
+from {schema}.{view} e{only}
 group by e.user_id
 """
 # As <model>.refresh_digests gives it.
@@ -134,8 +134,9 @@ def read_histories(
     # Compared in the key's own type, so that an index of the shop is used.
     only = "" if chosen is None else f"\nwhere {{alias}}.user_id = any ($2::{version.user_id_type}[])"
     items = _INTEGERS if item_type(plpy, version) in ("integer", "bigint") else _TEXTS
-    digest = "" if digests is None else _DIGEST
-    query = _ALL_USERS.format(schema=schema, items=items, digest=digest, only=only.format(alias="e"))
+    # The view without digests asks for no right to the columns of features.
+    view, digest = ("refresh_events", "") if digests is None else ("digested_events", _DIGEST)
+    query = _ALL_USERS.format(schema=schema, view=view, items=items, digest=digest, only=only.format(alias="e"))
     pipeline = version.user_pipeline
     if pipeline.size:
         query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))

@@ -15,6 +15,7 @@ from pgvae.evaluation import Comparison, K, Listener, compare
 from pgvae.publish import replace_metrics
 from pgvae.train import Listener as TrainListener
 from pgvae.train import read_checked
+from pgvae.versions import find_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,12 @@ def evaluate_version(
     trains. PgvaeError where there is no such version, or too few users for the split.
     """
     with connect(dsn) as connection:
-        version_id, number, config = _read_version(connection, model, version)
+        version_id = find_version(connection, model, version, prefers_active=False)
+        row = connection.execute(
+            "select version, config from vae.versions where version_id = %s", [version_id]
+        ).fetchone()
+        assert row
+        number, config = row[0], config_of(row[1])
     listener = listener or Listener()
     listener.on_read()
     with connect(dsn) as connection:
@@ -59,19 +65,6 @@ def evaluate_version(
             hint=f"train it again: pgvae train {model}",
         ) from error
     return Evaluated(version=number, comparison=comparison)
-
-
-def _read_version(connection: psycopg.Connection, model: str, version: int | None) -> tuple[int, int, TrainingConfig]:
-    row = connection.execute(
-        "select version_id, version, config from vae.versions"
-        " where model_id = vae_private.model_id(%s) and (%s::integer is null or version = %s)"
-        " order by version desc limit 1",
-        [model, version, version],
-    ).fetchone()
-    if row is None:
-        which = "no version yet" if version is None else f"no version {version}"
-        raise PgvaeError(f"model {model} has {which}", hint=f"train one: pgvae train {model}")
-    return row[0], row[1], config_of(row[2])
 
 
 def config_of(stored: dict[str, Any]) -> TrainingConfig:

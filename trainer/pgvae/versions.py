@@ -69,26 +69,36 @@ class PublishedVersion:
 
 def read_version(connection: psycopg.Connection, model: str, version: int | None = None) -> PublishedVersion:
     """Gives a version of a model: the active one, else the newest, where no number is given."""
-    found = connection.execute("select model_id from vae.models where name = %s", [model]).fetchone()
-    if found is None:
+    return _read(connection, find_version(connection, model, version))
+
+
+def find_version(
+    connection: psycopg.Connection, model: str, version: int | None = None, *, prefers_active: bool = True
+) -> int:
+    """Gives the version_id of a version: where no number is given that of the active one, or else of the newest."""
+    # Not by vae_private.model_id, which readers may not call.
+    known = connection.execute("select model_id from vae.models where name = %s", [model]).fetchone()
+    if known is None:
         names = [row[0] for row in connection.execute("select name from vae.models order by name").fetchall()]
         raise PgvaeError(f'model "{model}" does not exist', hint=f"there are: {', '.join(names) or 'none'}")
+    model_id = known[0]
     row = connection.execute(
         "select version_id from vae.versions"
         " where model_id = %(model_id)s and state <> 'loading'"
         " and (%(version)s::integer is null or version = %(version)s)"
-        " order by state = 'active' desc, version desc limit 1",
-        {"model_id": found[0], "version": version},
+        " order by state = 'active' and %(prefers_active)s desc, version desc limit 1",
+        {"model_id": model_id, "version": version, "prefers_active": prefers_active},
     ).fetchone()
     if row is None:
         numbers = connection.execute(
-            "select version from vae.versions where model_id = %s and state <> 'loading' order by version", [found[0]]
+            "select version from vae.versions where model_id = %s and state <> 'loading' order by version", [model_id]
         ).fetchall()
         which = "no version yet" if version is None else f"no version {version}"
         there = ", ".join(str(number) for (number,) in numbers)
         hint = f"there are: {there}" if there else f"train one with: pgvae train {model}"
         raise PgvaeError(f"model {model} has {which}", hint=hint)
-    return _read(connection, row[0])
+    found: int = row[0]
+    return found
 
 
 def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
