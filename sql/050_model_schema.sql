@@ -17,8 +17,8 @@ cross join lateral (values
     (2, 'view', 'clean_assignments', true, 'who was offered what by chance and from whom it was withheld, cleaned by rules that its definition shows'),
     (3, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
     (4, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
-    -- After user_features, which it may read.
     (5, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
+    -- After user_features, which it may read.
     (5, 'view', 'digested_events', false, 'refresh_events with a digest of each row'),
     (6, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
