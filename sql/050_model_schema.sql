@@ -428,7 +428,7 @@ comment on function vae_private.missing_grants(integer) is
     'Gives the statements that grant what the caller lacks to read a model''s tables; null where nothing is missing.';
 
 
-create or replace function vae_private.check_grants(m vae.models, through_views boolean default false)
+create or replace function vae_private.check_grants(m vae.models, through text default null)
 returns void
 language plpgsql
 stable
@@ -441,8 +441,8 @@ declare
     relation text;
 begin
     foreach relation in array case
-        -- Views ask for no right on the schemas of the tables.
-        when through_views then array[format('%I.refresh_events', m.name)]
+        -- A view asks for no right on the schemas of the tables.
+        when through is not null then array[format('%I.%I', m.name, through)]
         else array_remove(array[
             format('%I.%I', m.events_schema, m.events_table),
             case when m.users_table is not null then format('%I.%I', m.users_schema, m.users_table) end,
@@ -465,8 +465,8 @@ begin
 end;
 $$;
 
-comment on function vae_private.check_grants(vae.models, boolean) is
-    'Refuses a caller who may not read the tables of a model, with the grants that are missing.';
+comment on function vae_private.check_grants(vae.models, text) is
+    'Refuses a caller who may not read the tables of a model, or what one of its views reads, with the grants that are missing.';
 
 
 create or replace function vae_private.check_views(m vae.models)

@@ -77,7 +77,7 @@ declare
 begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
-    perform vae_private.check_grants(m, through_views => true);
+    perform vae_private.check_grants(m, through => 'refresh_digests');
     if pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB') then
         perform set_config('work_mem', '64MB', true);
     end if;

@@ -213,7 +213,7 @@ declare
 begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
-    perform vae_private.check_grants(m, through_views => true);
+    perform vae_private.check_grants(m, through => 'refresh_events');
     select * into active from vae.versions v where v.model_id = id and v.state = 'active';
     if active.version_id is null then
         raise exception 'model % has no active version', model
@@ -335,7 +335,7 @@ declare
 begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
-    perform vae_private.check_grants(m, through_views => true);
+    perform vae_private.check_grants(m, through => 'refresh_events');
     if not coalesce((
         select c.relispopulated
         from pg_class c

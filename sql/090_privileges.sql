@@ -88,7 +88,7 @@ grant execute on function
     vae_private.clean_select(integer, text),
     vae_private.earliest(vae.models),
     vae_private.check_views(vae.models),
-    vae_private.check_grants(vae.models, boolean),
+    vae_private.check_grants(vae.models, text),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),

@@ -769,6 +769,13 @@ def test_a_refusal_names_the_grants_that_are_missing(
         refused = refusal(reader, query)
         assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for table events")
         assert str(refused.message_hint).endswith(f"; their owner can allow it: {grants}")
+    # Only what compares digests reads features.
+    of_events, of_features = grants.split("; ")
+    scored.execute(f"{of_events}; grant select (user_id) on users to {role}")
+    refused = refusal(reader, "select * from vae.check_freshness('shop')")
+    assert (refused.sqlstate, refused.message_primary) == ("42501", "permission denied for table users")
+    assert str(refused.message_hint).endswith(f"; their owner can allow it: {of_features}")
+    assert reader.execute("select * from vae.check_drift('shop')").fetchall()
     scored.execute(grants)
     assert reader.execute("select * from shop.recommend(%s)", [SHOP.users[1]]).fetchall()
     assert reader.execute("select * from vae.check_freshness('shop')").fetchall()
