@@ -24,7 +24,7 @@ declare
     first_hint text;
 begin
     -- Fails at once inside a transaction block, before anything is locked or logged.
-    commit;
+    call vae_private.commit_refresh();
     id := vae_private.model_id(model);
     wanted := vae_private.prediction_views(id, views);
     -- A lock for the transaction that logs the start, and again for each one that refreshes: no cancel, at whatever
@@ -112,6 +112,20 @@ comment on procedure vae.refresh(text, text[], boolean) is
     'locking readers out. Recommendations are scored again for those users for whom something changed, or for all with full => true. '
     'Logged in vae.refreshes while it runs, where older entries than vae.log_retention go; a view whose refresh fails keeps its last good content, the others '
     'are refreshed, and the call ends with an error that names it. Call it outside a transaction block.';
+
+
+-- No SET search_path, as of vae.refresh. In Python, since PL/pgSQL cannot catch what a commit raises, and PostgreSQL's own words
+-- name no remedy.
+create or replace procedure vae_private.commit_refresh()
+language plpython3u
+security invoker
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+GD["@RUNTIME@"].commit_refresh(plpy)
+$pgvae$;
+
+comment on procedure vae_private.commit_refresh() is
+    'Commits, or says with a hint that a refresh cannot run inside a transaction block; part of vae.refresh.';
 
 
 create or replace function vae_private.prediction_views(id integer, chosen text[])

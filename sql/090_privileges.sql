@@ -102,7 +102,7 @@ grant execute on function
     vae_private.holds_changes(text),
     vae_private.refreshed_recommendations(integer, text)
 to vae_operator;
-grant execute on procedure vae.refresh(text, text[], boolean) to vae_operator;
+grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
 grant insert, update (user_features, item_features, exposure_column), delete on vae.models to vae_trainer;

@@ -349,7 +349,9 @@ def test_a_refresh_inside_a_transaction_block_is_refused(trained_database: str, 
     log = ask("select * from vae.refreshes")
     with psycopg.connect(trained_database) as inside:
         inside.execute("select 1")
-        assert refusal(inside, "call vae.refresh('shop')").sqlstate == "2D000"
+        refused = refusal(inside, "call vae.refresh('shop')")
+    assert refused.sqlstate == "2D000"
+    assert "autocommit" in str(refused.message_hint)
     assert ask("select * from vae.refreshes") == log
 
 

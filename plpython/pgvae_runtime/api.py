@@ -16,6 +16,7 @@ from . import batch, blas, churn, device, explanations, forward, outcomes, pairs
 from .errors import (
     INSUFFICIENT_PRIVILEGE,
     INVALID_PARAMETER,
+    INVALID_TRANSACTION_TERMINATION,
     NO_DEMAND,
     NO_OUTCOMES,
     UNDEFINED_COLUMN,
@@ -384,6 +385,20 @@ def release_gpu(plpy: Any) -> bool:
     from . import gpu
 
     return gpu.release()
+
+
+@_translated
+def commit_refresh(plpy: Any) -> None:
+    """Commits; ScoringError inside a transaction block."""
+    try:
+        plpy.commit()
+    except plpy.spiexceptions.InvalidTransactionTermination:
+        raise ScoringError(
+            "a refresh commits, and cannot run inside a transaction block",
+            sqlstate=INVALID_TRANSACTION_TERMINATION,
+            hint="call it alone in autocommit mode (psycopg: connect(…, autocommit=True)),"
+            " or from a terminal: pgvae refresh",
+        ) from None
 
 
 @_translated
