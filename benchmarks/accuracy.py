@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy --split DIR     a folder with train.txt and test.txt (.xz or not)
     python -m benchmarks.accuracy --all           all of ../shared/data
     python -m benchmarks.accuracy --all --ablation    pgvae without each of its parts
+    python -m benchmarks.accuracy --split DIR --tune 20    pgvae also with hyper-parameters searched for this data
 
 Every method trains on the same part, chooses its settings by the same validation part, trains again on all that is not
 the test, and ranks all items for all users of the test, once. pgvae runs with its defaults through the trainer's own
@@ -28,6 +29,7 @@ from rich.table import Table
 from benchmarks import mult_vae
 from benchmarks.report import RESULTS, machine
 from benchmarks.splits import Task, read_task
+from benchmarks.tuning import tuned
 from pgvae import baselines
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import MODEL_PARTS, TrainingConfig
@@ -66,6 +68,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long Mult-VAE is trained at most, in seconds, and how many trials pgvae's search has; 0 for no search."""
+
+    mult_vae_seconds: float
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a method's process gives back."""
 
@@ -86,28 +96,36 @@ def main(
     mult_vae_seconds: Annotated[
         float, typer.Option(help="Most seconds of training Mult-VAE before its settings are fixed.")
     ] = 600.0,
+    tune: Annotated[
+        int, typer.Option(help="Also search hyper-parameters of pgvae for each data set, in so many trials.", min=0)
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = 1,
 ) -> None:
     """Measure accuracy on fixed splits; writes benchmarks/results/accuracy-<split>.json."""
     folders = [*(split or []), *(sorted(path for path in DATA.iterdir() if path.is_dir()) if all_ else [])]
     if not folders:
         raise typer.BadParameter("give --split DIR or --all")
+    if ablation and tune:
+        raise typer.BadParameter("--ablation leaves parts out of the defaults: measure --tune in a run of its own")
     known = [name.removeprefix("without ") for name in _ABLATIONS] if ablation else METHODS
     chosen = methods.split(",") if methods else list(known)
     if unknown := [name for name in chosen if name not in known]:
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
     names = ["pgvae", *(f"without {part}" for part in chosen)] if ablation else chosen
+    if tune:
+        names = [*names, "pgvae_tuned"]
+    effort = Effort(mult_vae_seconds=mult_vae_seconds, trials=tune)
     for folder in folders:
-        _run(folder, names, "ablation" if ablation else "accuracy", seed, mult_vae_seconds)
+        _run(folder, names, "ablation" if ablation else "accuracy", seed, effort)
 
 
-def _run(folder: Path, names: list[str], kind: str, seed: int, mult_vae_seconds: float) -> None:
+def _run(folder: Path, names: list[str], kind: str, seed: int, effort: Effort) -> None:
     results: dict[str, Measured] = {}
     for name in names:
         err.print(f"{folder.name}: {name}")
         # A process of its own: its peak of memory is the method's.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results[name] = pool.apply(_measure, (folder, name, seed, mult_vae_seconds))
+            results[name] = pool.apply(_measure, (folder, name, seed, effort))
     task = read_task(folder)
     rows = _rows(task, results, seed)
     leads = _leads(results, seed)
@@ -144,11 +162,11 @@ def _run(folder: Path, names: list[str], kind: str, seed: int, mult_vae_seconds:
     err.print(f"written: benchmarks/results/{path.name}")
 
 
-def _measure(folder: Path, name: str, seed: int, mult_vae_seconds: float) -> Measured:
+def _measure(folder: Path, name: str, seed: int, effort: Effort) -> Measured:
     task = read_task(folder)
     base = _peak_mb()
     begun = time.perf_counter()
-    score, facts = _fit(task, name, seed, mult_vae_seconds)
+    score, facts = _fit(task, name, seed, effort)
     seconds = time.perf_counter() - begun
     measured = per_user_metrics(task.test, score, task.k)
     facts["ranking_seconds"] = round(time.perf_counter() - begun - seconds, 1)
@@ -158,7 +176,7 @@ def _measure(folder: Path, name: str, seed: int, mult_vae_seconds: float) -> Mea
     )
 
 
-def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any, dict[str, Any]]:
+def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[str, Any]]:
     if name == "popularity":
         return baselines.popularity(task.whole), {}
     if name in baselines.CHOICES:
@@ -166,7 +184,9 @@ def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any
         chosen = baselines.choose(name, task.part, task.validation, seed).value
         return make(task.whole, [chosen])[0], {setting: chosen}
     if name == "mult_vae":
-        found = mult_vae.fit(task.part, validation=task.validation, seconds=mult_vae_seconds, seed=seed, say=err.print)
+        found = mult_vae.fit(
+            task.part, validation=task.validation, seconds=effort.mult_vae_seconds, seed=seed, say=err.print
+        )
         again = mult_vae.fit(task.whole, validation=None, epochs=found.best_epoch, seed=seed)
         return again.scorer, {
             "epochs": found.best_epoch,
@@ -174,7 +194,9 @@ def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any
             "epoch_seconds": round(found.epoch_seconds, 2),
             "seconds_to_95_percent": _to_95_percent(found.curve),
         }
-    config = replace(TrainingConfig(seed=seed), **_ABLATIONS.get(name, {}))
+    config, search = replace(TrainingConfig(seed=seed), **_ABLATIONS.get(name, {})), {}
+    if name == "pgvae_tuned":
+        config, search = tuned(task, config, effort.trials, max_history=MAX_HISTORY, say=err.print)
     selected = fit(
         task.part, config, max_history=MAX_HISTORY, phase="evaluate", validation=task.validation, on_epoch=_say
     )
@@ -191,6 +213,7 @@ def _fit(task: Task, name: str, seed: int, mult_vae_seconds: float) -> tuple[Any
         for number, epoch in enumerate(selected.curve)
     ]
     return scorer(final.weights, MAX_HISTORY), {
+        **search,
         "epochs": selected.best_epoch,
         "epochs_tried": len(selected.curve),
         "shortcut": asdict(selected.shortcut),
