@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 from conftest import as_role
 from pgvae import __version__, doctor, resources
 from pgvae.doctor import Check, Facts, diagnose
+from pgvae.errors import PgvaeError
 from pgvae.install import install
 from pgvae.server import Server
 from variants import install_variant
@@ -135,6 +136,37 @@ def test_numpy_that_does_not_import(empty_database: str) -> None:
     assert found["numpy"].remedy
     assert "sudo apt install python3-numpy" in found["numpy"].remedy
     assert "blas" not in found
+
+
+def test_a_python_and_a_numpy_that_are_too_old() -> None:
+    python = doctor.check_python({**REPORT, "python": "3.9.2"})
+    assert python.status == "fail"
+    assert "3.9.2" in python.found
+    assert python.found.endswith("pgvae needs 3.10")
+    numpy = doctor.check_numpy({**REPORT, "numpy": {"version": "1.19.5", "file": "/x"}}, FACTS)
+    assert (numpy.status, numpy.found) == ("fail", "numpy 1.19.5 (/x); pgvae needs 1.21")
+    assert "python3.11 -m pip install --break-system-packages 'numpy>=1.21'" in str(numpy.remedy)
+    assert doctor.check_python({**REPORT, "python": "3.14.10"}).status == "ok"
+
+
+def test_no_installation_where_a_required_piece_is_missing(
+    empty_database: str, server_without_plpython: Server, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(dsn: str) -> PgvaeError:
+        with pytest.raises(PgvaeError) as raised:
+            install(dsn)
+        with psycopg.connect(dsn) as connection:
+            assert connection.execute("select to_regnamespace('vae')").fetchone() == (None,)
+        return raised.value
+
+    assert refused(as_role(empty_database, role)).message == f"role {role} is not a superuser"
+    without = refused(server_without_plpython.dsn())
+    assert without.message == "plpython3u: not available on the server"
+    assert "sudo apt install postgresql-plpython3" in str(without.hint)
+    monkeypatch.setattr(doctor, "OLDEST_NUMPY", (99, 0))
+    old = refused(empty_database)
+    assert old.message.endswith("pgvae needs 99.0")
+    assert "numpy>=99.0" in str(old.hint)
 
 
 def test_python_that_does_not_start(empty_database: str) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from pgvae import resources
+from pgvae.errors import PgvaeError
 from pgvae.install import install
 from pgvae.server import Server
 from shop import QUICK, Shop
@@ -115,6 +116,8 @@ def test_a_standby_gives_the_answers_of_the_primary_and_follows_it(
             primary.execute("update vae.refreshes set backend_pid = 0 where state = 'running'")
             caught_up(primary)
             assert (primary.execute(query).fetchall(), copy.execute(query).fetchall()) == ([("warning",)], [("ok",)])
+            with pytest.raises(PgvaeError, match="the server is a standby"):
+                install(make_conninfo(host=standby, user="postgres", dbname=name))
 
 
 # PgBouncer

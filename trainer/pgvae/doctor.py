@@ -14,6 +14,8 @@ import psycopg
 from pgvae import __version__, resources
 
 OLDEST, NEWEST = 13, 18
+# What the runtime is written for: dataclasses with keywords only, and the types of arrays.
+OLDEST_PYTHON, OLDEST_NUMPY = (3, 10), (1, 21)
 
 # A slow machine with a tuned BLAS reaches tens of GFLOP/s, a fast one with the reference BLAS three or four.
 SLOW_GFLOPS = 8.0
@@ -120,7 +122,7 @@ def diagnose(connection: psycopg.Connection) -> list[Check]:
     elif facts.standby and not facts.plpython_installed:
         checks.append(Check(name="python", status="info", found="not checked: a standby cannot create plpython3u"))
     else:
-        checks += _check_inside(connection, facts)
+        checks += check_inside(connection, facts)
     code = installed_code(connection) if facts.pgvae_installed else None
     return [*checks, check_cron(facts), check_installation(facts, code)]
 
@@ -224,11 +226,20 @@ def check_language(facts: Facts) -> Check:
 def check_python(report: dict[str, Any]) -> Check:
     """Names the Python that the server embeds: numpy and cupy must be built for this one."""
     library = ", ".join(report["libpython"]) or "linked statically"
-    return Check(name="python", status="ok", found=f"Python {report['python']} ({library}; prefix {report['prefix']})")
+    found = f"Python {report['python']} ({library}; prefix {report['prefix']})"
+    if _release(report["python"]) < OLDEST_PYTHON:
+        return Check(
+            name="python",
+            status="fail",
+            found=f"{found}; pgvae needs {_dotted(OLDEST_PYTHON)}",
+            remedy="PL/Python comes with the Python of the system: a newer one has it, such as Debian 12, Ubuntu 22.04"
+            " or Red Hat Enterprise Linux 10",
+        )
+    return Check(name="python", status="ok", found=found)
 
 
 def check_numpy(report: dict[str, Any], facts: Facts) -> Check:
-    """numpy imports inside the server."""
+    """numpy imports inside the server, and is new enough."""
     numpy = report["numpy"]
     if "error" in numpy:
         return Check(
@@ -237,7 +248,16 @@ def check_numpy(report: dict[str, Any], facts: Facts) -> Check:
             found=f"does not import: {numpy['error']}",
             remedy=f"on the server: {package_command(facts, 'numpy')} (it must be of Python {_minor(report)})",
         )
-    return Check(name="numpy", status="ok", found=f"numpy {numpy['version']} ({numpy['file']})")
+    found = f"numpy {numpy['version']} ({numpy['file']})"
+    if _release(numpy["version"]) < OLDEST_NUMPY:
+        wanted = f"numpy>={_dotted(OLDEST_NUMPY)}"
+        return Check(
+            name="numpy",
+            status="fail",
+            found=f"{found}; pgvae needs {_dotted(OLDEST_NUMPY)}",
+            remedy=f"on the server: sudo python{_minor(report)} -m pip install --break-system-packages '{wanted}'",
+        )
+    return Check(name="numpy", status="ok", found=found)
 
 
 def check_blas(report: dict[str, Any], facts: Facts) -> Check | None:
@@ -368,7 +388,8 @@ def package_command(facts: Facts, piece: Literal["plpython3", "numpy", "openblas
 _TUNED = {"mkl": "Intel MKL", "blis": "BLIS", "openblas": "OpenBLAS", "atlas": "ATLAS"}
 
 
-def _check_inside(connection: psycopg.Connection, facts: Facts) -> list[Check]:
+def check_inside(connection: psycopg.Connection, facts: Facts) -> list[Check]:
+    """Gives what Python inside the server has of what pgvae needs; needs a superuser and PL/Python."""
     try:
         report = inspect_python(connection, facts)
     except psycopg.Error as error:
@@ -391,5 +412,14 @@ def _check_inside(connection: psycopg.Connection, facts: Facts) -> list[Check]:
     return [check for check in found if check is not None]
 
 
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
 def _minor(report: dict[str, Any]) -> str:
-    return ".".join(report["python"].split(".")[:2])
+    return _dotted(_release(report["python"]))

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from pgvae import __version__, resources
+from pgvae import __version__, doctor, resources
 from pgvae.connection import connect
 from pgvae.errors import PgvaeError
 from pgvae.schema import PUBLIC
@@ -134,28 +134,20 @@ def _apply(connection: Connection, path: Path) -> None:
 
 def check_server(connection: psycopg.Connection) -> None:
     """Refuses a server that cannot hold pgvae, with the remedy."""
-    if connection.info.server_version < 130000:
+    facts = doctor.read_facts(connection)
+    if facts.standby:
+        raise PgvaeError("the server is a standby, which is read-only", hint="install on its primary")
+    if not facts.superuser:
         raise PgvaeError(
-            f"the server is PostgreSQL {connection.info.server_version // 10000}", hint="pgvae needs 13 or newer"
-        )
-    available = connection.execute(
-        "select exists (select from pg_catalog.pg_available_extensions where name = 'plpython3u')"
-        " or exists (select from pg_catalog.pg_extension where extname = 'plpython3u')"
-    ).fetchone()
-    if not (available and available[0]):
-        raise PgvaeError(
-            "the server has no plpython3u",
-            hint=f"on Debian or Ubuntu: apt-get install postgresql-plpython3-{connection.info.server_version // 10000};"
-            " pgvae doctor checks the rest",
-        )
-    superuser = connection.execute(
-        "select rolname, rolsuper from pg_catalog.pg_roles where rolname = current_user"
-    ).fetchone()
-    if not (superuser and superuser[1]):
-        raise PgvaeError(
-            f"role {superuser[0] if superuser else None} is not a superuser",
+            f"role {facts.role} is not a superuser",
             hint="only a superuser may create functions in plpython3u: install as one, such as postgres",
         )
+    checks = [doctor.check_version(facts), doctor.check_language(facts)]
+    if not doctor.failed(checks):
+        checks += doctor.check_inside(connection, facts)
+    for check in checks:
+        if check.status == "fail":
+            raise PgvaeError(f"{check.name}: {check.found}", hint=check.remedy)
 
 
 def is_installed(connection: psycopg.Connection) -> bool:
