@@ -454,6 +454,22 @@ def test_uplift_live_and_materialized_is_the_same(shop: Connection) -> None:
     assert one(shop, "select shop.uplift(999999, 3)") is None
 
 
+def test_an_audience_by_uplift_is_found_among_those_who_are_likely_enough(shop: Connection) -> None:
+    everybody = shop.execute(
+        """select user_id, response_probability from shop.audience(3, 10000, '{"rank_by": "uplift"}')"""
+    ).fetchall()
+    # Of the twenty best ten are not likely enough.
+    least = float(np.median([probability for _, probability in everybody[:20]]))
+    found = shop.execute(
+        "select rank, user_id from shop.audience("
+        "3, 20, jsonb_build_object('rank_by', 'uplift', 'min_probability', %s::float8))",
+        [least],
+    ).fetchall()
+    likely = [user for user, probability in everybody if probability >= least][:20]
+    assert found == list(enumerate(likely, start=1))
+    assert len(likely) == 20
+
+
 def test_an_offer_that_chooses_by_uplift_counts_whom_it_wins(shop: Connection) -> None:
     for offer, buyers, profit, chosen in shop.execute(
         "select offer, incremental_buyers, incremental_profit, users from shop.offers where offer in ('likely', 'won')"

@@ -532,15 +532,7 @@ def audience(
     rank_by = chosen.get("rank_by", audiences.RESPONSE)
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))
-    return audiences.audience_of(
-        plpy,
-        version,
-        items,
-        k,
-        exclude_buyers=chosen.get("exclude_buyers", False),
-        min_probability=chosen.get("min_probability", 0.0),
-        rank_by=rank_by,
-    )
+    return audiences.audience_of(plpy, version, audiences.Criteria(items=items, k=k, **chosen))
 
 
 def checked_k(k: int | None) -> int:

@@ -121,21 +121,25 @@ class Best:
             yield rank, *row
 
 
-def audience_of(
-    plpy: Any,
-    version: Version,
-    items: NDArray[np.int64],
-    k: int,
-    *,
-    exclude_buyers: bool,
-    min_probability: float,
-    rank_by: str = RESPONSE,
-) -> Iterator[Row]:
-    """Gives the k users, of all, who are likeliest to buy one of the items within the horizon, or with most uplift."""
-    (best,) = _best_of_all(plpy, version, [items], [k], [exclude_buyers], [rank_by], "audience")
+@dataclass(frozen=True, kw_only=True)
+class Criteria:
+    """The k users who are likeliest to buy one of some items, or whom an offer of them wins (`rank_by`).
+
+    `exclude_buyers` leaves out who bought one of the items before, `min_probability` who is less likely to buy.
+    """
+
+    items: NDArray[np.int64]
+    k: int
+    exclude_buyers: bool = False
+    min_probability: float = 0.0
+    rank_by: str = RESPONSE
+
+
+def audience_of(plpy: Any, version: Version, criteria: Criteria) -> Iterator[Row]:
+    """Gives the best users of all, best first."""
+    (best,) = _best_of_all(plpy, version, [criteria], "audience")
     for rank, user, probability, has_bought, won in best.rows():
-        if probability >= min_probability:
-            yield rank, user, probability, has_bought, version.version, _or_none(won)
+        yield rank, user, probability, has_bought, version.version, _or_none(won)
 
 
 def check_uplift(version: Version, what: str, items: int) -> None:
@@ -164,40 +168,39 @@ def offer_audiences(plpy: Any, version: Version, offers: Sequence[Offer]) -> Ite
     An offer of an item that the version does not know, or by an uplift that it does not claim, is left out, with a
     notice.
     """
-    known, items = [], []
+    known: list[tuple[Offer, Criteria]] = []
     for offer in offers:
         try:
-            if offer.choose_by == UPLIFT:
-                check_uplift(version, "choose_by", len(offer.item_keys))
-            items.append(offered_items(plpy, version, f"offer {offer.name}", offer.item_keys))
+            known.append((offer, _criteria_of(plpy, version, offer)))
         except ScoringError as error:
             plpy.notice(f"offer {offer.name} is left out: {error.message}", hint=error.hint)
-            continue
-        known.append(offer)
-    ks = [offer.max_users for offer in known]
-    excluded, rank_by = [offer.exclude_buyers for offer in known], [offer.choose_by for offer in known]
-    found = _best_of_all(plpy, version, items, ks, excluded, rank_by, "offers")
+    found = _best_of_all(plpy, version, [criteria for _, criteria in known], "offers")
     done = 0
-    for offer, best in zip(known, found, strict=True):
+    for (offer, _), best in zip(known, found, strict=True):
         for rank, user, probability, has_bought, won in best.rows():
             yield offer.offer_id, rank, user, probability, has_bought, version.version, _or_none(won)
             done += 1
     runs.record(version, "offer_responses", done)
 
 
-def _best_of_all(
-    plpy: Any,
-    version: Version,
-    items: Sequence[NDArray[np.int64]],
-    ks: Sequence[int],
-    exclude_buyers: Sequence[bool],
-    rank_by: Sequence[str],
-    what: str,
-) -> list[Best]:
+def _criteria_of(plpy: Any, version: Version, offer: Offer) -> Criteria:
+    """Gives the users that an offer asks for; ScoringError where the version cannot tell them."""
+    if offer.choose_by == UPLIFT:
+        check_uplift(version, "choose_by", len(offer.item_keys))
+    return Criteria(
+        items=offered_items(plpy, version, f"offer {offer.name}", offer.item_keys),
+        k=offer.max_users,
+        exclude_buyers=offer.exclude_buyers,
+        rank_by=offer.choose_by,
+    )
+
+
+def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what: str) -> list[Best]:
     """Gives the best users for each of N sets of items, in one pass over all users."""
-    best = [Best(k) for k in ks]
+    best = [Best(each.k) for each in criteria]
     if not best:
         return best
+    items = [each.items for each in criteria]
     now, done = time.time(), 0
     # Logits, scores and what the softmax makes of them.
     size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
@@ -205,11 +208,14 @@ def _best_of_all(
     for users, events in read_histories(plpy, version, size):
         history = events.distinct()
         response, has_bought, won = _answers(version, history, items, now)
-        for column, own in enumerate(best):
-            value = (won if rank_by[column] == UPLIFT else response)[:, column]
-            if exclude_buyers[column]:
-                value = np.where(has_bought[:, column], np.nan, value)
-            own.add(users, value, response[:, column], has_bought[:, column], won[:, column])
+        for column, (each, own) in enumerate(zip(criteria, best, strict=True)):
+            value = (won if each.rank_by == UPLIFT else response)[:, column]
+            left_out = response[:, column] < each.min_probability
+            if each.exclude_buyers:
+                left_out |= has_bought[:, column]
+            own.add(
+                users, np.where(left_out, np.nan, value), response[:, column], has_bought[:, column], won[:, column]
+            )
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
     return best
