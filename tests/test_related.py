@@ -110,6 +110,7 @@ def test_a_session_of_nothing_known_is_a_cold_start(shared_trained: psycopg.Conn
         ('[{"item_id": 1, "occurred_at": 3}]', "events[0].occurred_at is 3", "give a text"),
         ('[{"item_id": 1, "occurred_at": "soon"}]', 'events[0].occurred_at is "soon"', "give a time"),
         ('[{"item_id": 1, "occurred_at": "2025-13-01"}]', 'events[0].occurred_at is "2025-13-01"', "give a time"),
+        ('[{"item_id": 1, "occurred_at": "-infinity"}]', "occurred_at of events[0] is -infinity", "give a time"),
     ],
 )
 def test_events_of_another_shape_are_refused_by_name(
@@ -125,6 +126,7 @@ def test_events_of_another_shape_are_refused_by_name(
     [
         ("recommend_for_items(array[1, 2], array['view'])", "event_types has 1 elements, item_ids has 2"),
         ("recommend_for_items(array[1], null, '{now,now}')", "occurred_ats has 2 elements, item_ids has 1"),
+        ("recommend_for_items(array[1, 2], null, '{now,infinity}')", "occurred_at of item_ids[2] is infinity"),
         ("recommend_for_items(array[1, null])", "item_ids[2] is null"),
         ("recommend_for('[]', 0)", "k is 0"),
         ("recommend_for('[]', 5, '{\"seen\": 1}')", "option 'seen' is unknown"),

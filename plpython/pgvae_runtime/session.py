@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +190,12 @@ def _times(plpy: Any, events: Sequence[GivenEvent]) -> list[float]:
     times = []
     for place, event in enumerate(events):
         at = event.at if event.time is None else read_times[id(event)]
+        if at is not None and not math.isfinite(at):
+            raise ScoringError(
+                f"occurred_at of {event.name} is {'-' if at < 0 else ''}infinity",
+                sqlstate=INVALID_PARAMETER,
+                hint='give a time, as "2025-01-31 10:00+00"',
+            )
         # A moment for each: their order counts.
         times.append(now + 0.001 * place if at is None else at)
     return times
