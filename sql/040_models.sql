@@ -370,12 +370,13 @@ begin
             using errcode = 'invalid_name',
                 hint = 'use up to 48 lower-case letters, digits and underscores, and no reserved word, as in: shop';
     end if;
+    -- The model first: its schema may be gone.
+    if exists (select from vae.models m where m.name = model) then
+        raise exception 'model "%" exists already', model
+            using errcode = 'duplicate_object',
+                hint = format('drop it with: select vae.drop_model(%L); or choose another name', model);
+    end if;
     if exists (select from pg_namespace where nspname = model) then
-        if exists (select from vae.models m where m.name = model) then
-            raise exception 'model "%" exists already', model
-                using errcode = 'duplicate_object',
-                    hint = format('drop it with: select vae.drop_model(%L); or choose another name', model);
-        end if;
         raise exception 'schema "%" exists already', model
             using errcode = 'duplicate_schema', hint = 'a model makes a schema of its own: choose another name';
     end if;
@@ -776,7 +777,8 @@ begin
     -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
     for dropped in
         select * from vae_private.model_objects(id) o
-        where o.kind = 'function' or to_regclass(format('%I.%I', model, o.object)) is not null
+        where case o.kind when 'function' then to_regnamespace(quote_ident(model)) is not null
+            else to_regclass(format('%I.%I', model, o.object)) is not null end
         order by o.step desc
     loop
         execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);

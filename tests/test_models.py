@@ -109,6 +109,15 @@ def test_a_name_that_is_taken_is_refused(shop: psycopg.Connection) -> None:
     assert "vae.drop_model('shop')" in str(refused.message_hint)
     refused = refused_model(shop, model="public")
     assert (refused.sqlstate, refused.message_primary) == ("42P06", 'schema "public" exists already')
+    # Of a model whose schema somebody dropped the row is left.
+    shop.execute("drop schema shop cascade")
+    refused = refused_model(shop)
+    assert (refused.sqlstate, refused.message_primary) == ("42710", 'model "shop" exists already')
+    notices: list[Diagnostic] = []
+    shop.add_notice_handler(notices.append)
+    shop.execute("select vae.drop_model('shop')")
+    assert not notices
+    create_model(shop, "shop", events="events")
 
 
 def test_a_table_that_does_not_exist_is_named(untouched: psycopg.Connection) -> None:
