@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain, islice
@@ -27,7 +26,7 @@ from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
 from .history import item_index, keys_of_items, read_history, unknown_items
-from .options import Option, one_of, read_options, whole_number
+from .options import TRUE_OR_FALSE, Option, from_0_to_1, one_of, read_options, whole_number
 from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
@@ -45,24 +44,20 @@ from .store import Version, active_version
 from .tokens import History
 
 MAX_K = 10_000
-# What each option may be, and what to give instead.
-_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "exclude_seen": (lambda value: isinstance(value, bool), "give true or false"),
-    "candidates": (
-        lambda value: isinstance(value, str),
-        """give the name of a candidate set, as in {"candidates": "in_stock"}""",
+_RECOMMEND_OPTIONS = {
+    "exclude_seen": TRUE_OR_FALSE,
+    "candidates": Option(
+        accepts=lambda value: isinstance(value, str),
+        hint="""give the name of a candidate set, as in {"candidates": "in_stock"}""",
     ),
-    "at_most": (
-        lambda value: (
+    "at_most": Option(
+        accepts=lambda value: (
             isinstance(value, dict)
             and all(isinstance(cap, int) and not isinstance(cap, bool) and cap >= 1 for cap in value.values())
         ),
-        """give columns of the items' table with 1 or more, as in {"at_most": {"category": 3}}""",
+        hint="""give columns of the items' table with 1 or more, as in {"at_most": {"category": 3}}""",
     ),
-    "min_score": (
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
-        "give a score from 0 to 1",
-    ),
+    "min_score": from_0_to_1("score"),
 }
 
 
@@ -124,7 +119,7 @@ def recommend(
     The probability is None where the version has no heads, and for a cold start.
     """
     k = checked_k(k)
-    filters = Filters(**checked_options(options))
+    filters = _filters(options)
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
@@ -189,7 +184,7 @@ def _recommend_session(
 ) -> list[tuple[int, str, float, bool, int]]:
     k = checked_k(k)
     features, others = split_features(options)
-    filters = Filters(**checked_options(others))
+    filters = _filters(others)
     if events is None:
         return []
     version = active_version(plpy, model_id)
@@ -503,11 +498,8 @@ def offer_audiences(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
 
 
 _AUDIENCE_OPTIONS = {
-    "exclude_buyers": Option(accepts=lambda value: isinstance(value, bool), hint="give true or false"),
-    "min_probability": Option(
-        accepts=lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
-        hint="give a probability from 0 to 1",
-    ),
+    "exclude_buyers": TRUE_OR_FALSE,
+    "min_probability": from_0_to_1("probability"),
     "rank_by": one_of(audiences.RESPONSE, audiences.UPLIFT),
 }
 _MOST_USERS = 10_000_000
@@ -546,19 +538,5 @@ def checked_k(k: int | None) -> int:
     return k
 
 
-def checked_options(options: str | None) -> dict[str, Any]:
-    """Gives the options as a dictionary; ScoringError names the first that is unknown or of the wrong type."""
-    given = json.loads(options) if options else {}
-    if not isinstance(given, dict):
-        raise ScoringError(
-            f"options is {options}", sqlstate=INVALID_PARAMETER, hint="""give an object: '{"exclude_seen": false}'"""
-        )
-    for name, value in given.items():
-        if name not in _OPTIONS:
-            raise ScoringError(
-                f"option {name!r} is unknown", sqlstate=INVALID_PARAMETER, hint=f"known options: {', '.join(_OPTIONS)}"
-            )
-        is_right, hint = _OPTIONS[name]
-        if not is_right(value):
-            raise ScoringError(f"option {name!r} is {json.dumps(value)}", sqlstate=INVALID_PARAMETER, hint=hint)
-    return given
+def _filters(options: str | None) -> Filters:
+    return Filters(**read_options(options, _RECOMMEND_OPTIONS, '{"exclude_seen": false}'))

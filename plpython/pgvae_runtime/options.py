@@ -18,6 +18,9 @@ class Option:
     hint: str
 
 
+TRUE_OR_FALSE = Option(accepts=lambda value: isinstance(value, bool), hint="give true or false")
+
+
 def one_of(*words: str) -> Option:
     """Gives an option that is one of these words."""
     return Option(accepts=lambda value: value in words, hint=f"give one of {', '.join(words)}")
@@ -28,6 +31,14 @@ def whole_number(least: int) -> Option:
     return Option(
         accepts=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
         hint=f"give a whole number from {least} on",
+    )
+
+
+def from_0_to_1(what: str) -> Option:
+    """Gives an option that is a number from 0 to 1, such as a score."""
+    return Option(
+        accepts=lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        hint=f"give a {what} from 0 to 1",
     )
 
 
