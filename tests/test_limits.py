@@ -108,6 +108,17 @@ def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connec
         shared_trained.execute("reset vae.max_threads")
 
 
+@pytest.mark.parametrize(
+    "query", ["select count(*) from vae_private.segment_all(1)", "select * from shop.score_pairs('{1}', '{1}')"]
+)
+def test_other_runs_ask_how_many_threads_are_allowed(shared_trained: Connection, query: str) -> None:
+    shared_trained.execute("set vae.max_threads = 0")
+    try:
+        assert "vae.max_threads is '0'" in str(refusal(shared_trained, query).message_primary)
+    finally:
+        shared_trained.execute("reset vae.max_threads")
+
+
 THREADS = """
 create function pg_temp.threads() returns text[] language plpython3u as $$
 import threading

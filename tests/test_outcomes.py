@@ -495,6 +495,7 @@ def test_options_of_an_audience(shop: Connection) -> None:
         ("select * from shop.audience(array[1, null]::bigint[])", "22023", "items names item null"),
         ("select * from shop.audience(1, k => 0)", "22023", "k is 0"),
         ("select * from shop.audience(1, k => null)", "22023", "k is null"),
+        ("set local vae.max_threads = 0; select * from shop.audience(1)", "22023", "vae.max_threads is '0'"),
         ("""select * from shop.audience(1, options => '{"limit": 3}')""", "22023", "option 'limit' is unknown"),
         ("""select * from shop.audience(1, options => '{"min_probability": 2}')""", "22023", "'min_probability' is 2"),
         ("""select * from shop.audience(1, options => '{"exclude_buyers": 1}')""", "22023", "'exclude_buyers' is 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -464,6 +465,19 @@ def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPa
     greedy, modest = batch.recommend_all(Plpy(), None, version(random_weights()), ITEMS)
     assert greedy[1:3] == ("{}", "{}")
     assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1
+
+
+def test_blas_has_the_threads_that_were_allowed_and_then_its_own_again() -> None:
+    library = blas._library()
+    if library is None:
+        pytest.skip("NumPy's BLAS is none that is known")
+    with blas.threads(2):
+        with blas.one_thread():
+            assert library.get_threads() == 1
+        assert library.get_threads() == 2
+        with suppress(ZeroDivisionError), blas.one_thread():
+            raise ZeroDivisionError
+        assert library.get_threads() == 2
 
 
 @pytest.mark.parametrize("has_library", [True, False])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import limits, outcomes, runs, uplift
+from . import blas, limits, outcomes, runs, uplift
 from .batch import report_progress
 from .churn import look_ahead
 from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
@@ -205,19 +205,20 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
     # Logits, scores and what the softmax makes of them.
     size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
     size = min(size, max(1, _PAIRS // sum(map(len, items))))
-    for users, events in read_histories(plpy, version, size):
-        history = events.distinct()
-        response, has_bought, won = _answers(version, history, items, now)
-        for column, (each, own) in enumerate(zip(criteria, best, strict=True)):
-            value = (won if each.rank_by == UPLIFT else response)[:, column]
-            left_out = response[:, column] < each.min_probability
-            if each.exclude_buyers:
-                left_out |= has_bought[:, column]
-            own.add(
-                users, np.where(left_out, np.nan, value), response[:, column], has_bought[:, column], won[:, column]
-            )
-        done += len(users)
-        report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
+    with blas.threads(limits.max_threads(plpy)):
+        for users, events in read_histories(plpy, version, size):
+            history = events.distinct()
+            response, has_bought, won = _answers(version, history, items, now)
+            for column, (each, own) in enumerate(zip(criteria, best, strict=True)):
+                value = (won if each.rank_by == UPLIFT else response)[:, column]
+                left_out = response[:, column] < each.min_probability
+                if each.exclude_buyers:
+                    left_out |= has_bought[:, column]
+                own.add(
+                    users, np.where(left_out, np.nan, value), response[:, column], has_bought[:, column], won[:, column]
+                )
+            done += len(users)
+            report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
     return best
 
 

@@ -1,4 +1,4 @@
-"""What NumPy does not say to its BLAS: how many threads it may use, and to add a product to what is there.
+"""What NumPy does not say of its BLAS: its name, how many threads it may use, how to add a product to what is there.
 
 The library that NumPy has loaded is found in this process's memory map and asked by name; where that fails (another
 system, another BLAS) the threads stay as they are, and NumPy adds: scoring is only slower.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,15 +34,20 @@ class _Library:
     sgemm: Callable[..., None] | None
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """Keeps BLAS to one thread meanwhile: who computes has threads of its own, or leaves the cores to others."""
+    return threads(1)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Keeps BLAS to so many threads meanwhile."""
     library = _library()
     if library is None:
         yield
         return
     before = library.get_threads()
-    library.set_threads(1)
+    library.set_threads(count)
     try:
         yield
     finally:
@@ -90,6 +95,29 @@ def _has_whole_rows(array: Floats) -> bool:
         and array.strides[1] == 4
         and array.strides[0] >= 4 * array.shape[1]
     )
+
+
+def library_name() -> str:
+    """Gives the linear algebra library that numpy has loaded, in its own words where it is OpenBLAS."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    words = ("blas", "blis", "mkl", "atlas")
+    paths = sorted({line.split(None, 5)[5] for line in lines if line.count("/")})
+    libraries = [path for path in paths if any(word in Path(path).name.lower() for word in words)]
+    for path in libraries:
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        # A wheel of numpy brings an OpenBLAS of its own, with other names.
+        for name in ("openblas_get_config", "scipy_openblas_get_config64_", "openblas_get_config64_"):
+            if hasattr(library, name):
+                tell = getattr(library, name)
+                tell.restype = ctypes.c_char_p
+                return str(tell().decode(errors="replace")).strip()
+    return ", ".join(Path(path).name for path in libraries) or "unknown"
 
 
 @cache

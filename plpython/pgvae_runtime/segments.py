@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, forward, runs
+from . import batch, blas, forward, limits, runs
 from .errors import CORRUPT_WEIGHTS, NO_SEGMENTS, ScoringError
 from .forward import Array, Weights
 from .history import read_histories, read_history
@@ -53,10 +53,11 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
         return
     names = _names(plpy, version)
     done = 0
-    for users, history in read_histories(plpy, version, _USERS):
-        yield from _rows(version, names, users, history.distinct())
-        done += len(users)
-        batch.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")
+    with blas.threads(limits.max_threads(plpy)):
+        for users, history in read_histories(plpy, version, _USERS):
+            yield from _rows(version, names, users, history.distinct())
+            done += len(users)
+            batch.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")
     runs.record(version, "user_segments", done)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import device, forward
+from . import blas, device, forward
 from .device import Gpu
 from .errors import ScoringError
 from .features import FeatureBag
@@ -66,7 +64,7 @@ def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: Gol
         "max_difference": None,
         "top_k_agreement": None,
         "numpy_version": f"{xp.__name__} {xp.__version__}",
-        "blas": _name(gpu) if gpu else blas(),
+        "blas": _name(gpu) if gpu else blas.library_name(),
         "detail": None,
     }
     if not golden.top_items:
@@ -173,29 +171,6 @@ def _read_golden(plpy: Any, version_id: int) -> GoldenUsers:
         top_items=[row["top_items"] for row in rows],
         top_scores=[row["top_scores"] for row in rows],
     )
-
-
-def blas() -> str:
-    """Gives the linear algebra library that numpy has loaded, in its own words where it is OpenBLAS."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    words = ("blas", "blis", "mkl", "atlas")
-    paths = sorted({line.split(None, 5)[5] for line in lines if line.count("/")})
-    libraries = [path for path in paths if any(word in Path(path).name.lower() for word in words)]
-    for path in libraries:
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:
-            continue
-        # A wheel of numpy brings an OpenBLAS of its own, with other names.
-        for name in ("openblas_get_config", "scipy_openblas_get_config64_", "openblas_get_config64_"):
-            if hasattr(library, name):
-                tell = getattr(library, name)
-                tell.restype = ctypes.c_char_p
-                return str(tell().decode(errors="replace")).strip()
-    return ", ".join(Path(path).name for path in libraries) or "unknown"
 
 
 def _name(gpu: Gpu) -> str:
