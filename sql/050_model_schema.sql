@@ -591,6 +591,28 @@ comment on function vae_private.build_event_views(vae.models) is
     'Makes or remakes the views of a model''s schema that read the shop''s tables; part of vae_private.build_model.';
 
 
+create or replace function vae_private.make_function(model text, signature text, result text, body text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- The body is quoted as a literal: a column's name could hold any dollar quote.
+    execute format(
+        'create or replace function %I.%s returns %s'
+        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        model, signature, result, E'\n' || body || E'\n');
+end;
+$$;
+
+comment on function vae_private.make_function(text, text, text, text) is
+    'Makes or remakes a function of a model''s schema, of one query in SQL; part of vae_private.build_model.';
+
+
 create or replace function vae_private.build_live_functions(m vae.models)
 returns void
 language plpgsql
@@ -604,49 +626,37 @@ declare
     u constant text := m.user_id_type;
     i constant text := m.item_id_type;
 begin
-    -- Bodies are quoted as literals: a column's name could hold any dollar quote.
-    execute format(
-        'create or replace function %I.history(user_id %s)'
-        ' returns table (item_id %s, event_type text, occurred_at timestamptz)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i,
-        format(E'\nselect c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at\n',
+    perform vae_private.make_function(
+        m.name, format('history(user_id %s)', u), format('table (item_id %s, event_type text, occurred_at timestamptz)', i),
+        format(E'select c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at',
             vae_private.clean_select(m.model_id, 'one user')));
     if m.users_table is not null then
-        execute format(
-            'create or replace function %I.features(user_id %s) returns table (features jsonb)'
-            ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-            m.name, u, format(E'\nselect s.features from (\n%s\n) s\n', vae_private.feature_select(m.model_id, 'users', 'one key')));
+        perform vae_private.make_function(
+            m.name, format('features(user_id %s)', u), 'table (features jsonb)',
+            format(E'select s.features from (\n%s\n) s', vae_private.feature_select(m.model_id, 'users', 'one key')));
     end if;
     perform vae_private.drop_changed(format('%I.recommend(%s, integer, jsonb)', m.name, u), 'probability');
-    execute format(
-        'create or replace function %I.recommend(user_id %s, k integer default 10, options jsonb default null)'
-        ' returns table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer,'
-        ' probability real)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i,
+    perform vae_private.make_function(
+        m.name, format('recommend(user_id %s, k integer default 10, options jsonb default null)', u),
+        format('table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer, probability real)', i),
         format(
-            E'\nselect r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
+            E'select r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
-            '\norder by r.rank\n',
+            '\norder by r.rank',
             i, m.model_id));
-    execute format(
-        'create or replace function %I.score(user_id %s, item_id %s) returns real'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i, format(E'\nselect vae_private.score(%s, $1::text, $2::text)\n', m.model_id));
-    execute format(
-        'create or replace function %I.score_pairs(user_ids %s[], item_ids %s[])'
-        ' returns table (user_id %2$s, item_id %3$s, score real)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i,
+    perform vae_private.make_function(
+        m.name, format('score(user_id %s, item_id %s)', u, i), 'real',
+        format('select vae_private.score(%s, $1::text, $2::text)', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('score_pairs(user_ids %s[], item_ids %s[])', u, i),
+        format('table (user_id %s, item_id %s, score real)', u, i),
         format(
-            E'\nselect p.user_key::%s, p.item_key::%s, p.score'
-            '\nfrom vae_private.score_pairs(%s, $1::text[], $2::text[]) p\n',
+            E'select p.user_key::%s, p.item_key::%s, p.score'
+            '\nfrom vae_private.score_pairs(%s, $1::text[], $2::text[]) p',
             u, i, m.model_id));
-    execute format(
-        'create or replace function %I.embedding(user_id %s) returns real[]'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, format(E'\nselect vae_private.embedding(%s, $1::text)\n', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('embedding(user_id %s)', u), 'real[]',
+        format('select vae_private.embedding(%s, $1::text)', m.model_id));
 end;
 $$;
 
@@ -671,7 +681,9 @@ begin
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
     -- Before recommendations, whose view reads churn_materialized.
-    perform vae_private.build_outcomes(m);
+    perform vae_private.build_churn(m);
+    perform vae_private.build_audiences(m);
+    perform vae_private.build_offers(m);
     perform vae_private.build_uplift(m);
     perform vae_private.build_recommendations(m);
     perform vae_private.build_explain(m);

@@ -102,7 +102,7 @@ set search_path = pg_catalog, pg_temp
 set row_security = on
 as $$
 begin
-    -- vae_private.build_outcomes sets it.
+    -- vae_private.build_offers sets it.
     if current_setting('vae.refresh_mode', true) = 'carry' then
         return query execute format(
             'select b.offer_id, b.rank, b.user_id::text, b.response_probability, b.has_bought, b.model_version, null::real, b.scored_at'
@@ -178,7 +178,59 @@ comment on function vae_private.drop_changed(text, text) is
     'Drops a function of a model''s schema whose result has no column of that name; part of vae_private.build_model.';
 
 
-create or replace function vae_private.build_outcomes(m vae.models)
+drop function if exists vae_private.build_outcomes(vae.models);
+
+create or replace function vae_private.build_churn(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    u constant text := m.user_id_type;
+begin
+    perform vae_private.make_function(
+        m.name, format('churn(user_id %s)', u),
+        format('table (user_id %s, churn_probability real, purchase_probability real, expected_purchases real, risk_band text,'
+            ' reasons text, last_event_at timestamptz, horizon_days integer, is_cold_start boolean, model_version integer)', u),
+        format(
+            E'select c.user_key::%s, c.churn_probability::real, c.purchase_probability::real, c.expected_purchases::real, c.risk_band,'
+            '\n    c.reasons, to_timestamp(c.last_event_at), c.horizon_days, c.is_cold_start, c.model_version'
+            '\nfrom vae_private.churn(%s, $1::text) c', u, m.model_id));
+    perform vae_private.make_function(
+        m.name, format('explain_churn(user_id %s)', u),
+        'table (rank integer, reason text, contribution real, model_version integer)',
+        format(E'select e.rank, e.reason, e.contribution, e.model_version\nfrom vae_private.explain_churn(%s, $1::text) e'
+            '\norder by e.rank', m.model_id));
+    if to_regclass(format('%I.churn_materialized', m.name)) is null then
+        -- Filled at once, though with nothing: recommendations reads it, and would fail until the first refresh of churn.
+        execute format(
+            E'create materialized view %I.churn_materialized as'
+            '\nselect c.user_key::%s as user_id, c.churn_probability::real as churn_probability,'
+            '\n    c.purchase_probability::real as purchase_probability, c.expected_purchases::real as expected_purchases,'
+            '\n    c.risk_band, c.reasons, to_timestamp(c.last_event_at) as last_event_at, c.horizon_days, c.is_cold_start,'
+            '\n    c.model_version, c.item_offset, c.item_slope, now() as scored_at'
+            '\nfrom vae_private.churn_all(%3$s) c'
+            '\nwhere exists (select from vae_private.scoring_versions v where v.model_id = %3$s)',
+            m.name, m.user_id_type, m.model_id);
+        execute format('create unique index churn_user_id on %I.churn_materialized (user_id)', m.name);
+    end if;
+    execute format(
+        E'create or replace view %1$I.churn as'
+        '\nselect c.user_id, c.churn_probability, c.purchase_probability, c.expected_purchases, c.risk_band, c.reasons,'
+        '\n    c.last_event_at, c.horizon_days, c.is_cold_start, c.model_version, c.scored_at'
+        '\nfrom %1$I.churn_materialized c', m.name);
+end;
+$$;
+
+comment on function vae_private.build_churn(vae.models) is
+    'Makes or remakes the functions and views about churn in a model''s schema; part of vae_private.build_model.';
+
+
+create or replace function vae_private.build_audiences(m vae.models)
 returns void
 language plpgsql
 volatile
@@ -190,85 +242,62 @@ as $$
 declare
     u constant text := m.user_id_type;
     i constant text := m.item_id_type;
-    numbers constant text := E'c.churn_probability::real, c.purchase_probability::real, c.expected_purchases::real, c.risk_band,'
-        '\n    c.reasons, to_timestamp(c.last_event_at), c.horizon_days, c.is_cold_start, c.model_version';
-    numbers_type constant text := 'churn_probability real, purchase_probability real, expected_purchases real, risk_band text,'
-        ' reasons text, last_event_at timestamptz, horizon_days integer, is_cold_start boolean, model_version integer';
-    audience_type constant text := format(
-        'returns table (rank integer, user_id %s, response_probability real, has_bought boolean, model_version integer, uplift real)', u);
-    is_populated boolean := false;
+    audience constant text := format(
+        'table (rank integer, user_id %s, response_probability real, has_bought boolean, model_version integer, uplift real)', u);
+    found constant text := format(
+        E'select a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version, a.uplift'
+        '\nfrom vae_private.audience(%s, %%s, $2, $3) a\norder by a.rank', u, m.model_id);
 begin
-    execute format(
-        'create or replace function %I.churn(user_id %s) returns table (user_id %s, %s)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, u, numbers_type,
-        format(E'\nselect c.user_key::%s, %s\nfrom vae_private.churn(%s, $1::text) c\n', u, numbers, m.model_id));
-    execute format(
-        'create or replace function %I.explain_churn(user_id %s)'
-        ' returns table (rank integer, reason text, contribution real, model_version integer)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u,
-        format(E'\nselect e.rank, e.reason, e.contribution, e.model_version\nfrom vae_private.explain_churn(%s, $1::text) e'
-            '\norder by e.rank\n', m.model_id));
-    execute format(
-        'create or replace function %I.response(user_id %s, item_id %s) returns real'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i,
-        format(E'\nselect vae_private.response(%s, $1::text, array[$2::text])\n', m.model_id));
-    execute format(
-        'create or replace function %I.response(user_id %s, item_ids %s[]) returns real'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, i,
-        format(E'\nselect vae_private.response(%s, $1::text, $2::text[])\n', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('response(user_id %s, item_id %s)', u, i), 'real',
+        format('select vae_private.response(%s, $1::text, array[$2::text])', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('response(user_id %s, item_ids %s[])', u, i), 'real',
+        format('select vae_private.response(%s, $1::text, $2::text[])', m.model_id));
     perform vae_private.drop_changed(format('%I.audience(%s, integer, jsonb)', m.name, i), 'uplift');
     perform vae_private.drop_changed(format('%I.audience(%s[], integer, jsonb)', m.name, i), 'uplift');
     perform vae_private.drop_changed(format('%I.audience_of_category(text, integer, jsonb, text)', m.name), 'uplift');
-    execute format(
-        'create or replace function %I.audience(item_id %s, k integer default 1000, options jsonb default null) %s'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, audience_type,
-        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version, a.uplift'
-            '\nfrom vae_private.audience(%s, array[$1::text], $2, $3) a\norder by a.rank\n', u, m.model_id));
-    execute format(
-        'create or replace function %I.audience(item_ids %s[], k integer default 1000, options jsonb default null) %s'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, audience_type,
-        format(E'\nselect a.rank, a.user_key::%s, a.response_probability, a.has_bought, a.model_version, a.uplift'
-            '\nfrom vae_private.audience(%s, $1::text[], $2, $3) a\norder by a.rank\n', u, m.model_id));
+    perform vae_private.make_function(
+        m.name, format('audience(item_id %s, k integer default 1000, options jsonb default null)', i), audience,
+        format(found, 'array[$1::text]'));
+    perform vae_private.make_function(
+        m.name, format('audience(item_ids %s[], k integer default 1000, options jsonb default null)', i), audience,
+        format(found, '$1::text[]'));
     if m.items_table is not null then
-        execute format(
-            'create or replace function %I.audience_of_category(category text, k integer default 1000, options jsonb default null,'
-            ' column_name text default ''category'') %s'
-            ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-            m.name, audience_type,
-            format(E'\nselect a.rank, a.user_key::%1$s, a.response_probability, a.has_bought, a.model_version, a.uplift'
-                '\nfrom vae_private.audience(%2$s, case when $1 is not null then vae_private.items_of_category(%2$s, $1, $4, array('
+        perform vae_private.make_function(
+            m.name,
+            'audience_of_category(category text, k integer default 1000, options jsonb default null,'
+                ' column_name text default ''category'')',
+            audience,
+            format(found, format(
+                E'case when $1 is not null then vae_private.items_of_category(%1$s, $1, $4, array('
                 '\n    select i.item_key'
-                '\n    from vae_private.item_column(%2$s, $4) c'
-                '\n    join %3$I.item_features f on f.features ->> c.name = $1'
-                '\n    join vae_private.scoring_versions v on v.model_id = %2$s'
+                '\n    from vae_private.item_column(%1$s, $4) c'
+                '\n    join %2$I.item_features f on f.features ->> c.name = $1'
+                '\n    join vae_private.scoring_versions v on v.model_id = %1$s'
                 '\n    join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = f.item_id::text'
-                '\n    order by i.item_index)) end, $2, $3) a'
-                '\norder by a.rank\n', u, m.model_id, m.name));
+                '\n    order by i.item_index)) end',
+                m.model_id, m.name)));
     end if;
-    if to_regclass(format('%I.churn_materialized', m.name)) is null then
-        -- Filled at once, though with nothing: recommendations reads it, and would fail until the first refresh of churn.
-        execute format(
-            E'create materialized view %I.churn_materialized as'
-            '\nselect c.user_key::%s as user_id, c.churn_probability::real as churn_probability,'
-            '\n    c.purchase_probability::real as purchase_probability, c.expected_purchases::real as expected_purchases,'
-            '\n    c.risk_band, c.reasons, to_timestamp(c.last_event_at) as last_event_at, c.horizon_days, c.is_cold_start,'
-            '\n    c.model_version, c.item_offset, c.item_slope, now() as scored_at'
-            '\nfrom vae_private.churn_all(%3$s) c'
-            '\nwhere exists (select from vae_private.scoring_versions v where v.model_id = %3$s)',
-            m.name, u, m.model_id);
-        execute format('create unique index churn_user_id on %I.churn_materialized (user_id)', m.name);
-    end if;
-    execute format(
-        E'create or replace view %1$I.churn as'
-        '\nselect c.user_id, c.churn_probability, c.purchase_probability, c.expected_purchases, c.risk_band, c.reasons,'
-        '\n    c.last_event_at, c.horizon_days, c.is_cold_start, c.model_version, c.scored_at'
-        '\nfrom %1$I.churn_materialized c', m.name);
+end;
+$$;
+
+comment on function vae_private.build_audiences(vae.models) is
+    'Makes or remakes the functions of a model''s schema that say who answers an offer; part of vae_private.build_model.';
+
+
+create or replace function vae_private.build_offers(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    is_populated boolean := false;
+begin
     if to_regclass(format('%I.offer_responses_materialized', m.name)) is not null and not exists (
         select from pg_attribute a
         where a.attrelid = to_regclass(format('%I.offer_responses_materialized', m.name)) and a.attname = 'uplift')
@@ -286,7 +315,7 @@ begin
             '\nselect o.offer_id, o.rank, o.user_key::%s as user_id, o.response_probability, o.has_bought, o.model_version,'
             '\n    o.scored_at, o.uplift'
             '\nfrom vae_private.refreshed_offers(%s) o\nwith %s data',
-            m.name, u, m.model_id, case when is_populated then '' else 'no' end);
+            m.name, m.user_id_type, m.model_id, case when is_populated then '' else 'no' end);
         execute format(
             'create unique index offer_responses_offer_id_user_id on %I.offer_responses_materialized (offer_id, user_id)', m.name);
     end if;
@@ -325,8 +354,8 @@ begin
 end;
 $$;
 
-comment on function vae_private.build_outcomes(vae.models) is
-    'Makes or remakes the functions and views about churn and audiences in a model''s schema; part of vae_private.build_model.';
+comment on function vae_private.build_offers(vae.models) is
+    'Makes or remakes the views about offers in a model''s schema; part of vae_private.build_model.';
 
 
 create or replace function vae_private.outcome_comments()

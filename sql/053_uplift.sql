@@ -167,11 +167,9 @@ begin
             m.name, case when current_setting('server_version_num')::integer >= 150000 then ' with (security_invoker = true)' end,
             vae_private.assignment_select(m));
     end if;
-    execute format(
-        'create or replace function %I.uplift(user_id %s, item_id %s) returns real'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, m.user_id_type, m.item_id_type,
-        format(E'\nselect vae_private.uplift(%s, $1::text, $2::text)\n', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('uplift(user_id %s, item_id %s)', m.user_id_type, m.item_id_type), 'real',
+        format('select vae_private.uplift(%s, $1::text, $2::text)', m.model_id));
 end;
 $$;
 

@@ -52,27 +52,20 @@ declare
     i constant text := m.item_id_type;
     numbers constant text := E'd.expected_units, d.units_low, d.units_high, d.expected_buyers, d.buyers_low, d.buyers_high,'
         '\n    d.last_period_units, d.horizon_days, d.model_version, d.scored_at';
-begin
-    execute format(
-        'create or replace function %I.item_days(item_id %s, as_of timestamptz default now(), since timestamptz default ''-infinity'','
-        ' event_types text[] default array[''purchase''])'
-        ' returns table (item_id %s, day integer, units float8, buyers integer, views integer, carts integer)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, i, E'\n' || vae_private.item_days_select(m, '$1', '$2', '$3', '$4') || E'\n');
-    execute format(
-        'create or replace function %I.all_item_days(as_of timestamptz default now(), since timestamptz default ''-infinity'','
-        ' event_types text[] default array[''purchase''])'
-        ' returns table (item_id %s, day integer, units float8, buyers integer, views integer, carts integer)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, E'\n' || vae_private.item_days_select(m, null, '$1', '$2', '$3') || E'\n');
-    execute format(
-        'create or replace function %I.demand(item_id %s)'
-        ' returns table (item_id %s, expected_units float8, units_low float8, units_high float8,'
+    numbers_type constant text := 'expected_units float8, units_low float8, units_high float8,'
         ' expected_buyers float8, buyers_low float8, buyers_high float8,'
-        ' last_period_units float8, horizon_days integer, model_version integer, scored_at timestamptz)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, i,
-        format(E'\nselect d.item_key::%s, %s\nfrom vae_private.demand(%s, $1::text) d\n', i, numbers, m.model_id));
+        ' last_period_units float8, horizon_days integer, model_version integer, scored_at timestamptz';
+    span constant text := 'as_of timestamptz default now(), since timestamptz default ''-infinity'','
+        ' event_types text[] default array[''purchase'']';
+    item_days constant text := format('table (item_id %s, day integer, units float8, buyers integer, views integer, carts integer)', i);
+begin
+    perform vae_private.make_function(
+        m.name, format('item_days(item_id %s, %s)', i, span), item_days, vae_private.item_days_select(m, '$1', '$2', '$3', '$4'));
+    perform vae_private.make_function(
+        m.name, format('all_item_days(%s)', span), item_days, vae_private.item_days_select(m, null, '$1', '$2', '$3'));
+    perform vae_private.make_function(
+        m.name, format('demand(item_id %s)', i), format('table (item_id %s, %s)', i, numbers_type),
+        format(E'select d.item_key::%s, %s\nfrom vae_private.demand(%s, $1::text) d', i, numbers, m.model_id));
     if to_regclass(format('%I.demand_materialized', m.name)) is null then
         execute format(
             E'create materialized view %I.demand_materialized as'
@@ -83,17 +76,13 @@ begin
     end if;
     execute format(E'create or replace view %1$I.demand as\nselect d.item_id, %2$s\nfrom %1$I.demand_materialized d', m.name, numbers);
     if m.items_table is not null then
-        execute format(
-            'create or replace function %I.demand_by_category(column_name text default ''category'')'
-            ' returns table (category text, items bigint, expected_units float8, units_low float8, units_high float8,'
-            ' expected_buyers float8, buyers_low float8, buyers_high float8,'
-            ' last_period_units float8, horizon_days integer, model_version integer, scored_at timestamptz)'
-            ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-            m.name,
+        perform vae_private.make_function(
+            m.name, 'demand_by_category(column_name text default ''category'')',
+            format('table (category text, items bigint, %s)', numbers_type),
             format(
                 -- 1.2816: the 90 percent quantile of the normal distribution, which a sum of many is close to.
                 -- Six decimals, as of an item: more say nothing.
-                E'\nselect s.category, s.items, round(s.units::numeric, 6)::float8,'
+                E'select s.category, s.items, round(s.units::numeric, 6)::float8,'
                 '\n    round(greatest(s.units - 1.2816 * s.units_deviation, 0)::numeric, 6)::float8,'
                 '\n    round((s.units + 1.2816 * s.units_deviation)::numeric, 6)::float8,'
                 '\n    round(s.buyers::numeric, 6)::float8,'
@@ -112,7 +101,7 @@ begin
                 '\n    left join %2$I.item_features f on f.item_id = d.item_id'
                 '\n    group by 1'
                 '\n) s'
-                '\norder by s.units desc, s.category\n',
+                '\norder by s.units desc, s.category',
                 m.model_id, m.name));
     end if;
 end;

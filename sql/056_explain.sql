@@ -67,21 +67,20 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    u constant text := m.user_id_type;
     i constant text := m.item_id_type;
     title text;
 begin
-    execute format(
-        'create or replace function %I.explain(user_id %s, item_id %s, options jsonb default null)'
-        ' returns table (rank integer, part text, event_item_id %s, event_type text, occurred_at timestamptz,'
-        ' contribution real, relevance real, gate real, share real, model_version integer)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, m.user_id_type, m.item_id_type, m.item_id_type,
+    perform vae_private.make_function(
+        m.name, format('explain(user_id %s, item_id %s, options jsonb default null)', u, i),
+        format('table (rank integer, part text, event_item_id %s, event_type text, occurred_at timestamptz,'
+            ' contribution real, relevance real, gate real, share real, model_version integer)', i),
         format(
-            E'\nselect r.rank, r.part, r.item_key::%s, r.event_type, to_timestamp(r.at), r.contribution, r.relevance, r.gate, r.share,'
+            E'select r.rank, r.part, r.item_key::%s, r.event_type, to_timestamp(r.at), r.contribution, r.relevance, r.gate, r.share,'
             '\n    r.model_version'
             '\nfrom vae_private.explain(%s, $1::text, $2::text, $3) r'
-            '\norder by r.rank\n',
-            m.item_id_type, m.model_id));
+            '\norder by r.rank',
+            i, m.model_id));
 
     if m.items_table is not null then
         select a.attname into title
@@ -94,18 +93,15 @@ begin
         limit 1;
     end if;
     -- Of several rows of an item whose key is not unique, any title will do.
-    execute format(
-        'create or replace function %I.item_titles(item_ids %s[]) returns table (item_id %s, title text)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, i,
-        case when title is null then format(E'\nselect null::%s, null::text\nwhere false\n', i)
+    perform vae_private.make_function(
+        m.name, format('item_titles(item_ids %s[])', i), format('table (item_id %s, title text)', i),
+        case when title is null then format(E'select null::%s, null::text\nwhere false', i)
             else format(
-                E'\nselect k.%1$I%2$s, left(k.%3$I::text, 80)\nfrom %4$I.%5$I k\nwhere k.%1$I = any ($1) and k.%3$I is not null\n',
+                E'select k.%1$I%2$s, left(k.%3$I::text, 80)\nfrom %4$I.%5$I k\nwhere k.%1$I = any ($1) and k.%3$I is not null',
                 m.items_key_column, case i when 'text' then '::text' else '' end, title, m.items_schema, m.items_table) end);
-    execute format(
-        'create or replace function %I.because(user_id %s, item_id %s) returns text'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, m.user_id_type, i, format(E'\nselect vae_private.because(%s, $1::text, $2::text)\n', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('because(user_id %s, item_id %s)', u, i), 'text',
+        format('select vae_private.because(%s, $1::text, $2::text)', m.model_id));
 
     if to_regclass(format('%I.explanations_materialized', m.name)) is null then
         -- The function reads the recommendations. They are named here only so that a restored dump fills them first.
@@ -118,7 +114,7 @@ begin
             '\nfrom vae_private.explain_all(%4$s) e'
             '\nwhere true or exists (select from %1$I.recommendations_materialized) or exists (select from %1$I.recommendations_changed)'
             '\nwith no data',
-            m.name, m.user_id_type, i, m.model_id);
+            m.name, u, i, m.model_id);
         execute format('create unique index explanations_user_id on %I.explanations_materialized (user_id)', m.name);
     end if;
     execute format(

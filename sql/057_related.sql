@@ -118,30 +118,26 @@ begin
                 'basket(%s, $1::text[], $2, $3)', 'r.score, r.lift, r.support')
         ) as f (signature, columns, call, selected)
     loop
-        execute format(
-            'create or replace function %I.%s returns table (rank integer, item_id %s, %s, model_version integer)'
-            ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-            m.name, typed.signature, i, typed.columns,
+        perform vae_private.make_function(
+            m.name, typed.signature, format('table (rank integer, item_id %s, %s, model_version integer)', i, typed.columns),
             format(
-                E'\nselect r.rank, r.item_key::%s, %s, r.model_version'
+                E'select r.rank, r.item_key::%s, %s, r.model_version'
                 '\nfrom vae_private.%s r'
-                '\norder by r.rank\n',
+                '\norder by r.rank',
                 i, typed.selected, format(typed.call, m.model_id)));
     end loop;
-    execute format(
-        'create or replace function %I.support(item_ids %s[], with_item_ids %s[], event_types text[])'
-        ' returns table (item_id %s, support bigint)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, i, i, i,
+    perform vae_private.make_function(
+        m.name, format('support(item_ids %1$s[], with_item_ids %1$s[], event_types text[])', i),
+        format('table (item_id %s, support bigint)', i),
         format(
-            E'\nselect c.item_id, count(distinct c.user_id)'
+            E'select c.item_id, count(distinct c.user_id)'
             '\nfrom (\n%1$s\n) c'
             '\nwhere c.item_id = any ($2) and c.event_type = any ($3) and c.user_id in ('
             '\n    select o.user_id'
             '\n    from (\n%1$s\n) o'
             '\n    where o.item_id = any ($1) and o.event_type = any ($3)'
             '\n)'
-            '\ngroup by c.item_id\n',
+            '\ngroup by c.item_id',
             vae_private.clean_select(m.model_id, 'all users')));
 
     if to_regclass(format('%I.related_items_materialized', m.name)) is null then

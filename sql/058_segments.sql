@@ -49,13 +49,12 @@ declare
     u constant text := m.user_id_type;
     line record;
 begin
-    execute format(
-        'create or replace function %I.segment(user_id %s)'
-        ' returns table (segment integer, segment_name text, similarity real, is_cold_start boolean, model_version integer)'
-        ' language sql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
-        m.name, u, format(
-            E'\nselect s.segment, s.segment_name, s.similarity, s.is_cold_start, s.model_version'
-            '\nfrom vae_private.segment(%s, $1::text) s\n', m.model_id));
+    perform vae_private.make_function(
+        m.name, format('segment(user_id %s)', u),
+        'table (segment integer, segment_name text, similarity real, is_cold_start boolean, model_version integer)',
+        format(
+            E'select s.segment, s.segment_name, s.similarity, s.is_cold_start, s.model_version'
+            '\nfrom vae_private.segment(%s, $1::text) s', m.model_id));
     if to_regclass(format('%I.user_segments_materialized', m.name)) is null then
         execute format(
             E'create materialized view %I.user_segments_materialized as'

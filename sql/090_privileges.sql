@@ -140,6 +140,7 @@ grant execute on function
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
     vae_private.build_event_views(vae.models),
+    vae_private.make_function(text, text, text, text),
     vae_private.build_live_functions(vae.models),
     vae_private.build_explain(vae.models),
     vae_private.build_related(vae.models),
@@ -153,7 +154,9 @@ grant execute on function
     vae_private.build_demand(vae.models),
     vae_private.demand_comments(),
     vae_private.drop_changed(text, text),
-    vae_private.build_outcomes(vae.models),
+    vae_private.build_churn(vae.models),
+    vae_private.build_audiences(vae.models),
+    vae_private.build_offers(vae.models),
     vae_private.outcome_comments(),
     vae_private.build_uplift(vae.models),
     vae_private.uplift_comments()
