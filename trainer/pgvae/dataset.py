@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from pgvae.binary_copy import copy_rows
 from pgvae.errors import PgvaeError
 from pgvae.features import Column, fit_pipeline, read_columns, read_documents
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline, feature_bag
@@ -22,24 +21,6 @@ from pgvae_runtime.tokens import History
 # A fixed order, so that the same data gives the same embedding rows.
 EVENT_TYPES = ("view", "search", "add_to_cart", "purchase", "review", "share", "register")
 TARGET = "purchase"
-
-# A row of COPY (format binary): a count of fields, then each field's length and its bytes, all big-endian.
-_COPY_ROW = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("length1", ">i4"),
-        ("user", ">i4"),
-        ("length2", ">i4"),
-        ("item", ">i4"),
-        ("length3", ">i4"),
-        ("event_type", ">i2"),
-        ("length4", ">i4"),
-        ("occurred_at", ">f8"),
-        ("length5", ">i4"),
-        ("weight", ">f4"),
-    ]
-)
-_COPY_HEADER = 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +163,7 @@ def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
         raise PgvaeError(f"model {model} has no clean events", hint="see what vae.check_events says of it")
     present = {row[0] for row in connection.execute("select distinct event_type from pgvae_events").fetchall()}
     event_types = [name for name in EVENT_TYPES if name in present]
-    rows = np.concatenate(list(_copy_rows(connection, event_types)))
+    rows = _read_events(connection, event_types)
     user_count = int(rows["user"][-1]) + 1
     columns = read_columns(connection, model)
     user_pipeline, user_features = _user_features(connection, model, columns, user_count)
@@ -255,20 +236,13 @@ def _item_features(
     return pipeline, trained.followed_by(bag.take(known)), [cold[number][0] for number in known]
 
 
-def _copy_rows(connection: psycopg.Connection, event_types: list[str]) -> Iterator[NDArray[Any]]:
+def _read_events(connection: psycopg.Connection, event_types: list[str]) -> NDArray[Any]:
     query = sql.SQL(
-        "copy (select (dense_rank() over (order by e.user_id) - 1)::integer, i.item_index,"
+        "select (dense_rank() over (order by e.user_id) - 1)::integer, i.item_index,"
         " (array_position({types}::text[], e.event_type) - 1)::smallint,"
         " extract(epoch from e.occurred_at)::float8, e.weight"
         " from pgvae_events e join pgvae_items i using (item_key)"
-        " order by 1, 4, 2, 3) to stdout (format binary)"
+        " order by 1, 4, 2, 3"
     ).format(types=sql.Literal(event_types))
-    with connection.cursor() as cursor, cursor.copy(query) as copy:
-        # libpq hands over row by row; joined by the thousand they cost little. The header comes with the first row,
-        # the trailer last, shorter than a row.
-        blocks = iter(copy)
-        skip = _COPY_HEADER
-        while block := b"".join(islice(blocks, 65_536)):
-            count = (len(block) - skip) // _COPY_ROW.itemsize
-            yield np.frombuffer(block, dtype=_COPY_ROW, count=count, offset=skip)
-            skip = 0
+    columns = {"user": "i4", "item": "i4", "event_type": "i2", "occurred_at": "f8", "weight": "f4"}
+    return copy_rows(connection, query, columns)

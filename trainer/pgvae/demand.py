@@ -12,6 +12,7 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg import sql
 
+from pgvae.binary_copy import copy_rows
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.dataset import Dataset
 from pgvae.rows import CurvePoint, Metric
@@ -54,19 +55,6 @@ _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Items of the picture of expected against actual demand.
 _PICTURED = 150
 _DAY = 86_400.0
-
-# A row of COPY (format binary): a count of fields, then each field's length and its bytes, all big-endian.
-_COPY_ROW = np.dtype(
-    [("fields", ">i2")]
-    + [
-        pair
-        for name, kind in (
-            ("item", ">i4"), ("day", ">i4"), ("units", ">f8"), ("buyers", ">i4"), ("views", ">i4"), ("carts", ">i4")
-        )
-        for pair in ((f"length of {name}", ">i4"), (name, kind))
-    ]
-)  # fmt: skip
-_COPY_HEADER = 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,19 +114,16 @@ def read_sales(connection: psycopg.Connection, model: str, dataset: Dataset) -> 
     assert row is not None  # The data set was read from this model, in the same transaction.
     horizon = int(row[0])
     query = sql.SQL(
-        "copy (select i.item_index, d.day, d.units, d.buyers, d.views, d.carts"
-        " from {function}({as_of}, {since}, {types}) d join pgvae_items i on i.item_key = d.item_id::text)"
-        " to stdout (format binary)"
+        "select i.item_index, d.day, d.units, d.buyers, d.views, d.carts"
+        " from {function}({as_of}, {since}, {types}) d join pgvae_items i on i.item_key = d.item_id::text"
     ).format(
         function=sql.Identifier(model, "all_item_days"),
         as_of=sql.Literal(dataset.window()[1]),
         since=sql.SQL("'-infinity'"),
         types=sql.Literal([dataset.event_types[number] for number in dataset.targets]),
     )
-    with connection.cursor() as cursor, cursor.copy(query) as copy:
-        block = b"".join(copy)
-    count = (len(block) - _COPY_HEADER) // _COPY_ROW.itemsize
-    rows = np.frombuffer(block, dtype=_COPY_ROW, count=count, offset=_COPY_HEADER)
+    columns = {"item": "i4", "day": "i4", "units": "f8", "buyers": "i4", "views": "i4", "carts": "i4"}
+    rows = copy_rows(connection, query, columns)
     return sales_of(
         dataset,
         ItemDays(

@@ -14,6 +14,7 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg import sql
 
+from pgvae.binary_copy import copy_rows
 from pgvae.dataset import Dataset
 from pgvae.outcome_windows import DAY, HORIZONS_NEEDED, Floats, end_of
 from pgvae_runtime.tokens import History
@@ -23,20 +24,6 @@ Integers = NDArray[np.int64]
 _HORIZONS_READ = 8
 # Drawn by chance, whole users, where there are more.
 _MOST = 100_000
-_COPY_HEADER = 19
-_COPY_ROW = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("length1", ">i4"),
-        ("user", ">i4"),
-        ("length2", ">i4"),
-        ("item", ">i4"),
-        ("length3", ">i4"),
-        ("moment", ">f8"),
-        ("length4", ">i4"),
-        ("exposed", ">i4"),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +73,13 @@ def read_assignments(connection: psycopg.Connection, model: str, dataset: Datase
     if row is None or row[0] is None:
         return None
     query = sql.SQL(
-        "copy (select u.number, i.item_index, extract(epoch from a.occurred_at)::float8, a.is_exposed::integer"
+        "select u.number, i.item_index, extract(epoch from a.occurred_at)::float8, a.is_exposed::integer"
         " from {} a"
         " join (select user_id, (dense_rank() over (order by user_id) - 1)::integer as number from"
         " (select distinct user_id from pgvae_events) d) u using (user_id)"
-        " join pgvae_items i on i.item_key = a.item_id::text) to stdout (format binary)"
+        " join pgvae_items i on i.item_key = a.item_id::text"
     ).format(sql.Identifier(model, "clean_assignments"))
-    with connection.cursor() as cursor, cursor.copy(query) as copy:
-        block = b"".join(copy)
-    count = (len(block) - _COPY_HEADER) // _COPY_ROW.itemsize
-    rows = np.frombuffer(block, dtype=_COPY_ROW, count=count, offset=_COPY_HEADER)
+    rows = copy_rows(connection, query, {"user": "i4", "item": "i4", "moment": "f8", "exposed": "i4"})
     return Assignments(
         user=rows["user"].astype(np.int64),
         item=rows["item"].astype(np.int64),
