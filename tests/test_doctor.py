@@ -24,6 +24,7 @@ RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 FACTS = Facts(
     version=15,
+    minor=9,
     version_text="PostgreSQL 15.9 (Debian 15.9-1) on x86_64-pc-linux-gnu",
     database="shop",
     role="postgres",
@@ -199,9 +200,28 @@ def test_a_gpu_that_cupy_sees(empty_database: str) -> None:
     assert found["gpu"] == Check(name="gpu", status="ok", found="cupy 13.3, Tesla")
 
 
-@pytest.mark.parametrize(("version", "status"), [(12, "fail"), (13, "ok"), (18, "ok"), (19, "warn")])
-def test_versions(version: int, status: str) -> None:
-    assert doctor.check_version(replace(FACTS, version=version)).status == status
+@pytest.mark.parametrize(
+    ("version", "minor", "status"),
+    [
+        (12, 22, "fail"),
+        (13, 14, "ok"),
+        (13, 13, "warn"),
+        (14, 10, "warn"),
+        (15, 5, "warn"),
+        (15, 6, "ok"),
+        (16, 0, "ok"),
+        (18, 0, "ok"),
+        (19, 0, "warn"),
+    ],
+)
+def test_versions(version: int, minor: int, status: str) -> None:
+    assert doctor.check_version(replace(FACTS, version=version, minor=minor)).status == status
+
+
+def test_a_server_on_which_an_owner_becomes_superuser() -> None:
+    found = doctor.check_version(replace(FACTS, minor=5))
+    assert "CVE-2024-0985" in found.found
+    assert found.remedy == "upgrade the server to PostgreSQL 15.6 or newer"
 
 
 def test_a_standby() -> None:

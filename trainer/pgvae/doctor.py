@@ -16,6 +16,9 @@ from pgvae import __version__, resources
 OLDEST, NEWEST = 13, 18
 # What the runtime is written for: dataclasses with keywords only, and the types of arrays.
 OLDEST_PYTHON, OLDEST_NUMPY = (3, 10), (1, 21)
+# Before these a concurrent refresh ran code of the view's owner as whoever refreshes (CVE-2024-0985): of vae.refresh
+# that is a superuser. Later versions never did.
+SAFE_MINOR = {13: 14, 14: 11, 15: 6}
 
 # A slow machine with a tuned BLAS reaches tens of GFLOP/s, a fast one with the reference BLAS three or four.
 SLOW_GFLOPS = 8.0
@@ -37,6 +40,7 @@ class Facts:
     """What the catalogue says about a server and the role that asks."""
 
     version: int
+    minor: int
     version_text: str
     database: str
     role: str
@@ -137,6 +141,7 @@ def read_facts(connection: psycopg.Connection) -> Facts:
     row = connection.execute(
         """
         select current_setting('server_version_num')::integer / 10000,
+               current_setting('server_version_num')::integer % 10000,
                version(),
                current_database(),
                current_user,
@@ -191,6 +196,13 @@ def check_version(facts: Facts) -> Check:
         return Check(name="server", status="fail", found=found, remedy=remedy)
     if facts.version > NEWEST:
         return Check(name="server", status="warn", found=f"{found}; pgvae is written for {OLDEST} to {NEWEST}")
+    if facts.minor < SAFE_MINOR.get(facts.version, 0):
+        return Check(
+            name="server",
+            status="warn",
+            found=f"{found}: whoever owns a model can become superuser through vae.refresh (CVE-2024-0985)",
+            remedy=f"upgrade the server to PostgreSQL {facts.version}.{SAFE_MINOR[facts.version]} or newer",
+        )
     return Check(name="server", status="ok", found=found)
 
 
