@@ -1,7 +1,9 @@
 -- The quality gate: what the cleaned view leaves out and why, and whether the rest is enough to train on.
 
-create or replace function vae.check_events(model text)
-returns table (check_name text, status text, row_count bigint, share double precision, threshold double precision, remedy text)
+create or replace function vae_private.count_events(m vae.models)
+returns table (
+    total bigint, null_user_ids bigint, null_item_ids bigint, null_timestamps bigint, future_timestamps bigint, absurd_timestamps bigint,
+    returns bigint, unknown_event_types bigint, overlong_ids bigint, orphan_users bigint, orphan_items bigint)
 language plpgsql
 stable
 called on null input
@@ -9,23 +11,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    m vae.models;
-    counts record;
-    clean record;
-    outliers record;
-    time_from text;
-    time_to text;
-    unknown_types text[];
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
-    perform vae_private.check_grants(m);
-    perform vae_private.check_tables(m);
-    perform vae_private.check_views(m);
-    time_from := vae_private.earliest(m);
-    time_to := vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()');
-
-    execute format(
+    return query execute format(
         'select count(*) as total,'
         '    count(*) filter (where e.%1$I is null) as null_user_ids,'
         '    count(*) filter (where e.%2$I is null and %3$s) as null_item_ids,'
@@ -41,7 +28,7 @@ begin
         m.user_id_column, m.item_id_column,
         -- Searches and registrations have no item.
         case when m.event_type_column is null then 'true' else 't.event_type is distinct from ''register'' and t.event_type is distinct from ''search''' end,
-        m.occurred_at_column, time_from, time_to,
+        m.occurred_at_column, vae_private.earliest(m), vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
         case when m.quantity_column is null then 'false' else format('e.%I <= 0', m.quantity_column) end,
         case when m.event_type_column is null then 'false' else 't.name is null' end,
         concat_ws(' or ',
@@ -61,27 +48,76 @@ begin
                 ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I',
                 m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end),
         case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end
-    ) into counts;
+    );
+end;
+$$;
 
+comment on function vae_private.count_events(vae.models) is
+    'Counts the rows of a model''s events, and those that the cleaned events leave out, by reason; part of vae.check_events.';
+
+
+create or replace function vae_private.unknown_event_types(m vae.models)
+returns text[]
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found text[];
+begin
+    execute format(
+        'select array_agg(u.name) from ('
+        ' select e.%1$I::text as name'
+        ' from %2$I.%3$I e'
+        ' left join vae.event_types t on t.model_id = %4$s and t.name = e.%1$I::text'
+        ' where t.name is null and e.%1$I is not null%5$s'
+        ' group by 1'
+        ' order by count(*) desc, 1'
+        ' limit 5) u',
+        m.event_type_column, m.events_schema, m.events_table, m.model_id,
+        case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) end)
+    into found;
+    return found;
+end;
+$$;
+
+comment on function vae_private.unknown_event_types(vae.models) is
+    'Gives the most frequent event types of a model''s events that have no meaning, five at most; part of vae.check_events.';
+
+
+create or replace function vae.check_events(model text)
+returns table (check_name text, status text, row_count bigint, share double precision, threshold double precision, remedy text)
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models;
+    counts record;
+    duplicates bigint;
+    clean record;
+    outliers record;
+    unknown_types text[];
+begin
+    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_grants(m);
+    perform vae_private.check_tables(m);
+    perform vae_private.check_views(m);
+    select * into counts from vae_private.count_events(m);
     if counts.unknown_event_types > 0 then
-        execute format(
-            'select array_agg(u.name) from ('
-            ' select e.%1$I::text as name'
-            ' from %2$I.%3$I e'
-            ' left join vae.event_types t on t.model_id = %4$s and t.name = e.%1$I::text'
-            ' where t.name is null and e.%1$I is not null%5$s'
-            ' group by 1'
-            ' order by count(*) desc, 1'
-            ' limit 5) u',
-            m.event_type_column, m.events_schema, m.events_table, m.model_id,
-            case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) end)
-        into unknown_types;
+        unknown_types := vae_private.unknown_event_types(m);
     end if;
 
     -- Of the rows that all other rules admit, those that the distinct of the cleaned events takes away.
-    execute format('select (select count(*) from (%s) a) - (select count(*) from (%s) d) as duplicates',
+    execute format('select (select count(*) from (%s) a) - (select count(*) from (%s) d)',
         vae_private.clean_select(m.model_id, 'admitted rows'), vae_private.clean_select(m.model_id, 'all users'))
-    into clean;
+    into duplicates;
 
     return query
     select c.check_name,
@@ -110,7 +146,7 @@ begin
             (8, 'orphan_users', counts.orphan_users, 'rows whose user is missing from the table of users are left out: load the users'),
             (9, 'orphan_items', counts.orphan_items, 'rows whose item is missing from the table of items are left out: load the items'),
             (10, 'returns', counts.returns, 'rows with a quantity of zero or less (returns, cancellations) are left out'),
-            (11, 'duplicates', clean.duplicates, 'rows with the same user, item, event type and time count once')
+            (11, 'duplicates', duplicates, 'rows with the same user, item, event type and time count once')
         ) as v (position, check_name, row_count, remedy)
     ) c
     order by c.position;

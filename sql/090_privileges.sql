@@ -71,6 +71,8 @@ grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
+    vae_private.count_events(vae.models),
+    vae_private.unknown_event_types(vae.models),
     vae_private.check_assignments(vae.models),
     vae_private.assignment_select(vae.models),
     vae.check_freshness(text),
