@@ -92,7 +92,7 @@ class Losses:
 
 def latest(history: History, max_history: int) -> tuple[Tokens, Doubles]:
     """Gives the tokens of a history whose events are all different, and when they happened, [N]."""
-    order = history._order()
+    order = history.order()
     end = np.cumsum(history.counts)
     order = order[np.repeat(end, history.counts) - np.arange(len(order)) <= max_history]
     at = history.occurred_at[order]

@@ -29,14 +29,14 @@ _COLUMNS = """
 array_agg(d.day) as day, array_agg(d.units) as units, array_agg(d.buyers) as buyers, array_agg(d.views) as views,
 array_agg(d.carts) as carts
 """
-_SPAN = "$2::timestamptz, $2::timestamptz - make_interval(days => $3), $4::text[]"
+_SPAN = "$1::timestamptz, $1::timestamptz - make_interval(days => $2), $3::text[]"
+_SPAN_TYPES = ["text", "integer", "text[]"]
 _ONE_ITEM = """
-select {columns} from {schema}.item_days($1::{key_type}, {span}) d having count(*) > 0
+select {columns} from {schema}.item_days($4::{key_type}, {span}) d having count(*) > 0
 """
 _ALL_ITEMS = """
 select d.item_id::text as item_key, {columns}
 from {schema}.all_item_days({span}) d
-where $1::text is null
 group by d.item_id
 """
 # Items at once: what each did in up to 26 horizons becomes Python objects.
@@ -89,7 +89,7 @@ def demand_of_item(plpy: Any, found: Forecaster, item_key: str) -> Row:
     query = _ONE_ITEM.format(
         columns=_COLUMNS, schema=plpy.quote_ident(found.model), key_type=found.item_id_type, span=_SPAN
     )
-    rows = execute(plpy, query, ["text", "text", "integer", "text[]"], [item_key, *_span(found)])
+    rows = execute(plpy, query, [*_SPAN_TYPES, "text"], [*_span(found), item_key])
     if rows:
         (row,) = _forecast(found, [item_key], rows)
         return row
@@ -111,8 +111,8 @@ def demand_of_item(plpy: Any, found: Forecaster, item_key: str) -> Row:
 def demand_of_all(plpy: Any, found: Forecaster) -> Iterator[Row]:
     """Gives the forecast of each item that something happened to."""
     query = _ALL_ITEMS.format(columns=_COLUMNS, schema=plpy.quote_ident(found.model), span=_SPAN)
-    plan = plpy.prepare(query, ["text", "text", "integer", "text[]"])
-    cursor = plpy.cursor(plan, [None, *_span(found)])
+    plan = plpy.prepare(query, _SPAN_TYPES)
+    cursor = plpy.cursor(plan, _span(found))
     done = 0
     while rows := cursor.fetch(_BATCH):
         yield from _forecast(found, [row["item_key"] for row in rows], rows)

@@ -97,7 +97,7 @@ class History:
         """Gives the history with each event once, in the order of the tokens: a table may hold an event twice."""
         if self._is_later_each():
             return replace(self, is_ordered=True)
-        order, user = self._order(), self.users()
+        order, user = self.order(), self.users()
         user, item, event_type, at = user[order], self.item[order], self.event_type[order], self.occurred_at[order]
         is_new = np.ones(len(user), dtype=bool)
         is_new[1:] = (
@@ -123,7 +123,7 @@ class History:
         is_later[begins[begins < len(is_later)]] = True
         return bool(is_later.all())
 
-    def _order(self) -> NDArray[np.int64]:
+    def order(self) -> NDArray[np.int64]:
         """Gives the events' order by user, time, item and event type."""
         if self.is_ordered:
             return np.arange(len(self.item))
@@ -139,7 +139,7 @@ class History:
         model that is a month old, then looks to the model as it did in training.
         """
         counts = self.counts
-        order = self._order()
+        order = self.order()
         start = starts(counts)
         if counts.max(initial=0) > max_history:
             # Sorting keeps users in place, so the distance to a user's end says whether a token is among the latest.

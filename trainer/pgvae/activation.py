@@ -16,7 +16,6 @@ class Activation:
 
     previous: int | None = None
     refusal: str | None = None
-    sqlstate: str | None = None
     hint: str | None = None
 
 
@@ -28,6 +27,5 @@ def try_to_activate(connection: psycopg.Connection, model: str, version: int) ->
     except psycopg.Error as error:
         if error.sqlstate not in GATES:
             raise
-        refusal = error.diag.message_primary
-        return Activation(refusal=refusal, sqlstate=error.sqlstate, hint=error.diag.message_hint)
+        return Activation(refusal=error.diag.message_primary, hint=error.diag.message_hint)
     return Activation(previous=row[1] if row else None)
