@@ -33,7 +33,8 @@ $$;
 
 comment on function vae.drop_version(text, integer, boolean) is
     'Drops a version: weights, catalogue, metrics, lineage; the logs of activations and refreshes keep its number. Refuses '
-    'the active one unless forced; the model then scores nothing until another is activated. Only the model''s owner can.';
+    'the active one unless forced; the model then scores nothing until another is activated. What is computed from its predictions '
+    'when it is asked, segments and demand_by_category, is empty until the next refresh. Only the model''s owner can.';
 
 
 create or replace function vae.prune(model text, keep integer default 3)
