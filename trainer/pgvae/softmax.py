@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+# oneDNN keeps what it made for each shape of a product in bfloat16, a megabyte and more: few shapes must occur.
+_COLUMNS = 256
 
 
 class SampledSoftmax(torch.autograd.Function):
@@ -28,8 +32,11 @@ class SampledSoftmax(torch.autograd.Function):
         use_bfloat16: bool,
     ) -> Tensor:
         """Gives the loss, and keeps the gradient of the logits."""
-        dtype = torch.bfloat16 if use_bfloat16 else x.dtype
-        x, items = x.to(dtype), items.to(dtype)
+        column_count = len(items)
+        if use_bfloat16:
+            spare = -column_count % _COLUMNS
+            x, items = x.bfloat16(), pad(items.bfloat16(), (0, 0, 0, spare))
+            bias = pad(bias, (0, spare), value=-torch.inf)
         logits = (x @ items.T).float()
         logits += bias
         place = row * logits.shape[1] + column
@@ -42,18 +49,19 @@ class SampledSoftmax(torch.autograd.Function):
         user_weight = torch.zeros_like(total).index_add_(0, row, weight)
         gradient = logits.mul_((user_weight / total)[:, None])
         gradient.view(-1)[place] -= weight
-        ctx.save_for_backward(x, items, gradient.to(dtype), gradient.sum(dim=0))
+        ctx.save_for_backward(x, items, gradient.to(x.dtype), gradient.sum(dim=0))
+        ctx.candidates = column_count
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gives the gradients of x, items and bias."""
         x, items, gradient, of_bias = ctx.saved_tensors
-        scale = outputs[0]
+        scale, count = outputs[0], ctx.candidates
         return (
             (gradient @ items).float() * scale,
-            (gradient.T @ x).float() * scale,
-            of_bias * scale,
+            (gradient.T @ x)[:count].float() * scale,
+            of_bias[:count] * scale,
             None,
             None,
             None,
