@@ -76,6 +76,23 @@ def test_all_views_are_refreshed_in_their_order_or_those_that_are_named(more: Co
     assert phases == [(None, "succeeded")]
 
 
+def test_the_seconds_of_a_view_are_its_own(more: Connection) -> None:
+    before = last(more)
+    more.execute("call vae.refresh('shop')")
+    starts = more.execute(
+        "select started_at >= lag(finished_at) over (order by refresh_id) from vae.refreshes where refresh_id > %s",
+        [before],
+    ).fetchall()
+    assert len(starts) > 2
+    assert {(True,)} == set(starts[1:])
+    summed = more.execute(
+        "select sum(seconds) <= extract(epoch from max(finished_at) - min(started_at)) from vae.refreshes"
+        " where refresh_id > %s",
+        [before],
+    ).fetchone()
+    assert summed == (True,)
+
+
 @pytest.mark.parametrize(
     ("views", "value"), [("array['numbers', 'sales']", "sales"), ("array[null]", "null"), ("'{}'", "empty")]
 )

@@ -564,7 +564,14 @@ refreshes = Table(
         comment="What it is at: comparing, scoring or storing; null once it has ended. pg_stat_activity.application_name tells more.",
     ),
     Column("version", Integer, comment="Version whose scores the view holds since."),
-    _timestamp("started_at", "When it started.", default_now=True),
+    # Not now(): the row is written in the transaction that refreshed the view before.
+    Column(
+        "started_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=text("clock_timestamp()"),
+        comment="When it started.",
+    ),
     _timestamp("finished_at", "When it ended; null: it is running, or its session was killed."),
     Column("seconds", DOUBLE_PRECISION, comment="Seconds that it took."),
     Column("row_count", BigInteger, comment="Rows that the view holds afterwards; of recommendations: users."),
