@@ -3,7 +3,8 @@
 create or replace function vae_private.count_events(m vae.models)
 returns table (
     total bigint, null_user_ids bigint, null_item_ids bigint, null_timestamps bigint, future_timestamps bigint, absurd_timestamps bigint,
-    returns bigint, unknown_event_types bigint, overlong_ids bigint, orphan_users bigint, orphan_items bigint)
+    returns bigint, unknown_event_types bigint, overlong_ids bigint, orphan_users bigint, orphan_items bigint,
+    null_event_types bigint)
 language plpgsql
 stable
 called on null input
@@ -23,7 +24,8 @@ begin
         '    count(*) filter (where %8$s) as unknown_event_types,'
         '    count(*) filter (where %9$s) as overlong_ids,'
         '    count(*) filter (where %10$s) as orphan_users,'
-        '    count(*) filter (where %11$s) as orphan_items'
+        '    count(*) filter (where %11$s) as orphan_items,'
+        '    count(*) filter (where %16$s) as null_event_types'
         ' from %12$I.%13$I e%14$s%15$s',
         m.user_id_column, m.item_id_column,
         -- Searches and registrations have no item.
@@ -47,7 +49,8 @@ begin
             case when m.items_table is not null then format(
                 ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I',
                 m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end),
-        case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end
+        case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end,
+        case when m.event_type_column is null then 'false' else format('e.%I is null', m.event_type_column) end
     );
 end;
 $$;
@@ -136,10 +139,14 @@ begin
             (3, 'null_timestamps', counts.null_timestamps, 'rows without a time are left out: fill the column'),
             (4, 'overlong_ids', counts.overlong_ids, 'ids of more than 512 bytes are left out: is the right column mapped?'),
             (5, 'unknown_event_types', counts.unknown_event_types,
-                case when m.event_type_column is not null then format(
-                    'rows of event types without a meaning are left out%s; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
-                    (select ': ' || string_agg(quote_literal(left(u.name, 60)), ', ' order by u.place) from unnest(unknown_types) with ordinality as u (name, place)),
-                    model, coalesce(unknown_types[1], 'THEIR NAME')) end),
+                case when m.event_type_column is not null then 'rows of event types without a meaning are left out'
+                    || case when unknown_types is not null then format(': %s; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
+                    (select string_agg(quote_literal(left(u.name, 60)), ', ' order by u.place) from unnest(unknown_types) with ordinality as u (name, place)),
+                    model, unknown_types[1]) else '' end
+                    -- A null can be given no meaning.
+                    || case when counts.null_event_types > 0 then format(
+                        '; rows with no event type at all: %s; fill the column %I, or give a view that does',
+                        counts.null_event_types, m.event_type_column) else '' end end),
             (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check clocks and time zones'),
             (7, 'absurd_timestamps', counts.absurd_timestamps,
                 format('rows before %s are left out; move the limit with options => ''{"earliest": "…"}''', m.options ->> 'earliest')),

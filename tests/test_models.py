@@ -341,7 +341,8 @@ def test_each_check_counts_what_was_planted_and_nothing_else(dirty: psycopg.Conn
     assert remedy.fetchall() == [
         (
             "rows of event types without a meaning are left out: '', ' view', 'View', 'mystery'; say what they mean:"
-            " select vae.set_event_type('shop', '', 'view')",
+            " select vae.set_event_type('shop', '', 'view')"
+            "; rows with no event type at all: 1; fill the column event_type, or give a view that does",
         )
     ]
     good = len(MANY.rows()) + expected["items_seen_once"]
