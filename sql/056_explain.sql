@@ -97,7 +97,7 @@ begin
         m.name, format('item_titles(item_ids %s[])', i), format('table (item_id %s, title text)', i),
         case when title is null then format(E'select null::%s, null::text\nwhere false', i)
             else format(
-                E'select k.%1$I%2$s, left(k.%3$I::text, 80)\nfrom %4$I.%5$I k\nwhere k.%1$I = any ($1) and k.%3$I is not null',
+                E'select k.%1$I%2$s, left(btrim(k.%3$I::text), 80)\nfrom %4$I.%5$I k\nwhere k.%1$I = any ($1) and k.%3$I is not null',
                 m.items_key_column, case i when 'text' then '::text' else '' end, title, m.items_schema, m.items_table) end);
     perform vae_private.make_function(
         m.name, format('because(user_id %s, item_id %s)', u, i), 'text',
