@@ -182,6 +182,9 @@ def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp
         (["1262304000", "1293958800"], ("--type", "occurred_at=timestamptz"), "2011-01-02 09:00:00+00"),
         (["1262304000", "1293958800"], (), "2011-01-02 09:00:00+00"),
         (["1262304000000", "1293958800000"], (), "2011-01-02 09:00:00+00"),
+        (["12/25/2010 12:26 AM", "01/02/2011 9:00 PM"], (), "2011-01-02 21:00:00+00"),
+        (["12/25/2010 12:26:00 am", "12/25/2010 12:26 a.m."], (), "2010-12-25 00:26:00+00"),
+        (["25.12.2010 08:26", "01.02.2011 09:00"], (), "2011-02-01 09:00:00+00"),
     ],
 )
 def test_times_are_read_in_the_order_that_they_tell(
@@ -208,6 +211,63 @@ def test_a_few_broken_times_do_not_make_the_column_text(empty_database: str, run
     other = write(tmp_path / "other.csv", "user,item,time\n1,a,2011-02-01\n1,a,morning\n")
     done = run_cli("load", "events", other, "--yes", "--replace", dsn=empty_database)
     assert "not read as times: --type occurred_at=timestamptz rejects what is none" in done.stdout
+
+
+def test_numbers_that_are_no_times_are_said_to_be_none(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    file = write(tmp_path / "events.csv", "user,item,ts\n1,2,511\n1,3,1012\n")
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "no times, but bigint" in done.stdout
+    assert "create a view of public.events whose occurred_at holds times" in done.stdout
+    assert "create_model" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("prices", "expected"),
+    [
+        (["510,14", "1.234,5", "-7"], ["numeric", "510.14", "1234.5", "-7"]),
+        (["1.234", "2,5", "3"], ["numeric", "1234", "2.5", "3"]),
+        # Thousands, as far as anybody can tell.
+        (["1,234", "2,500", "3"], ["text", "1,234", "2,500", "3"]),
+        (["1,234.50", "2,5", "3"], ["text", "1,234.50", "2,5", "3"]),
+    ],
+)
+def test_decimal_commas_are_read_where_no_value_says_otherwise(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, prices: list[str], expected: list[str]
+) -> None:
+    lines = "".join(f"1;a{place};2010-01-0{place + 1};{price}\n" for place, price in enumerate(prices))
+    file = write(tmp_path / "events.csv", "\ufeffuser;item;time;price\n" + lines)
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert ("decimal commas" in done.stdout) == (expected[0] == "numeric")
+    found = rows(empty_database, "select pg_typeof(price)::text, price::text from events order by item_id")
+    assert [found[0][0], *(row[1] for row in found)] == expected
+
+
+def test_keys_that_look_like_numbers_stay_as_they_are_written(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "events.csv", "user,item,time\n2010-01-01,1.1,2010-01-01\n2010-01-02,1.10,2010-01-01\n")
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select user_id, item_id from events order by 1") == [
+        ("2010-01-01", "1.1"),
+        ("2010-01-02", "1.10"),
+    ]
+
+
+@pytest.mark.parametrize(("encoding", "header"), [("latin-1", "user,Stück,time"), ("utf-16", "user,item,time")])
+def test_a_header_of_another_encoding_is_refused_with_the_option(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, encoding: str, header: str
+) -> None:
+    file = write(tmp_path / "events.csv", f"{header}\n1,a,2010-01-01\n".encode(encoding))
+    refused = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert refused.returncode == 1
+    assert "the header of" in refused.stderr and "is not utf-8" in refused.stderr
+    assert "--encoding latin-1" in refused.stderr
+    options = ("--map", "item_id=Stück") if "Stück" in header else ()
+    done = run_cli("load", "events", file, "--yes", "--encoding", encoding, *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_table_in_the_way_is_added_to_or_exchanged_only_on_demand(

@@ -29,6 +29,8 @@ group = typer.Typer(
 )
 app.add_typer(group, name="load")
 
+_TIMES = ("timestamptz", "timestamp", "date")
+
 Files = Annotated[list[str], typer.Argument(help="CSV or Parquet, plain or gz, xz, zst, bz2; - is standard input.")]
 TableName = Annotated[str | None, typer.Option("--table", help="Table to load into.", show_default=False)]
 Map = Annotated[
@@ -236,6 +238,14 @@ def _show_summary(plan: Plan, summary: LoadSummary, schema: str, table: str) -> 
     if plan.kind.name == "events":
         name = ".".join(_quoted(part) for part in (schema, table)).replace("'", "''")
         call = f"vae.create_model('shop', events => '{name}')"
+        if any(one.name == "occurred_at" and one.sql_type not in _TIMES for one in plan.columns):
+            out.print(
+                f"next, in psql: create a view of {schema}.{table} whose occurred_at holds times; a model needs them",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            return
         out.print("next, in psql: select * from", call, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pgvae.errors import PgvaeError
 from pgvae.load.columns import Kind, snake_case, squashed
 from pgvae.load.sources import BATCH_ROWS, Batch, Source
-from pgvae.load.types import Dialect, converter, date_order_of, infer, infer_time
+from pgvae.load.types import Dialect, converter, date_order_of, has_decimal_commas, infer, infer_time
 
 SAMPLE_ROWS = 6 * BATCH_ROWS
 
@@ -35,6 +35,7 @@ class ColumnPlan:
     nulls: int
     examples: Sequence[str]
     remark: str | None
+    decimal_commas: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ def make_plan(kind: Kind, source: Source, options: LoadOptions) -> Plan:
         values = [row[position] for row in rows]
         is_time = names[header] == "occurred_at" and "occurred_at" in kind.required
         guessed, remark = (infer_time if is_time else infer)(values, dialect)
+        if names[header] in ("user_id", "item_id") and guessed not in ("bigint", "uuid"):
+            # A key that looks like a number, a date or a truth stays as it is written: 1.1 and 1.10 may be two items.
+            guessed, remark = "text", remark if guessed == "text" else None
         sql_type = options.types.get(names[header], guessed)
         if sql_type in ("timestamptz", "timestamp", "date") and dialect.date_order is None:
             # One order for the whole load: the first column with short dates decides.
@@ -90,6 +94,7 @@ def make_plan(kind: Kind, source: Source, options: LoadOptions) -> Plan:
                 nulls=sum(1 for value in values if value in dialect.nulls),
                 examples=list(dict.fromkeys(value for value in values[:200] if value not in dialect.nulls))[:3],
                 remark=None if names[header] in options.types else remark,
+                decimal_commas=has_decimal_commas([value for value in values if value not in dialect.nulls]),
             )
         )
     return Plan(kind=kind, columns=columns, dialect=dialect, sampled=sampled, sample_rows=len(rows))

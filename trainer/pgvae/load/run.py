@@ -94,7 +94,10 @@ def load(
     with connect(dsn) as connection:
         created = _prepare(connection, plan, schema, table, mode)
         types = [column.sql_type for column in plan.columns] if created else _types_of(connection, schema, table, plan)
-        columns = [_Column(converter(sql_type, plan.dialect)) for sql_type in types]
+        columns = [
+            _Column(converter(sql_type, plan.dialect, decimal_commas=column.decimal_commas))
+            for sql_type, column in zip(types, plan.columns, strict=True)
+        ]
         copy_sql = sql.SQL("copy {} ({}) from stdin").format(
             target, sql.SQL(", ").join(sql.Identifier(column.name) for column in plan.columns)
         )

@@ -118,6 +118,11 @@ def _csv(
     # A header may hold newlines within quotes: the reader gets the line back.
     reader = csv.reader(_chain(first, text), delimiter=delimiter)
     header = next(reader)
+    if any("\udc80" <= letter <= "\udcff" or letter == "\0" for field in header for letter in field):
+        raise PgvaeError(
+            f"the header of {name} is not {encoding}",
+            hint="name its encoding, as in --encoding latin-1, or utf-16 where a spreadsheet wrote it",
+        )
     return header, _csv_batches(name, reader, len(header), delimiter)
 
 

@@ -16,7 +16,12 @@ DateOrder = Literal["dmy", "mdy"]
 _INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
-_SLASHED = re.compile(r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?)?")
+# 1234,50 and 1.234,50. Three digits alone after a comma may be thousands: such a column is not taken for numbers.
+_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_DECIMALS = re.compile(r",(?!\d{3}$)\d+$")
+_SLASHED = re.compile(
+    r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?(?: ?([AaPp])\.?[Mm]\.?)?)?"
+)
 _BOOLEANS = {"true": "t", "false": "f", "t": "t", "f": "f", "yes": "t", "no": "f", "1": "t", "0": "f"}
 _BOOLEAN_WORDS = {"true", "false", "t", "f", "yes", "no"}
 _RANGES = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
@@ -56,6 +61,8 @@ def infer(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
         return "boolean", None
     if all(_NUMBER.fullmatch(value) and not _LEADING_ZERO.match(value) for value in filled):
         return "numeric", None
+    if has_decimal_commas(filled):
+        return "numeric", "decimal commas"
     if all(_is_uuid(value) for value in filled):
         return "uuid", None
     if all(_SLASHED.fullmatch(value) for value in filled):
@@ -77,6 +84,8 @@ def infer_time(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None
     if guessed == "bigint" and all(value.isdigit() and len(value) >= _EPOCH_DIGITS for value in filled):
         unit = "milliseconds" if len(filled[0]) >= _MILLISECONDS_DIGITS else "seconds"
         return "timestamptz", f"{unit} since 1970"
+    if guessed not in ("text", "date", "timestamptz"):
+        return guessed, f"no times, but {guessed}: make a view that computes them"
     if guessed != "text" or not filled:
         return guessed, remark
     times = [value for value in filled if _SLASHED.fullmatch(value) or _is_date(value) or _is_timestamp(value)]
@@ -100,14 +109,22 @@ def date_order_of(values: Sequence[str], dialect: Dialect) -> tuple[DateOrder, s
     return "dmy", "day before month is a guess: --date-order mdy for the other"
 
 
-def converter(sql_type: str, dialect: Dialect) -> Callable[[str], str]:
+def has_decimal_commas(values: Sequence[str]) -> bool:
+    """Whether these are numbers whose decimals stand behind a comma, such as 1.234,50."""
+    filled = [value.strip() for value in values if value.strip()]
+    return all(_COMMA_NUMBER.fullmatch(value) and not _LEADING_ZERO.match(value) for value in filled) and any(
+        _DECIMALS.search(value) for value in filled
+    )
+
+
+def converter(sql_type: str, dialect: Dialect, *, decimal_commas: bool = False) -> Callable[[str], str]:
     """Gives the function that turns a text into COPY's text format, or into Bad; PgvaeError for an unknown type."""
     base = {"timestamp": "timestamptz", "double precision": "numeric", "real": "numeric", "varchar": "text"}
     convert = {
         "smallint": lambda text: _integer(text, "smallint"),
         "integer": lambda text: _integer(text, "integer"),
         "bigint": lambda text: _integer(text, "bigint"),
-        "numeric": _number,
+        "numeric": _comma_number if decimal_commas else _number,
         "boolean": _boolean,
         "uuid": _uuid,
         "date": lambda text: _date(text, dialect),
@@ -158,6 +175,12 @@ def _number(text: str) -> str:
     return text if _NUMBER.fullmatch(text) else Bad(f"{_shown(text)} is no number")
 
 
+def _comma_number(text: str) -> str:
+    if not _COMMA_NUMBER.fullmatch(text):
+        return Bad(f"{_shown(text)} is no number with a decimal comma")
+    return text.replace(".", "").replace(",", ".")
+
+
 def _boolean(text: str) -> str:
     return _BOOLEANS.get(text.lower()) or Bad(f"{_shown(text)} is no boolean")
 
@@ -180,8 +203,13 @@ def _slashed(text: str, order: DateOrder) -> datetime | None:
         return None
     first, second, year = int(match[1]), int(match[2]), int(match[3])
     day, month = (first, second) if order == "dmy" else (second, first)
+    hour = int(match[4] or 0)
+    if half := match[7]:
+        if not 1 <= hour <= 12:
+            return None
+        hour = hour % 12 + (12 if half in "pP" else 0)
     try:
-        return datetime(year, month, day, int(match[4] or 0), int(match[5] or 0), int(match[6] or 0))
+        return datetime(year, month, day, hour, int(match[5] or 0), int(match[6] or 0))
     except ValueError:
         return None
 
