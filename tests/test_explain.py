@@ -226,7 +226,8 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
     assert rows(trained, "select shop.because(null, %s)", [item]) == [(None,)]
     # With the shop's titles, in the view too.
     trained.execute(
-        "create table goods as select distinct item_id as id, case when item_id % 2 = 0 then ' Good ' || item_id || ' ' end"
+        "create table goods as"
+        " select distinct item_id as id, case when item_id % 2 = 0 then ' Good ' || item_id || ' ' end"
         ' as "Name" from events'
     )
     trained.execute("update vae.models set items_schema = 'public', items_table = 'goods', items_key_column = 'id'")
