@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -398,6 +399,31 @@ def test_reasons_add_up_to_the_distance_from_the_average_user(shop: Connection) 
     rest = sum(row[2] for row in shop.execute("select * from shop.explain_churn(8)").fetchall())
     assert sum(row[2] for row in rows) - rest == pytest.approx(one - other, abs=1e-4)
     assert shop.execute("select * from shop.explain_churn(500)").fetchall() == []
+
+
+def test_no_two_reasons_say_the_same_and_a_last_purchase_is_told_with_the_days_between_two(shop: Connection) -> None:
+    rows = shop.execute(
+        """
+        select
+            max(e.occurred_at) filter (where e.event_type = 'purchase') = max(e.occurred_at) as bought_last,
+            extract(epoch from max(e.occurred_at) filter (where e.event_type = 'purchase')
+                - min(e.occurred_at) filter (where e.event_type = 'purchase')) / 86400 as days,
+            (select string_agg(r.reason, '; ') from shop.explain_churn(e.user_id) r) as reasons
+        from events e
+        where e.user_id <= 60
+        group by e.user_id
+        having bool_or(e.event_type = 'purchase')
+        """
+    ).fetchall()
+    for bought_last, days, reasons in rows:
+        assert ("last event" in reasons) is not bought_last
+        buying_days = int(re.findall(r"bought on (\d+) day", reasons)[0])
+        if buying_days == 1:
+            assert "only purchase" in reasons
+        else:
+            between = re.findall(r"last purchase \d+ days? ago, with (\d+) days? between two on average", reasons)
+            assert between == [str(int(float(days) / (buying_days - 1)))]
+    assert {row[0] for row in rows} == {False, True}
 
 
 def test_probability_follows_the_score(shop: Connection) -> None:

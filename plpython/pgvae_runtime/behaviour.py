@@ -56,7 +56,8 @@ def count(types: int) -> int:
 def behaviour_groups(types: int) -> dict[str, list[int]]:
     """Gives the columns of the numbers that speak of the same thing, by its name."""
     words = {
-        "purchase recency": ("since the last purchase",),
+        # A week is long since the last purchase for who buys daily, and short for who buys twice a year.
+        "purchase recency": ("since the last purchase", "days between purchases"),
         "recency": ("since the last event", "since the last one"),
         "tenure": ("since the first event",),
         "frequency": ("purchases", "bought"),

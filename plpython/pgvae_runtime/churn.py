@@ -91,8 +91,7 @@ def _rows(version: Version, users: list[str], history: History, now: float) -> I
     slope = float(version.weights["item_slope"][0])
     horizon = outcomes.horizon_of(version.weights)
     reasons = reasons_of(version, found, history, as_of)
-    last = np.full(len(users), -np.inf)
-    np.maximum.at(last, history.users(), history.occurred_at)
+    last, _ = _last_times(version, history)
     columns = (found.purchase, found.expected, found.item_offset, last)
     for user, purchase, expected, offset, at, why in zip(
         users, *(column.tolist() for column in columns), reasons, strict=True
@@ -125,11 +124,15 @@ def reasons_of(
     parts = -(found.behaviour - weights["behaviour_mean"]) * weights["purchase_behaviour"]
     by_group = np.column_stack([parts[:, columns].sum(axis=1) for columns in groups.values()])
     names = list(groups)
-    # Of who never bought both groups say the same, so their parts are one.
-    never = ~_have_bought(version, history)
-    once, twice = names.index("frequency"), names.index("purchase recency")
-    by_group[never, once] += by_group[never, twice]
-    by_group[never, twice] = -math.inf
+    # Where two groups say the same, their parts are one: of who never bought, and of whose last event is a purchase.
+    last, last_purchase = _last_times(version, history)
+    for same, kept, other in (
+        (np.isneginf(last_purchase), "frequency", "purchase recency"),
+        (last == last_purchase, "purchase recency", "recency"),
+    ):
+        into, out_of = names.index(kept), names.index(other)
+        by_group[same, into] += by_group[same, out_of]
+        by_group[same, out_of] = -math.inf
     order = np.argsort(-by_group, axis=1, kind="stable")[:, :most]
     facts = _facts(version, history, as_of)
     return [
@@ -147,7 +150,7 @@ def reasons_of(
 def explained(version: Version, history: History) -> list[tuple[int, str, float, int]]:
     """Gives (rank, reason, contribution, version) of one user, [1] history: all groups, those for no purchase first.
 
-    For who never bought there is one fewer, see reasons_of.
+    There is one fewer where two groups say the same, see reasons_of.
     """
     if not history.counts[0]:
         return []
@@ -165,10 +168,13 @@ _WORDS = {
 }
 
 
-def _have_bought(version: Version, history: History) -> NDArray[np.bool_]:
-    """Tells which users have a purchase, [U]."""
-    bought = np.isin(history.event_type, version.targets)
-    return np.bincount(history.users()[bought], minlength=len(history.counts)) > 0
+def _last_times(version: Version, history: History) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gives the times of the last event and of the last purchase, both [U], -infinity where there is none."""
+    user, bought = history.users(), np.isin(history.event_type, version.targets)
+    last, last_purchase = np.full((2, len(history.counts)), -np.inf)
+    np.maximum.at(last, user, history.occurred_at)
+    np.maximum.at(last_purchase, user[bought], history.occurred_at[bought])
+    return last, last_purchase
 
 
 def _facts(version: Version, history: History, as_of: NDArray[np.float64]) -> list[dict[str, str]]:
@@ -179,25 +185,34 @@ def _facts(version: Version, history: History, as_of: NDArray[np.float64]) -> li
     bought = np.isin(history.event_type, version.targets)
     users = len(history.counts)
     since, since_purchase = np.full(users, np.inf), np.full(users, np.inf)
-    tenure, buying_days, recent = np.zeros(users), np.zeros(users), np.zeros(users)
+    tenure, since_first, buying_days, recent = np.zeros((4, users))
     np.minimum.at(since, user, age)
     np.minimum.at(since_purchase, user[bought], age[bought])
+    np.maximum.at(since_first, user[bought], age[bought])
     np.maximum.at(tenure, user, age)
     for counted, chosen in ((buying_days, bought), (recent, age < horizon)):
         days = np.unique(user[chosen] * 1_000_000 + age[chosen].astype(np.int64)) // 1_000_000
         counted += np.bincount(days, minlength=users)
+    columns = (since, since_purchase, since_first, buying_days, recent, tenure)
     return [
         {
-            "since_event": f"last event {_days(a)} ago",
-            "since_purchase": f"last purchase {_days(b)} ago" if math.isfinite(b) else "no purchase yet",
-            "buying_days": f"bought on {_days(c)} in all" if c else "no purchase yet",
-            "recent": f"active on {_days(d)} of the last {horizon}",
-            "tenure": _days(e),
+            "since_event": f"last event {_days(event)} ago",
+            "since_purchase": _purchases(purchase, first, int(days)),
+            "buying_days": f"bought on {_days(days)} in all" if days else "no purchase yet",
+            "recent": f"active on {_days(active)} of the last {horizon}",
+            "tenure": _days(seen),
         }
-        for a, b, c, d, e in zip(
-            *(column.tolist() for column in (since, since_purchase, buying_days, recent, tenure)), strict=True
-        )
+        for event, purchase, first, days, active, seen in zip(*(column.tolist() for column in columns), strict=True)
     ]
+
+
+def _purchases(last: float, first: float, days: int) -> str:
+    """Gives words for when somebody bought, `last` and `first` in days before, on so many days."""
+    if days == 0:
+        return "no purchase yet"
+    if days == 1:
+        return f"only purchase {_days(last)} ago"
+    return f"last purchase {_days(last)} ago, with {_days((first - last) / (days - 1))} between two on average"
 
 
 def _days(count: float) -> str:
