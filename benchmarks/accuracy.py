@@ -35,7 +35,7 @@ from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.console import err, out
 from pgvae.ranking import per_user_metrics
-from pgvae.rows import Epoch
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.training import fit, scorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -194,7 +194,8 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
             "epoch_seconds": round(found.epoch_seconds, 2),
             "seconds_to_95_percent": _to_95_percent(found.curve),
         }
-    config, search = replace(TrainingConfig(seed=seed), **_ABLATIONS.get(name, {})), {}
+    config = replace(TrainingConfig(seed=seed), **_ABLATIONS.get(name, {}))
+    search: dict[str, Any] = {}
     if name == "pgvae_tuned":
         config, search = tuned(task, config, effort.trials, max_history=MAX_HISTORY, say=err.print)
     selected = fit(
@@ -202,7 +203,7 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
     )
     final = fit(
         task.whole,
-        config,
+        replace(config, future_share=selected.future_share),
         max_history=MAX_HISTORY,
         phase="publish",
         epochs=selected.best_epoch,
@@ -217,6 +218,7 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
         "epochs": selected.best_epoch,
         "epochs_tried": len(selected.curve),
         "shortcut": asdict(selected.shortcut),
+        "future_share": selected.future_share,
         "validation_ndcg": {
             f"{choice.way} × {choice.scale:g}" if choice.way else "none": round(ndcg, 5)
             for choice, ndcg in selected.judged.items()
@@ -228,7 +230,8 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
 
 
 def _say(epoch: Epoch) -> None:
-    err.print(f"pgvae epoch {epoch.epoch}: NDCG@20 {epoch.validation_ndcg or 0:.4f}, {epoch.seconds:.1f} s")
+    what = "choosing" if epoch.phase == CHOOSING else "epoch"
+    err.print(f"pgvae {what} {epoch.epoch}: NDCG@20 {epoch.validation_ndcg or 0:.4f}, {epoch.seconds:.1f} s")
 
 
 def _to_95_percent(curve: list[tuple[float, float]]) -> float | None:

@@ -11,7 +11,7 @@ import optuna
 from benchmarks.splits import Task
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
-from pgvae.rows import Epoch
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.training import fit
 from pgvae.tune import SPACE
 
@@ -34,6 +34,8 @@ def tuned(
 
         def on_epoch(epoch: Epoch) -> None:
             nonlocal best
+            if epoch.phase == CHOOSING:
+                return
             best = max(best, epoch.validation_ndcg or 0.0)
             trial.report(best, epoch.epoch)
             if trial.should_prune():

@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 
 from pgvae.config import TrainingConfig
 
-QUICK = TrainingConfig(epochs=2, hidden=8, latent=4)
+QUICK = TrainingConfig(epochs=2, hidden=8, latent=4, future_share=0.5)
 SMALL = {"min_events": 100, "min_users": 20, "min_items": 5}
 BEGIN = datetime(2024, 1, 1, tzinfo=UTC)
 

@@ -20,11 +20,11 @@ from torch.nn.functional import log_softmax
 from pgvae import checkpoints as checkpointing
 from pgvae.batches import Batches
 from pgvae.checkpoints import Checkpoints
-from pgvae.config import TrainingConfig
+from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.ranking import make_holdout
-from pgvae.rows import Epoch
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae.train import Listener
@@ -34,7 +34,7 @@ from shop import QUICK, SMALL, Shop, train
 from variants import dataset_of, with_features
 
 DAY = 86_400.0
-SMALL_CONFIG = TrainingConfig(epochs=6, hidden=12, latent=8, batch_size=16, seed=3)
+SMALL_CONFIG = TrainingConfig(epochs=6, hidden=12, latent=8, batch_size=16, future_share=0.5, seed=3)
 
 
 def some_events(users: int = 60, items: int = 40, seed: int = 1) -> Dataset:
@@ -94,6 +94,38 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(_Run, "pass_over_users", noted)
     return computed
+
+
+def test_the_better_share_is_chosen_and_the_result_is_that_of_a_training_with_it() -> None:
+    config = replace(SMALL_CONFIG, future_share=None)
+    seen: list[Epoch] = []
+    fitted = trained_on(some_events(), config=config, on_epoch=seen.append)
+    choosing = [epoch for epoch in seen if epoch.phase == CHOOSING]
+    assert [epoch.epoch for epoch in choosing] == [*range(1, 7)] * 2
+    assert fitted.curve == seen[len(choosing) :]
+    best = [max(epoch.validation_ndcg or 0.0 for epoch in choosing[first : first + 6]) for first in (0, 6)]
+    assert fitted.future_share == FUTURE_SHARES[int(best[1] > best[0])]
+    given = trained_on(some_events(), config=replace(config, future_share=fitted.future_share))
+    assert outcome(given) == outcome(fitted)
+    other = trained_on(some_events(), config=replace(config, future_share=1.5 - fitted.future_share))
+    assert outcome(other) != outcome(fitted)
+
+
+def test_no_share_is_chosen_where_no_user_has_events_in_an_order() -> None:
+    dataset = some_events()
+    cut = float(np.quantile(dataset.occurred_at, 0.8))
+    before = dataset.between(-np.inf, cut)
+    at_once = replace(before, occurred_at=np.zeros(len(before.user)))
+    fitted = fit(
+        at_once,
+        replace(SMALL_CONFIG, future_share=None),
+        max_history=20,
+        phase="test",
+        validation=make_holdout(at_once, dataset.between(cut, np.inf)),
+        on_epoch=lambda epoch: pytest.fail("it chooses") if epoch.phase == CHOOSING else None,
+    )
+    assert fitted.future_share is None
+    assert fitted.judged
 
 
 def train_and_die(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgvae.config import TrainingConfig
+from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae_runtime.tokens import History, Tokens
 
@@ -48,6 +48,7 @@ class Batches:
         self._dataset = dataset
         self._config = config
         self._max_history = max_history
+        self._future_share = FUTURE_SHARES[0] if config.future_share is None else config.future_share
         self._random = np.random.default_rng(config.seed)
         self._users = np.unique(dataset.user)
         self._weight = dataset.weight / max(float(dataset.weight.max(initial=0.0)), 1e-9)
@@ -116,7 +117,7 @@ class Batches:
         random = self._random.random(len(row)) >= self._config.token_dropout
         begin = np.cumsum(counts) - counts
         cut = at[begin + (self._random.random(users) * counts).astype(np.int64)]
-        by_time = (self._random.random(users) < self._config.future_share) & (at[begin + counts - 1] > at[begin])
+        by_time = (self._random.random(users) < self._future_share) & (at[begin + counts - 1] > at[begin])
         past = at < cut[row]
         return np.where(by_time[row], past, random), ~(by_time[row] & past)
 

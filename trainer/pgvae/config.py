@@ -18,6 +18,8 @@ MODEL_PARTS = (
     "features",
     "shortcut",
 )
+# What `future_share` may be where the validation part chooses; the first one where there is none.
+FUTURE_SHARES = (0.5, 1.0)
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -29,7 +31,8 @@ class TrainingConfig:
     `latent` is the width of embeddings, z and the items' directions, `hidden` that of the hidden layers; `temperature`
     divides the cosines, 0 stands for 10 / ln(items)^2; `kl_weight` is the final 1 - λ, reached after `anneal_epochs`;
     `token_dropout` is the share of a history that the encoder does not see, `future_share` the share of the users of a
-    step for whom it sees what came before a moment and must guess what came after; `negatives` is how many items are
+    step for whom it sees what came before a moment and must guess what came after, None for the one of FUTURE_SHARES
+    that ranks the validation part better; `negatives` is how many items are
     drawn as wrong answers per step, beside the right ones of the whole batch; `neighbours` is how many items an item is
     linked with in the shortcut; `patience` is how many epochs without a better validation NDCG end the training;
     `segments` is the number of segments of users, 0 for none, None for the one that fits the data; `without` names
@@ -46,7 +49,7 @@ class TrainingConfig:
     kl_weight: float = 0.02
     anneal_epochs: float = 5.0
     token_dropout: float = 0.5
-    future_share: float = 0.5
+    future_share: float | None = None
     negatives: int = 4096
     neighbours: int = 64
     segments: int | None = None
@@ -66,7 +69,7 @@ class TrainingConfig:
         for name in ("kl_weight", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise PgvaeError(f"{name} is {getattr(self, name)}", hint="give 0 or more, and less than 1")
-        if not 0 <= self.future_share <= 1:
+        if self.future_share is not None and not 0 <= self.future_share <= 1:
             raise PgvaeError(f"future_share is {self.future_share}", hint="give 0 to 1")
         if not 0 <= self.anneal_epochs < float("inf"):
             raise PgvaeError(f"anneal_epochs is {self.anneal_epochs}", hint="give 0 or more, as 5")

@@ -26,6 +26,10 @@ class Metric:
     user_count: int
 
 
+# The phase of epochs that only choose a setting; they are shown, and not kept.
+CHOOSING = "choose"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What one pass over the users gave; losses are means per user, in nats."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,8 @@ def train(
         evaluation = evaluate(
             dataset, config, max_history=definition.max_history, checkpoints=kept, on_epoch=listener.on_epoch
         )
+    if evaluation.fit:
+        config = replace(config, future_share=evaluation.fit.future_share)
     with _timed("train", durations, listener):
         final = fit(
             dataset,

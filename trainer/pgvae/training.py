@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pgvae.batches import Batch, Batches
 from pgvae.checkpoints import Checkpoints, State
-from pgvae.config import TrainingConfig
+from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence, to_device
@@ -29,7 +29,7 @@ from pgvae.ranking import (
     per_user_metrics,
     some_users,
 )
-from pgvae.rows import Epoch
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime import forward
@@ -37,6 +37,8 @@ from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
 
 VALIDATION_K = 20
+# After so many steps a future_share is chosen: on all data that was tried the better one led from then on.
+_CHOOSING_STEPS = 200
 # After each epoch so many users of the validation part are ranked.
 _VALIDATION_USERS = 5000
 # How much the shortcut's links weigh beside the decoder's logits; the validation part chooses.
@@ -68,13 +70,15 @@ DEFAULT_SHORTCUT = ShortcutChoice(way="cooccurrence", scale=4.0)
 class Fit:
     """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve.
 
-    `judged` holds the validation part's NDCG of each shortcut that was tried, where one was to be chosen.
+    `future_share` is what it was trained with, None where nothing could be chosen or was given. `judged` holds the
+    validation part's NDCG of each shortcut that was tried, where one was to be chosen.
     """
 
     weights: dict[str, NDArray[Any]]
     best_epoch: int
     curve: list[Epoch]
     shortcut: ShortcutChoice
+    future_share: float | None = None
     judged: dict[ShortcutChoice, float] = field(default_factory=dict)
 
 
@@ -92,7 +96,8 @@ def fit(
 ) -> Fit:
     """Trains on all users of a dataset, from the last checkpoint of the same training where there is one.
 
-    With a validation holdout, keeps the epoch that ranks best there, and then the shortcut that does.
+    With a validation holdout, trains with the `future_share` that ranks better there, unless one is given, and keeps
+    the epoch that ranks best, and then the shortcut that does.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
@@ -100,6 +105,8 @@ def fit(
     torch.use_deterministic_algorithms(True)
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
+    if judges and config.future_share is None and _are_in_order(dataset):
+        config = _with_better_share(dataset, config, judges, max_history, on_epoch)
     run = _Run(dataset, config, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
@@ -113,28 +120,7 @@ def fit(
     for epoch in run.curve:
         on_epoch(epoch)
     while len(run.curve) < epochs and not (judges and len(run.curve) - run.best_epoch >= config.patience):
-        begun = time.perf_counter()
-        number = len(run.curve) + 1
-        loss, reconstruction, kl = run.pass_over_users()
-        weights = run.published_weights()
-        # A last step that is too wide leaves no loss to tell of it.
-        exploded = run.curve and loss > _EXPLODED * (1.0 + run.curve[0].loss)
-        if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
-            raise _diverged(number, loss, run, config)
-        ndcg = _ndcg(judges, weights | Links.none(len(dataset.item_keys)).tensors(), max_history) if judges else None
-        run.curve.append(
-            Epoch(
-                phase=phase,
-                epoch=number,
-                loss=loss,
-                reconstruction=reconstruction,
-                kl=kl,
-                validation_ndcg=ndcg,
-                seconds=time.perf_counter() - begun,
-            )
-        )
-        if ndcg is None or ndcg > run.best_ndcg:
-            run.best_weights, run.best_epoch, run.best_ndcg = weights, number, ndcg or 0.0
+        run.train_epoch(phase, judges)
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
@@ -150,7 +136,42 @@ def fit(
         ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
     links = ways[shortcut.way] if shortcut.way else Links.none(len(dataset.item_keys))
     weights = with_links(run.best_weights, links, shortcut.scale)
-    return Fit(weights=weights, best_epoch=run.best_epoch, curve=run.curve, shortcut=shortcut, judged=judged)
+    return Fit(
+        weights=weights,
+        best_epoch=run.best_epoch,
+        curve=run.curve,
+        shortcut=shortcut,
+        future_share=config.future_share,
+        judged=judged,
+    )
+
+
+def _are_in_order(dataset: Dataset) -> bool:
+    """Tells whether any user has events at different times."""
+    user, at = dataset.user, dataset.occurred_at
+    return bool(((user[1:] == user[:-1]) & (at[1:] > at[:-1])).any())
+
+
+def _with_better_share(
+    dataset: Dataset,
+    config: TrainingConfig,
+    judges: Holdout,
+    max_history: int,
+    on_epoch: Callable[[Epoch], None],
+) -> TrainingConfig:
+    """Gives the configuration with the one of FUTURE_SHARES that leads after a few hundred steps.
+
+    It is by far the better one where tastes and assortments change, and by far the worse one where they do not.
+    """
+    best: dict[float, float] = {}
+    for share in FUTURE_SHARES:
+        run = _Run(dataset, replace(config, future_share=share), max_history)
+        for _ in range(min(config.epochs, -(-_CHOOSING_STEPS // run.batches.steps))):
+            run.train_epoch(CHOOSING, judges)
+            on_epoch(run.curve[-1])
+        best[share] = run.best_ndcg
+    # Of equal ones the first.
+    return replace(config, future_share=max(best, key=best.__getitem__))
 
 
 class _Run:
@@ -158,6 +179,7 @@ class _Run:
 
     def __init__(self, dataset: Dataset, config: TrainingConfig, max_history: int) -> None:
         self.config = config
+        self.max_history = max_history
         self.device = choose_device(config)
         torch.manual_seed(config.seed)
         self.network = AttentionVae(dataset, config).to(self.device)
@@ -171,6 +193,32 @@ class _Run:
         self.best_weights: dict[str, NDArray[np.float32]] = {}
         self.best_epoch = 0
         self.best_ndcg = -1.0
+
+    def train_epoch(self, phase: str, judges: Holdout | None) -> None:
+        """Trains for an epoch, ranks the validation part, and keeps the weights where they are the best so far."""
+        begun = time.perf_counter()
+        number = len(self.curve) + 1
+        loss, reconstruction, kl = self.pass_over_users()
+        weights = self.published_weights()
+        # A last step that is too wide leaves no loss to tell of it.
+        exploded = self.curve and loss > _EXPLODED * (1.0 + self.curve[0].loss)
+        if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
+            raise _diverged(number, loss, self.config)
+        without_links = weights | Links.none(len(weights["output_weight"])).tensors()
+        ndcg = _ndcg(judges, without_links, self.max_history) if judges else None
+        self.curve.append(
+            Epoch(
+                phase=phase,
+                epoch=number,
+                loss=loss,
+                reconstruction=reconstruction,
+                kl=kl,
+                validation_ndcg=ndcg,
+                seconds=time.perf_counter() - begun,
+            )
+        )
+        if ndcg is None or ndcg > self.best_ndcg:
+            self.best_weights, self.best_epoch, self.best_ndcg = weights, number, ndcg or 0.0
 
     def pass_over_users(self) -> tuple[float, float, float]:
         """Gives the loss, reconstruction and KL divergence of an epoch, means per user in nats."""
@@ -235,7 +283,7 @@ def _average(averaged: Tensors, current: Tensors, count: torch.Tensor | int) -> 
     torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
 
-def _diverged(number: int, loss: float, run: _Run, config: TrainingConfig) -> PgvaeError:
+def _diverged(number: int, loss: float, config: TrainingConfig) -> PgvaeError:
     good = f"; or stop before: --epochs {number - 1}" if number > 1 else ""
     return PgvaeError(
         f"the training diverged in epoch {number}: its loss is {loss:.4g}",

@@ -30,7 +30,7 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.ranking import Holdout
-from pgvae.rows import Epoch
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.splits import measurable
 from pgvae.train import Listener, read_checked
 from pgvae.training import fit
@@ -442,6 +442,8 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
     def on_epoch(epoch: Epoch) -> None:
         nonlocal best
         assert epoch.validation_ndcg is not None
+        if epoch.phase == CHOOSING:
+            return
         best = max(best, epoch.validation_ndcg)
         trial.report(best, epoch.epoch)
         if _is_orphan():

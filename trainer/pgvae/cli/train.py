@@ -15,6 +15,7 @@ from pgvae.cli.metrics import PARTS, demand_verdict, lists_table, outcomes_verdi
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.connection import connect
 from pgvae.console import err, out, progress_with_detail
+from pgvae.rows import CHOOSING
 
 if TYPE_CHECKING:
     from pgvae.dataset import Dataset, ModelDefinition
@@ -56,8 +57,11 @@ def train(
         float, typer.Option(help="Share of a history that is hidden from the encoder.")
     ] = _DEFAULTS.token_dropout,
     future_share: Annotated[
-        float,
-        typer.Option(help="Share of the users of whom what came after a moment is guessed from what came before."),
+        float | None,
+        typer.Option(
+            help="Share of the users of whom what came after a moment is guessed from what came before; by default 0.5"
+            " or 1, whichever ranks the validation part better after 200 steps."
+        ),
     ] = _DEFAULTS.future_share,
     temperature: Annotated[
         float, typer.Option(help="What the cosines are divided by; 0: by the size of the catalogue.")
@@ -222,7 +226,8 @@ class _Display:
 
     def _epoch(self, epoch: Epoch) -> None:
         ranking = "" if epoch.validation_ndcg is None else f"  validation NDCG@20 {epoch.validation_ndcg:.4f}"
-        detail = f"epoch {epoch.epoch}  loss {epoch.loss:.2f}  KL {epoch.kl:.2f}{ranking}"
+        what = "choosing --future-share, epoch" if epoch.phase == CHOOSING else "epoch"
+        detail = f"{what} {epoch.epoch}  loss {epoch.loss:.2f}  KL {epoch.kl:.2f}{ranking}"
         if self._task is not None:
             self._progress.update(self._task, total=self._config.epochs, completed=epoch.epoch, detail=detail)
         if not err.is_terminal:
