@@ -146,7 +146,7 @@ begin
             ' cross join lateral (select least(floor(c.churn_probability * 10), 9)::numeric(2, 0) as tenth) b'
             ' where c.churn_probability is not null and c.model_version = $2', m.name)
         when stored_bins.subject = 'recommendations' then format(
-            'select coalesce(''from '' || l.limits[width_bucket(r.probability, l.limits)], ''under 0.001'') as bin from %I.recommendations r'
+            'select coalesce(''from '' || l.limits[width_bucket(r.probability::float8, l.limits)], ''under 0.001'') as bin from %I.recommendations r'
             ' cross join (values (''{0.001,0.002,0.005,0.01,0.02,0.05,0.1,0.2,0.5}''::float8[])) l (limits)'
             ' where r.rank = 1 and r.probability is not null and r.model_version = $2', m.name)
         when learnt ->> 'kind' = 'category' then format(

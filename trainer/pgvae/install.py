@@ -170,7 +170,7 @@ left join pg_catalog.pg_namespace home on home.oid = own.typnamespace
 cross join lateral pg_catalog.pg_identify_object_as_address(d.classid, d.objid, d.objsubid) a
 where n.nspname = any (%(schemas)s)
     -- The first part of an address is its schema, but for types, which are written in one part.
-    and coalesce(home.nspname, a.object_names[1]) <> all (%(schemas)s || array['pg_toast', 'pg_catalog'])
+    and coalesce(home.nspname, a.object_names[1]) <> all (%(schemas)s::text[] || array['pg_toast', 'pg_catalog'])
 """
 
 
