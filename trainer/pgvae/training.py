@@ -106,8 +106,11 @@ def fit(
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
     if judges and config.future_share is None and _are_in_order(dataset):
-        config = _with_better_share(dataset, config, judges, max_history, on_epoch)
-    run = _Run(dataset, config, max_history)
+        run = _better_run(dataset, config, judges, max_history, epochs, on_epoch)
+        run.curve = [replace(epoch, phase=phase) for epoch in run.curve]
+        config = run.config
+    else:
+        run = _Run(dataset, config, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
     checkpoint = checkpoints.of(dataset, config, **names) if checkpoints else None
@@ -119,7 +122,7 @@ def fit(
             run = _Run(dataset, config, max_history)
     for epoch in run.curve:
         on_epoch(epoch)
-    while len(run.curve) < epochs and not (judges and len(run.curve) - run.best_epoch >= config.patience):
+    while run.goes_on(epochs, judges):
         run.train_epoch(phase, judges)
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
@@ -152,26 +155,29 @@ def _are_in_order(dataset: Dataset) -> bool:
     return bool(((user[1:] == user[:-1]) & (at[1:] > at[:-1])).any())
 
 
-def _with_better_share(
+def _better_run(
     dataset: Dataset,
     config: TrainingConfig,
     judges: Holdout,
     max_history: int,
+    epochs: int,
     on_epoch: Callable[[Epoch], None],
-) -> TrainingConfig:
-    """Gives the configuration with the one of FUTURE_SHARES that leads after a few hundred steps.
+) -> _Run:
+    """Gives the training with the one of FUTURE_SHARES that leads after a few hundred steps, so far.
 
     It is by far the better one where tastes and assortments change, and by far the worse one where they do not.
     """
-    best: dict[float, float] = {}
+    best: _Run | None = None
     for share in FUTURE_SHARES:
         run = _Run(dataset, replace(config, future_share=share), max_history)
-        for _ in range(min(config.epochs, -(-_CHOOSING_STEPS // run.batches.steps))):
+        while run.goes_on(min(epochs, -(-_CHOOSING_STEPS // run.batches.steps)), judges):
             run.train_epoch(CHOOSING, judges)
             on_epoch(run.curve[-1])
-        best[share] = run.best_ndcg
-    # Of equal ones the first.
-    return replace(config, future_share=max(best, key=best.__getitem__))
+        # Of equal ones the first.
+        if best is None or run.best_ndcg > best.best_ndcg:
+            best = run
+    assert best is not None
+    return best
 
 
 class _Run:
@@ -193,6 +199,11 @@ class _Run:
         self.best_weights: dict[str, NDArray[np.float32]] = {}
         self.best_epoch = 0
         self.best_ndcg = -1.0
+
+    def goes_on(self, epochs: int, judges: Holdout | None) -> bool:
+        """Tells whether another epoch is wanted."""
+        is_patient = judges is None or len(self.curve) - self.best_epoch < self.config.patience
+        return len(self.curve) < epochs and is_patient
 
     def train_epoch(self, phase: str, judges: Holdout | None) -> None:
         """Trains for an epoch, ranks the validation part, and keeps the weights where they are the best so far."""
