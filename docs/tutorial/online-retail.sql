@@ -274,11 +274,11 @@ join (
 where c.risk_band = 'medium'
 order by s.revenue desc
 limit 3;
---  user_id | churn_probability |                                  reasons
--- ---------+-------------------+----------------------------------------------------------------------------
---    12409 |              0.68 | first seen 182 days ago; bought on 2 days in all
---    18139 |              0.68 | bought on 1 day in all; last purchase 17 days ago; last event 17 days ago
---    12753 |              0.55 | last event 22 days ago; first seen 362 days ago; last purchase 22 days ago
+--  user_id | churn_probability |                                         reasons
+-- ---------+-------------------+-----------------------------------------------------------------------------------------
+--    12409 |              0.68 | bought on 2 days in all; first seen 182 days ago
+--    18139 |              0.68 | only purchase 17 days ago; bought on 1 day in all
+--    12753 |              0.55 | last purchase 22 days ago, with 67 days between two on average; first seen 362 days ago
 -- (3 rows)
 
 
@@ -325,7 +325,7 @@ where m.name = 'shop' and v.version = 1 and x.slice = 'all' and x.metric = 'ndcg
 order by x.value desc;
 --    method   | ndcg  |  low  | high
 -- ------------+-------+-------+-------
---  pgvae      | 0.096 | 0.088 | 0.105
+--  pgvae      | 0.102 | 0.093 | 0.111
 --  item_knn   | 0.078 | 0.070 | 0.087
 --  popularity | 0.030 | 0.026 | 0.034
 -- (3 rows)
