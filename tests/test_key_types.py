@@ -149,6 +149,15 @@ def test_every_view_joins_with_the_shops_tables_and_loses_no_row(typed: psycopg.
         assert rows > 0 or view in ("outlier_users", "offer_responses"), view
 
 
+def test_a_list_that_a_driver_sends_without_a_type_is_told(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    if shop.item_type == "text":
+        with pytest.raises(psycopg.Error) as refused:
+            typed.execute("select * from shop.audience(%s, 5)", [shop.items[:2]])
+        assert refused.value.diag.sqlstate == "VA051"
+        assert "%s::text[]" in str(refused.value.diag.message_hint)
+    assert typed.execute(f"select * from shop.audience(%s::{shop.item_type}[], 5)", [shop.items[:2]]).fetchall()
+
+
 def test_a_key_of_the_shop_finds_its_row_by_the_index(typed: psycopg.Connection[Any], shop: Shop) -> None:
     stored = typed.execute(
         "select i.tablename, a.attname from pg_indexes i"

@@ -255,12 +255,13 @@ def item_type(plpy: Any, version: Version) -> str:
 
 def unknown_items(version: Version, keys: Sequence[str]) -> ScoringError:
     """Gives the refusal of items outside the catalogue."""
-    return ScoringError(
-        not_in_catalogue(version, keys),
-        sqlstate=UNKNOWN_ITEM,
-        hint="it holds the items that had an event, or features, when the version was trained;"
-        f" for newer ones: pgvae train {version.model}",
+    hint = (
+        "it holds the items that had an event, or features, when the version was trained;"
+        f" for newer ones: pgvae train {version.model}"
     )
+    if any(key.startswith("{") and key.endswith("}") for key in keys):
+        hint = "that is a list which the driver sent without a type: cast it, as in %s::text[]"
+    return ScoringError(not_in_catalogue(version, keys), sqlstate=UNKNOWN_ITEM, hint=hint)
 
 
 def not_in_catalogue(version: Version, keys: Sequence[str]) -> str:
