@@ -178,14 +178,13 @@ select s.segment, s.users, round(s.share::numeric, 2) as share, s.name, i.descri
 from shop.segments s
 left join public.items i on i.item_id = split_part(s.name, ', ', 1)
 order by s.users desc
-limit 4;
---  segment | users | share |     name      |            first_of_them
--- ---------+-------+-------+---------------+-------------------------------------
---        1 |   472 |  0.11 | 85123A, 22469 | WHITE HANGING HEART T-LIGHT HOLDER
---        2 |   419 |  0.10 | 23293, 22952  | SET OF 12 FAIRY CAKE BAKING CASES
---        3 |   414 |  0.10 | 21790, 21791  | VINTAGE SNAP CARDS
---        4 |   413 |  0.10 | 22577, 22578  | WOODEN HEART CHRISTMAS SCANDINAVIAN
--- (4 rows)
+limit 3;
+--  segment | users | share |     name      |        first_of_them
+-- ---------+-------+-------+---------------+------------------------------
+--        1 |  1819 |  0.42 | 20725, 22382  | LUNCH BAG RED RETROSPOT
+--        2 |  1285 |  0.30 | 84946, 22457  | ANTIQUE SILVER T-LIGHT GLASS
+--        3 |  1173 |  0.27 | 21181, 85123A | PLEASE ONE PERSON METAL SIGN
+-- (3 rows)
 
 -- A list for a campaign in Germany and France: for each customer the segment, and the one item to begin the letter with.
 -- recommendations and user_segments are plain views with the shop's own keys, so any ETL tool can read this query.
