@@ -109,7 +109,13 @@ def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connec
 
 
 @pytest.mark.parametrize(
-    "query", ["select count(*) from vae_private.segment_all(1)", "select * from shop.score_pairs('{1}', '{1}')"]
+    "query",
+    [
+        "select count(*) from vae_private.segment_all(1)",
+        # So many users that threads score them.
+        f"select * from shop.score_pairs('{set(range(1, 41))}', '{set(range(1, 41))}')",
+    ],
+    ids=["segments", "score_pairs"],
 )
 def test_other_runs_ask_how_many_threads_are_allowed(shared_trained: Connection, query: str) -> None:
     shared_trained.execute("set vae.max_threads = 0")

@@ -549,6 +549,28 @@ def test_the_best_are_found_where_exponentials_overflow_or_vanish(bias: str) -> 
     np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 
+@pytest.mark.parametrize("items", [60, 5119, 5120, 11_000])
+@pytest.mark.parametrize("bias", [0.0, 300.0, -300.0, "one far above"])
+def test_scores_of_pairs_are_those_among_all_scores(items: int, bias: float | str) -> None:
+    weights = random_weights(I=items)
+    if bias == "one far above":
+        weights["output_bias"] -= np.float32(150.0)
+        weights["output_bias"][7] = 0.0
+    else:
+        weights["output_bias"] += np.float32(bias)
+    generator = np.random.default_rng(items)
+    history = random_history(generator, 400, 6)
+    # Several of some users, none of others, and one pair twice.
+    user = np.sort(generator.integers(0, 400, 1000))
+    item = np.where(np.arange(1000) % 9, generator.integers(0, items, 1000), 7)
+    user, item = np.append(user, user[-1]), np.append(item, item[-1])
+    scores, _ = score_users(np, weights, history, max_history=7)
+    assert (history.counts == 0).any()
+    found = CpuScorer(version(weights), 1).of_pairs(history, user, item)
+    # Logits of 300 are known to 3e-5.
+    np.testing.assert_allclose(found, scores[user, item], rtol=2e-4 if bias else 1e-5, atol=1e-38)
+
+
 def test_events_that_are_in_order_are_left_as_they_are() -> None:
     sorted_once = random_history(np.random.default_rng(4), 50, 9).distinct()
     again = replace(sorted_once, is_ordered=False).distinct()

@@ -36,8 +36,8 @@ SCORED = {
     "user_segments": ("segments", "directions", "_USERS = 1"),
     "demand": ("sales", "_numbers", "_BATCH = 1"),
     "related_items": ("related", "chosen_order", "_SHARES_BYTES = 1"),
-    "audience": ("audience", "_answers", "_USERS = 1"),
-    "score_pairs": ("pairs", "score_users", "_USERS = 1"),
+    "audience": ("audience", "_answers", "_PAIRS = 1"),
+    "score_pairs": ("pairs", "_scores", "_PAIRS = 1"),
 }
 CALLS = {
     "audience": "select * from shop.audience((select min(item_id) from events))",

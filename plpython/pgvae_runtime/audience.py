@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, limits, outcomes, runs, uplift
-from .batch import report_progress
+from . import blas, outcomes, runs, uplift
+from .batch import Batch, report_progress, score_on_cpu
 from .churn import look_ahead
+from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
 from .history import item_indexes, read_histories, read_history, unknown_items
 from .scoring import score_users
@@ -25,8 +27,10 @@ Row = tuple[int, str, float, bool, int, float | None]
 OfferRow = tuple[int, int, str, float, bool, int, float | None]
 # What users are ranked by.
 RESPONSE, UPLIFT = "response", "uplift"
-# Users of a batch, and pairs of a user and an offered item: more would hold up a cancel, and fill the memory.
-_USERS, _PAIRS = 512, 1 << 21
+# Of N sets of items: P(the user buys one), whether the user did before, and the uplift of an offer, [U, N] each.
+_Answers = tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]
+# Pairs of a user and an offered item in a batch: more would hold up a cancel.
+_PAIRS = 1 << 21
 
 _OFFERS = """
 select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by
@@ -76,7 +80,7 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
 def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
     """Gives P(the user buys one of the items within the horizon); None for a user without known events."""
     history = read_history(plpy, version, user_key)
-    response, _, _ = _answers(version, history, [items], time.time())
+    response, _, _ = _answers_of_one(version, history, items)
     return None if np.isnan(response[0, 0]) else float(response[0, 0])
 
 
@@ -84,7 +88,7 @@ def uplift_of_user(plpy: Any, version: Version, user_key: str, items: NDArray[np
     """Gives by how much an offer of an item raises P(the user buys it); None where that is not known."""
     if not uplift.has_uplift(version.weights):
         return None
-    _, _, found = _answers(version, read_history(plpy, version, user_key), [items], time.time())
+    _, _, found = _answers_of_one(version, read_history(plpy, version, user_key), items)
     return None if np.isnan(found[0, 0]) else float(found[0, 0])
 
 
@@ -201,14 +205,21 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
     if not best:
         return best
     items = [each.items for each in criteria]
-    now, done = time.time(), 0
-    # Logits, scores and what the softmax makes of them.
-    size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _USERS)
-    size = min(size, max(1, _PAIRS // sum(map(len, items))))
-    with blas.threads(limits.max_threads(plpy)):
-        for users, events in read_histories(plpy, version, size):
-            history = events.distinct()
-            response, has_bought, won = _answers(version, history, items, now)
+    columns, now, done = np.concatenate(items), time.time(), 0
+
+    def read(batch_size: int, max_events: int) -> Iterator[Batch]:
+        size = min(batch_size, max(1, _PAIRS // len(columns)))
+        yield from read_histories(plpy, version, size, max_events=max_events)
+
+    def answer(scorer: CpuScorer, batch: Batch) -> tuple[list[str], _Answers]:
+        users, history = batch[0], batch[1].distinct()
+        pairs = np.repeat(np.arange(len(users)), len(columns)), np.tile(columns, len(users))
+        scores = scorer.of_pairs(history, *pairs).reshape(len(users), -1)
+        return users, _answers(version, history, scores, items, now)
+
+    answers = score_on_cpu(plpy, version, read, answer, numbers=len(columns))
+    with blas.one_thread(), closing(answers) as batches:
+        for users, (response, has_bought, won) in batches:
             for column, (each, own) in enumerate(zip(criteria, best, strict=True)):
                 value = (won if each.rank_by == UPLIFT else response)[:, column]
                 left_out = response[:, column] < each.min_probability
@@ -222,16 +233,25 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
     return best
 
 
+def _answers_of_one(version: Version, history: History, items: NDArray[np.int64]) -> _Answers:
+    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    return _answers(version, history, scores[:, items], [items], time.time())
+
+
 def _answers(
-    version: Version, history: History, items: Sequence[NDArray[np.int64]], now: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
-    """Gives of N sets of items P(the user buys one), whether the user did before, and the uplift of an offer, [U, N].
+    version: Version,
+    history: History,
+    scores: NDArray[np.float32],
+    items: Sequence[NDArray[np.int64]],
+    now: float,
+) -> _Answers:
+    """Gives what is known of N sets of items, from the scores of the first set's items, then the second's, [U, …].
 
     nan for unknown users; the uplift also for several items together, and where the version claims none.
     """
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
     found, _ = look_ahead(version, history, now)
-    response = np.column_stack([outcomes.any_probability(version.weights, found, scores[:, own]) for own in items])
+    sets = np.split(scores, np.cumsum([len(own) for own in items])[:-1], axis=1)
+    response = np.column_stack([outcomes.any_probability(version.weights, found, own) for own in sets])
     has_bought = np.column_stack([_has_bought(version, history, own) for own in items])
     won = np.full(response.shape, np.nan)
     if uplift.has_uplift(version.weights):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from . import blas, limits, runs, workers
 from .cpu import CpuScorer, Scored, own_bytes, shared_bytes
@@ -19,12 +19,15 @@ from .tokens import History
 Row = tuple[str, str, str, bool, int]
 # And the digest of what was read of the user.
 DigestedRow = tuple[str, str, str, bool, int, int | None]
+# The keys of some users, and their events.
+Batch = tuple[list[str], History]
 Write = Callable[[list[str], Scored], list[Row]]
-Read = Callable[..., Iterator[tuple[list[str], History]]]
+Read = Callable[..., Iterator[Batch]]
+Result = TypeVar("Result")
 
 _MAX_BATCH = 512
-# What waits to be scored or to be stored: an event in three arrays, a row with its two texts, an item and its score.
-_BYTES_OF_AN_EVENT, _BYTES_OF_A_ROW, _BYTES_OF_AN_ITEM = 24, 400, 64
+# What waits to be scored or to be stored: an event in three arrays, a row with its two texts, a score and its item.
+_BYTES_OF_AN_EVENT, _BYTES_OF_A_ROW, _BYTES_OF_A_NUMBER = 24, 400, 64
 # Stacks of the threads, the catalogue's keys, what is read from the events at one time.
 _FIXED_BYTES = 24 << 20
 
@@ -64,26 +67,33 @@ def recommend_all(
 
 
 def _on_cpu(plpy: Any, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:
-    """Scores in as many threads as vae.max_threads and vae.max_memory allow, while this one reads and writes."""
-    threads, users, events = _sizes(limits.max_memory(plpy), limits.max_threads(plpy), version, k)
+    def rows(score: CpuScorer, batch: Batch) -> list[Row]:
+        return write(batch[0], score(batch[1]))
+
+    return score_on_cpu(plpy, version, read, rows, k=k, numbers=k)
+
+
+def score_on_cpu(
+    plpy: Any, version: Version, read: Read, work: Callable[[CpuScorer, Batch], Result], *, k: int = 1, numbers: int
+) -> Generator[Result]:
+    """Gives work(scorer, batch) of each batch that `read` gives, in as many threads as vae.max_threads and
+    vae.max_memory allow, while this one reads and does what the caller does with the results: so many `numbers` a user.
+    """
+    threads, users, events = _sizes(limits.max_memory(plpy), limits.max_threads(plpy), version, k, numbers)
     first = CpuScorer(version, k)
     scorers = [first, *(first.fork() for _ in range(1, threads))]
-
-    def rows_by(score: CpuScorer) -> Callable[[tuple[list[str], History]], list[Row]]:
-        return lambda batch: write(batch[0], score(batch[1]))
-
     batches = read(batch_size=users, max_events=events)
-    return workers.map_in_order([rows_by(scorer) for scorer in scorers], batches, lambda: look(plpy))
+    return workers.map_in_order([partial(work, scorer) for scorer in scorers], batches, lambda: look(plpy))
 
 
-def _sizes(limit: int, most: int, version: Version, k: int) -> tuple[int, int, int]:
+def _sizes(limit: int, most: int, version: Version, k: int, numbers: int) -> tuple[int, int, int]:
     """Gives how many threads, `most` at most, and users and events of a batch, fit into so many bytes; ScoringError
     where none do.
     """
     fixed = _FIXED_BYTES + shared_bytes(version)
 
     def needed(threads: int, users: int, events: int) -> int:
-        waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + k * _BYTES_OF_AN_ITEM)
+        waiting = events * _BYTES_OF_AN_EVENT + users * (_BYTES_OF_A_ROW + numbers * _BYTES_OF_A_NUMBER)
         return fixed + threads * own_bytes(version, k, users, events) + (workers.AHEAD * threads + 1) * waiting
 
     sizes = (

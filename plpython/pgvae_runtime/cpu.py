@@ -6,6 +6,7 @@ goes and what was tried: docs/performance.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import blas
 from .forward import decode_direction, mean_of_features, mean_of_latent, softmax, top_k
-from .scoring import seen_columns
+from .scoring import seen_columns, unknown_users
 from .store import Version
 from .tokens import History, Tokens, pieces, starts
 
@@ -192,17 +193,14 @@ class CpuScorer:
     def __call__(self, history: History) -> Scored:
         """Gives the best items of these users, whose events may repeat."""
         history = history.distinct()
-        tokens = history.tokens(self._version.max_history)
-        direction = decode_direction(np, self._weights, mean_of_latent(np, self._weights, self._pool(tokens)))
-        users = tokens.user_count
+        direction, links = self._encode(history)
+        users = len(history.counts)
         items = np.empty((users, self._k), dtype=np.int64)
         scores = np.empty((users, self._k), dtype=np.float32)
-        links = self._links_of(tokens) if self._links is not None else None
         # What was bought twice is left out once.
         seen_user, seen_item = seen_columns(history, self._version.targets, self._version.columns)
         seen_user, seen_item = np.divmod(np.unique(seen_user * self._items + seen_item), self._items)
-        for first in range(0, users, self._shape.users):
-            last = min(first + self._shape.users, users)
+        for first, last in self._tiles(users):
             seen = slice(*np.searchsorted(seen_user, (first, last)))
             own = seen_user[seen] - first, seen_item[seen]
             items[first:last], scores[first:last], is_sure = self._best(
@@ -212,10 +210,43 @@ class CpuScorer:
                 items[user], scores[user] = self._best_of_one(
                     direction[user], self._without_product(links, user, user + 1), seen_item[seen_user == user]
                 )
-        cold = history.counts == 0
-        unknown = cold if history.features is None else cold & (history.features.counts() == 0)
+        unknown = unknown_users(history)
         items[unknown], scores[unknown] = self._popular
-        return items, scores, cold
+        return items, scores, history.counts == 0
+
+    def of_pairs(self, history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> Floats:
+        """Gives the scores of P pairs of a user and an item's column, [P], the users in rising order."""
+        history = history.distinct()
+        direction, links = self._encode(history)
+        scores = np.empty(len(user), dtype=np.float32)
+        for first, last in self._tiles(len(history.counts)):
+            pairs = slice(*np.searchsorted(user, (first, last)))
+            own, column = user[pairs] - first, item[pairs]
+            logits = self._without_product(links, first, last)
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = self._exponentials(direction[first:last], logits)
+                found = logits[own, column]
+                scores[pairs] = found / total[own]
+            is_sure = (total > _SMALLEST_SUM) & (total < _LARGEST_SUM)
+            is_sure[own[found < _SMALLEST]] = False
+            for unsure in (first + np.flatnonzero(~is_sure)).tolist():
+                pairs = slice(*np.searchsorted(user, (unsure, unsure + 1)))
+                whole = self._scores_of_one(direction[unsure], self._without_product(links, unsure, unsure + 1))
+                scores[pairs] = whole[0, item[pairs]]
+        is_unknown = unknown_users(history)[user]
+        scores[is_unknown] = self._weights["item_popularity"][item[is_unknown]]
+        return scores
+
+    def _encode(self, history: History) -> tuple[Floats, Any]:
+        """Gives the directions of U users whose events do not repeat, [U, Z], and what of the shortcut is theirs."""
+        tokens = history.tokens(self._version.max_history)
+        direction = decode_direction(np, self._weights, mean_of_latent(np, self._weights, self._pool(tokens)))
+        return direction, self._links_of(tokens) if self._links is not None else None
+
+    def _tiles(self, users: int) -> Iterator[tuple[int, int]]:
+        """Gives the first user of each tile, and the one behind its last."""
+        for first in range(0, users, self._shape.users):
+            yield first, min(first + self._shape.users, users)
 
     def _pool(self, tokens: Tokens) -> Floats:
         """Gives forward.pool without an embedding of each token: the parts that take few values are counted first."""
@@ -322,10 +353,16 @@ class CpuScorer:
         self, direction: Floats, logits: Floats, seen_item: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], Floats]:
         """Gives the same of one user by forward.softmax, which no size of the logits troubles."""
-        scores = softmax(np, logits[:, : self._items] + direction @ self._weights["output_weight"].T)
+        scores = self._scores_of_one(direction, logits)
         scores[0, seen_item] = -1.0
         best, values = top_k(np, scores, self._k)
         return best[0], values[0]
+
+    def _scores_of_one(self, direction: Floats, logits: Floats) -> Floats:
+        """Gives the scores of one user, [1, I]."""
+        whole = logits[:, : self._items] + direction @ self._weights["output_weight"].T
+        scores: Floats = softmax(np, whole)
+        return scores
 
     def _exponentials(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:
         """Adds the matrix product to the logits, exponentiates them, keeps the maxima of groups, and gives sums, [U].

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from . import cuda_kernels as kernels
 from . import forward
 from .errors import OBJECT_IN_USE, ScoringError
-from .scoring import seen_columns
+from .scoring import seen_columns, unknown_users
 from .store import Version
 from .tokens import History
 
@@ -224,9 +224,7 @@ class GpuScorer:
             arrays = slot.upload(packed)
             self._queue(slot, users, arrays)
             slot.download(2 * users * self._k)
-        cold = history.counts == 0
-        unknown = cold if history.features is None else cold & (history.features.counts() == 0)
-        self._waiting.append((slot, users, cold, unknown))
+        self._waiting.append((slot, users, history.counts == 0, unknown_users(history)))
 
     def _pack(self, history: History) -> list[NDArray[np.int32]]:
         """Gives what a chunk brings to the device: tokens, features, seen items, each after where a user's begin."""

@@ -9,20 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, limits, workers
-from .batch import look, report_progress
+from . import blas, limits
+from .batch import Batch, report_progress, score_on_cpu
+from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
-from .history import item_indexes, read_histories
+from .history import MAX_EVENTS, item_indexes, read_histories
 from .scoring import score_users
 from .store import Version
 from .tokens import History
 
 # (user key, item key, score)
 Row = tuple[str | None, str | None, float | None]
-Batch = tuple[list[str], History]
 
-_USERS = 256
+# A scorer for many users is made in 0.1 s, what forty users take without one.
+_FEW = 32
+# Pairs of a batch: more would hold up a cancel.
+_PAIRS = 1 << 21
 
 
 def score_pairs(
@@ -74,6 +77,8 @@ class _Pairs:
         self._start = np.searchsorted(user[self._order], np.arange(len(users) + 1))
         self._item = item
         self.without_user = self._order[: self._start[0]]
+        # Of one user.
+        self.most = int(np.diff(self._start).max(initial=0))
 
     def of(self, users: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Gives the numbers of these users' pairs, each one's user (a number in `users`), and each one's item."""
@@ -87,19 +92,12 @@ class _Pairs:
 def _in_batches(
     plpy: Any, version: Version, users: list[str], pairs: _Pairs
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Gives the numbers of pairs and their scores, -1 outside the catalogue; a thread per core computes."""
-    threads = min(limits.max_threads(plpy), -(-len(users) // _USERS))
-    # Logits, scores and what the softmax makes of them.
-    size = limits.users_at_once(plpy, 4 * 4 * version.item_count * max(1, threads), _USERS)
+    """Gives the numbers of pairs and their scores, -1 outside the catalogue."""
 
-    def score(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        own, user, item = pairs.of(batch[0])
-        scores, _ = score_users(np, version.weights, batch[1].distinct(), max_history=version.max_history)
-        return own, np.where(item >= 0, scores[user, item], np.float32(-1))
-
-    def read() -> Iterator[Batch]:
+    def read(batch_size: int, max_events: int) -> Iterator[Batch]:
+        size = min(batch_size, max(1, _PAIRS // max(1, pairs.most)))
         unread = dict.fromkeys(users)
-        for keys, history in read_histories(plpy, version, size, chosen=users):
+        for keys, history in read_histories(plpy, version, size, chosen=users, max_events=max_events):
             for key in keys:
                 del unread[key]
             yield keys, history
@@ -109,11 +107,36 @@ def _in_batches(
             keys = unknown[first : first + size]
             yield keys, _nothing_of(version, len(keys))
 
-    functions: list[Callable[[Batch], Any]] = [score] * threads
-    if not functions:
-        return
-    with blas.one_thread(), closing(workers.map_in_order(functions, read(), lambda: look(plpy))) as scored:
-        yield from scored
+    def of_few(history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float32]:
+        scores, _ = score_users(np, version.weights, history.distinct(), max_history=version.max_history)
+        found: NDArray[np.float32] = scores[user, item]
+        return found
+
+    with blas.one_thread():
+        if len(users) <= _FEW:
+            # Logits, scores and what the softmax makes of them.
+            size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _FEW)
+            yield from (_scores(pairs, batch, of_few) for batch in read(size, MAX_EVENTS))
+        else:
+
+            def score(scorer: CpuScorer, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+                return _scores(pairs, batch, scorer.of_pairs)
+
+            with closing(score_on_cpu(plpy, version, read, score, numbers=pairs.most)) as scored:
+                yield from scored
+
+
+def _scores(
+    pairs: _Pairs,
+    batch: Batch,
+    of_pairs: Callable[[History, NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Gives the numbers of a batch's pairs and their scores, of those outside the catalogue -1."""
+    own, user, item = pairs.of(batch[0])
+    known = item >= 0
+    scores = np.full(len(own), -1, dtype=np.float32)
+    scores[known] = of_pairs(batch[1], user[known], item[known])
+    return own, scores
 
 
 def _nothing_of(version: Version, users: int) -> History:

@@ -27,10 +27,16 @@ def score_users(
     logits = forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out)
     forward.add_shortcut(xp, weights, tokens, logits)
     scores = forward.softmax(xp, logits)
-    cold = history.counts == 0
-    unknown = cold if history.features is None else cold & (history.features.counts() == 0)
-    scores[xp.asarray(unknown)] = weights["item_popularity"]
-    return scores, xp.asarray(cold)
+    scores[xp.asarray(unknown_users(history))] = weights["item_popularity"]
+    return scores, xp.asarray(history.counts == 0)
+
+
+def unknown_users(history: History) -> NDArray[np.bool_]:
+    """Tells of whom neither an event nor a feature is known, [U]: they are scored by popularity."""
+    cold: NDArray[np.bool_] = history.counts == 0
+    if history.features is not None:
+        cold &= history.features.counts() == 0
+    return cold
 
 
 # (version, the history's arrays, scores [1, I]) of the user who was scored last by score_again.

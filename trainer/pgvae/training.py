@@ -102,7 +102,8 @@ def fit(
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
     """
-    torch.use_deterministic_algorithms(True)
+    # use_deterministic_algorithms does the same, and imports PyTorch's compiler for two seconds.
+    torch.set_deterministic_debug_mode("error")
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
     if judges and config.future_share is None and _are_in_order(dataset):
