@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,8 @@ import typer
 from benchmarks.report import Figure, report
 from benchmarks.scoring import make_model, throwaway_server, timed
 from pgvae.console import err
-from pgvae.server import find_bindir
 
 _RECOMMEND = "select * from shop.recommend(%s, 10)"
-# Calls of a session that do not count: the first one loads the runtime.
-_WARM_UP = 10
 _PAIRS = """
 select count(s.score)
 from (
@@ -90,26 +86,9 @@ def _one_session(dsn: str, users: int, calls: int) -> list[Figure]:
 
 
 def _many_sessions(dsn: str, users: int, calls: int, sessions: int, pace: float = 0.0) -> list[Figure]:
-    """Gives how long calls take in so many sessions of pgbench, which ask again at once, or so often in the mean.
-
-    With a pace calls are due at random moments, and one that is late counts from when it was due.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "recommend.sql"
-        script.write_text(
-            f"\\set user random(1, {users})\nselect * from shop.recommend(:user, 10);\n", encoding="utf-8"
-        )
-        command = ["-n", "-M", "prepared", "-c", sessions, "-t", _WARM_UP + calls, "-f", script, "-l"]
-        rate = ["--rate", sessions / pace] if pace else []
-        subprocess.run(
-            [str(part) for part in (find_bindir() / "pgbench", *command, *rate, dsn)],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
-        # client, number of its call, microseconds, …
-        logs = [line.split() for log in Path(folder).glob("pgbench_log.*") for line in log.read_text().splitlines()]
-    milliseconds = [int(log[2]) / 1000 for log in logs if int(log[1]) >= _WARM_UP]
+    with ThreadPoolExecutor(sessions) as threads:
+        runs = threads.map(lambda seed: _call(dsn, users, calls, seed, pace), range(sessions))
+        milliseconds = [value for run in runs for value in run]
     name = f"live call in {sessions} sessions at once" + (f", one in {1000 * pace:.0f} ms each" if pace else "")
     return [
         Figure(figure=f"{name}, median", value=statistics.median(milliseconds), unit="ms"),
@@ -117,15 +96,23 @@ def _many_sessions(dsn: str, users: int, calls: int, sessions: int, pace: float 
     ]
 
 
-def _call(dsn: str, users: int, calls: int, seed: int) -> list[float]:
-    """Gives the milliseconds of each call of one session, which asks again at once."""
+def _call(dsn: str, users: int, calls: int, seed: int, pace: float = 0.0) -> list[float]:
+    """Gives the milliseconds of each call of a session, which asks again at once, or every `pace` seconds.
+
+    A call that is late because the one before it took too long counts from when it was due.
+    """
     generator = np.random.default_rng(seed)
     milliseconds = []
     with psycopg.connect(dsn, autocommit=True) as connection:
-        for user in generator.integers(1, users, _WARM_UP):
+        for user in generator.integers(1, users, 10):
             connection.execute(_RECOMMEND, [int(user)]).fetchall()
+        due = time.perf_counter() + generator.random() * pace
         for user in generator.integers(1, users, calls):
             begun = time.perf_counter()
+            if pace:
+                time.sleep(max(0.0, due - begun))
+                begun = time.perf_counter() if begun < due else due
+                due += pace
             connection.execute(_RECOMMEND, [int(user)]).fetchall()
             milliseconds.append(1000 * (time.perf_counter() - begun))
     return milliseconds
