@@ -12,7 +12,7 @@ def test_the_demo_goes_the_whole_way_and_can_be_run_again(
     empty_database: str, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     for _ in range(2):
-        done = run_cli("demo", "--users", "1500", "--items", "300", dsn=empty_database)
+        done = run_cli("demo", "--users", "1000", "--items", "200", dsn=empty_database)
         assert done.returncode == 0, done.stderr
         assert "pgvae beats popularity" in done.stdout
         assert "yours now" in done.stdout
@@ -22,7 +22,7 @@ def test_the_demo_goes_the_whole_way_and_can_be_run_again(
         ).fetchone()
         assert rows is not None
         count, users, first, last = rows
-        assert users >= 1500
+        assert users >= 1000
         assert (first, last) == (1, 20)
         assert count == 20 * users
         # The visitor of a minute ago is not a cold start.

@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from pgvae.console import err
+from pgvae import __version__
+from pgvae.console import err, out
 from pgvae.errors import PgvaeError
 
 # As they are needed: a first day, then the daily work.
@@ -29,10 +30,19 @@ class CommandGroup(TyperGroup):
         if command is not None:
             # Rich would keep the line breaks of the docstring.
             command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", command.help or "")
-            for parameter in command.params:
-                if getattr(parameter, "is_bool_flag", False):
-                    parameter.metavar = ""
+            _without_bool(command.params)
         return command
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Gives the options of the group itself."""
+        return _without_bool(super().get_params(ctx))
+
+
+def _without_bool(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_bool_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 class _Commands(CommandGroup):
@@ -56,6 +66,12 @@ class _Commands(CommandGroup):
             raise typer.Exit(130) from None
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(f"pgvae {__version__}", highlight=False)
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="pgvae",
     cls=_Commands,
@@ -64,6 +80,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show pgvae's version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None: ...
+
 
 Dsn = Annotated[
     str | None,
