@@ -1,4 +1,4 @@
--- What is wrong with a model, from the logs alone: a monitor needs vae_reader, and no right on the shop's tables.
+-- What is wrong with a model, from the logs and the catalogue alone: a monitor needs vae_reader, and no right on the shop's tables.
 
 create or replace view vae.health_checks as
 with facts as (
@@ -184,6 +184,34 @@ with facts as (
             order by o.subject, o.observation_id desc
         ) o
     ) d on true
+    union all
+    select f.model, 11, 'indexes',
+        case when t.relkind is null then 'unknown' when i.missing is null or t.reltuples < 100000 then 'ok' else 'warning' end,
+        case when t.relkind is null then 'the events are not those of a table of this database'
+            else format('no index of %I.%I begins with %s: live calls read the whole table',
+                t.events_schema, t.events_table, array_to_string(i.missing, ', nor with ')) end,
+        case when t.relkind is not null then array_to_string(i.remedies, '; ') end,
+        case when i.missing is null then 'live calls find their events by an index' else 'the table of events is small' end
+    from facts f
+    join lateral (
+        select m.events_schema, m.events_table, array[m.user_id_column, m.item_id_column] as key_columns, m.occurred_at_column,
+            c.oid, c.relkind, c.reltuples
+        from vae.models m
+        left join pg_catalog.pg_namespace n on n.nspname = m.events_schema
+        left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = m.events_table and c.relkind in ('r', 'p')
+        where m.model_id = f.model_id
+    ) t on true
+    left join lateral (
+        select array_agg(k.key_column order by k.place) as missing,
+            array_agg(format('create index on %I.%I (%I, %I)', t.events_schema, t.events_table, k.key_column, t.occurred_at_column)
+                order by k.place) as remedies
+        from unnest(t.key_columns) with ordinality k (key_column, place)
+        where not exists (
+            select
+            from pg_catalog.pg_index x
+            join pg_catalog.pg_attribute a on a.attrelid = x.indrelid and a.attnum = x.indkey[0]
+            where x.indrelid = t.oid and x.indisvalid and x.indpred is null and a.attname = k.key_column)
+    ) i on true
 )
 select
     c.model,
@@ -196,11 +224,11 @@ from checks c
 order by c.model, c.place;
 
 comment on view vae.health_checks is
-    'A row per model and thing that can be wrong with it, with the remedy. Cheap: it reads logs alone. Drift is what vae.check_drift '
+    'A row per model and thing that can be wrong with it, with the remedy. Cheap: it reads logs and the catalogue alone. Drift is what vae.check_drift '
     'last found; vae.health has a row per model.';
 comment on column vae.health_checks.model is 'Name of the model.';
 comment on column vae.health_checks.check_name is
-    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift.';
+    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift, indexes.';
 comment on column vae.health_checks.status is 'ok, warning, critical; unknown: nothing was measured yet, or something before it is missing.';
 comment on column vae.health_checks.severity is 'The same as a number: 2 critical, 1 warning, 0 ok or unknown.';
 comment on column vae.health_checks.detail is 'What was found.';

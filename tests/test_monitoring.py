@@ -283,7 +283,20 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
         **dict.fromkeys(("views", "active version", "refreshed", "last refresh", "age"), "ok"),
         **dict.fromkeys(("version of predictions", "interrupted refresh", "parity", "gates"), "ok"),
         "drift": "unknown",
+        "indexes": "ok",
     }
+
+
+def test_a_large_table_of_events_without_an_index_for_live_calls_is_told_of(trained: Connection) -> None:
+    assert checks(trained)["indexes"][:2] == ("ok", "the table of events is small")
+    trained.execute("update pg_class set reltuples = 1e6 where oid = 'events'::regclass")
+    status, detail, remedy = checks(trained)["indexes"]
+    assert status == "warning"
+    assert detail == "no index of public.events begins with user_id, nor with item_id: live calls read the whole table"
+    for statement in str(remedy).split("; "):
+        trained.execute(statement)
+    trained.execute("update pg_class set reltuples = 1e6 where oid = 'events'::regclass")
+    assert checks(trained)["indexes"] == ("ok", "live calls find their events by an index", None)
 
 
 def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -> None:
@@ -359,7 +372,7 @@ def test_a_monitor_needs_no_right_but_to_read(trained: Connection, server: Serve
     with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as monitor:
         row = health(monitor)
         assert (row["model"], row["status"]) == ("shop", "ok")
-        assert len(checks(monitor)) == 10
+        assert len(checks(monitor)) == 11
         assert refusal(monitor, "select * from vae.check_drift('shop')").sqlstate == "42501"
         assert refusal(monitor, "select * from shop.clean_events").sqlstate == "42501"
     trained.execute(f"revoke vae_reader from {role}")

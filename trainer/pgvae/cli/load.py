@@ -54,7 +54,9 @@ Timezone = Annotated[str, typer.Option(help="Zone of times that have none.")]
 Append = Annotated[bool, typer.Option("--append", help="Add to a table that exists.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Exchange the content of a table that exists.")]
 MaxRejects = Annotated[float, typer.Option(help="Share of rows that may be rejected before the load is refused.")]
-NoIndex = Annotated[bool, typer.Option("--no-index", help="Make no index on (user_id, occurred_at).")]
+NoIndex = Annotated[
+    bool, typer.Option("--no-index", help="Make no indexes on (user_id, occurred_at) and (item_id, occurred_at).")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 

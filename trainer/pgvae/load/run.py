@@ -266,7 +266,7 @@ def _keep_rejects(connection: psycopg.Connection, schema: str, table: str, rejec
 
 
 def _finish(connection: psycopg.Connection, plan: Plan, target: sql.Identifier, index: bool) -> None:
-    """Comments a new table, and gives events the index by which live scoring finds a user's history."""
+    """Comments a new table, and gives events the indexes by which live calls find those of a user and of an item."""
     connection.execute(
         sql.SQL("comment on table {} is {}").format(
             target, sql.Literal(f"The shop's {plan.kind.name}, loaded by pgvae.")
@@ -279,3 +279,4 @@ def _finish(connection: psycopg.Connection, plan: Plan, target: sql.Identifier, 
         )
     if index and plan.kind.name == "events":
         connection.execute(sql.SQL("create index on {} (user_id, occurred_at)").format(target))
+        connection.execute(sql.SQL("create index on {} (item_id, occurred_at)").format(target))

@@ -208,16 +208,17 @@ def _create(connection: psycopg.Connection, schema: str, table: Table, key_type:
 
 
 def finish_tables(connection: psycopg.Connection, schema: str) -> None:
-    """Adds primary keys and the index on events, and analyzes."""
+    """Adds primary keys and the indexes of events, and analyzes."""
     for table, key in KEYS.items():
         connection.execute(
             sql.SQL("alter table {} add primary key ({})").format(sql.Identifier(schema, table), sql.Identifier(key))
         )
-    connection.execute(
-        sql.SQL("create index events_user_id_occurred_at on {} (user_id, occurred_at)").format(
-            sql.Identifier(schema, "events")
+    for key in ("user_id", "item_id"):
+        connection.execute(
+            sql.SQL("create index on {} ({}, occurred_at)").format(
+                sql.Identifier(schema, "events"), sql.Identifier(key)
+            )
         )
-    )
     for name in (table.name for table in TABLES):
         connection.execute(sql.SQL("analyze {}").format(sql.Identifier(schema, name)))
 
