@@ -334,7 +334,8 @@ begin
         E'create or replace view %1$I.recommendations as'
         '\nselect l.user_id, l.rank, l.item_id, l.score, l.is_cold_start, l.model_version, l.scored_at,'
         '\n    (p.purchase_probability * (1 - exp(-exp(greatest(-500, least(6,'
-        '\n        p.item_offset + p.item_slope * ln(nullif(l.score, 0)::float8)))))))::real as probability'
+        -- Of a share too small for its type the logarithm is null, which "least" would leave out.
+        '\n        coalesce(p.item_offset + p.item_slope * ln(nullif(l.score, 0)::float8), ''-infinity'')))))))::real as probability'
         '\nfrom ('
         '\n    select r.user_id,'
         '\n        unnest(array_positions(array_fill(true, array[cardinality(r.item_ids)]), true)) as rank,'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from pgvae.regression import fit_cloglog, fit_logistic, fit_poisson
 from pgvae.server import Server
 from pgvae.train import Training
 from pgvae.train import train as run_training
+from pgvae.transfer import export_version, import_version
 from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
 from pgvae_runtime.outcomes import SHAPES, Outlook, any_probability, item_probability, moments, risk_band, sigmoid
 from pgvae_runtime.tokens import History
 from shop import QUICK, SMALL, Shop, refusal
+from variants import rewritten
 
 Connection = psycopg.Connection[Any]
 HORIZON = 7
@@ -438,6 +441,26 @@ def test_probability_follows_the_score(shop: Connection) -> None:
     for p, live, any_purchase in stored:
         assert live == pytest.approx(p, rel=1e-5)
         assert p <= any_purchase
+
+
+def test_a_share_too_small_for_its_type_has_no_probability(shop: Connection, tmp_path: Path) -> None:
+    def one_far_above(document: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["output_bias"][0] += np.float32(300)
+
+    with psycopg.connect(shop.info.dsn) as connection:
+        export_version(connection, "shop", tmp_path / "version")
+        import_version(connection, rewritten(tmp_path / "version", tmp_path / "changed", one_far_above))
+    shop.execute("select * from vae.activate('shop', 2, force => true)")
+    try:
+        shop.execute("call vae.refresh('shop', array['recommendations', 'churn'])")
+        rows = shop.execute(
+            "select r.score, r.probability, l.probability from shop.recommendations r"
+            " join shop.recommend(3) l using (item_id) where r.user_id = 3"
+        ).fetchall()
+        assert {(stored, live) for score, stored, live in rows if score == 0} == {(0, 0)}
+    finally:
+        shop.execute("select * from vae.rollback('shop')")
+        shop.execute("call vae.refresh('shop')")
 
 
 def test_the_probability_among_candidates_is_that_of_the_whole_catalogue(shop: Connection) -> None:

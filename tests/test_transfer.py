@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,9 +17,9 @@ from safetensors.numpy import save_file
 from conftest import as_role, create_database, drop_database
 from pgvae.errors import PgvaeError
 from pgvae.server import Server
-from pgvae.transfer import _digest, export_version, import_version, read_file
+from pgvae.transfer import export_version, import_version, read_file
 from shop import QUICK, SMALL, Shop
-from variants import publish_network
+from variants import publish_network, rewritten
 
 Connection = psycopg.Connection[Any]
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -122,6 +121,24 @@ def test_an_imported_version_remembers_its_first_origin(
     origin = read_file(path)[0]["origin"]
     assert origin["database"] == connection.info.dbname
     assert origin["origin"]["database"] == "transfer_source"
+    assert origin["trained_at"] == origin["origin"]["created_at"] < origin["created_at"]
+
+
+def test_an_imported_version_looks_ahead_as_where_it_was_trained(
+    source: tuple[str, Path], connection: Connection, tmp_path: Path
+) -> None:
+    make_shop(connection, "shop")
+    trained_at = "2025-01-02T03:04:05+00:00"
+
+    def earlier(document: dict[str, Any], tensors: dict[str, Any]) -> None:
+        document["origin"]["trained_at"] = trained_at
+
+    with psycopg.connect(connection.info.dsn) as importing:
+        import_version(importing, rewritten(source[1], tmp_path / "earlier", earlier))
+    versions = "select created_at = %s::timestamptz from vae_private.{}"
+    assert connection.execute(versions.format("published_versions"), [trained_at]).fetchall() == [(True,)]
+    connection.execute("select * from vae.activate('shop', 1, force => true)")
+    assert connection.execute(versions.format("scoring_versions"), [trained_at]).fetchall() == [(True,)]
 
 
 def test_a_file_whose_bytes_changed_is_refused(source: tuple[str, Path], tmp_path: Path) -> None:
@@ -150,21 +167,6 @@ def test_half_a_file_is_refused(source: tuple[str, Path], tmp_path: Path, share:
     with pytest.raises(PgvaeError, match="is no whole safetensors file") as caught:
         read_file(half)
     assert "nothing was imported" in str(caught.value.hint)
-
-
-def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
-    """Writes an export with another document and other tensors, and with the right checksums, as a forger would."""
-    import hashlib
-
-    document, tensors = read_file(path)
-    change(document, tensors)
-    document["sha256"] = {name: _digest(tensor) for name, tensor in tensors.items()}
-    text = json.dumps(document, sort_keys=True)
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-    metadata |= {"document": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    save_file(tensors, target, metadata=metadata)
-    return target
 
 
 def test_what_does_not_fit_the_model_is_refused(

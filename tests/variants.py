@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,8 @@ import psycopg
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from pgvae import resources
 from pgvae.config import TrainingConfig
@@ -20,6 +26,7 @@ from pgvae.model import AttentionVae
 from pgvae.publish import publish
 from pgvae.shortcut import Links
 from pgvae.training import NO_SHORTCUT, Fit
+from pgvae.transfer import _digest, read_file
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import History
 
@@ -175,3 +182,16 @@ def network_of_active_version(
     # The rows of the cold items are filled, too.
     network.trained_items = np.ones(len(dataset.item_keys), dtype=bool)
     return network.eval(), links, dataset
+
+
+def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+    """Writes an export with another document and other tensors, and with the right checksums, as a forger would."""
+    document, tensors = read_file(path)
+    change(document, tensors)
+    document["sha256"] = {name: _digest(tensor) for name, tensor in tensors.items()}
+    text = json.dumps(document, sort_keys=True)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    metadata |= {"document": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file(tensors, target, metadata=metadata)
+    return target
