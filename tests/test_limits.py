@@ -48,6 +48,19 @@ def watched(connection: Connection) -> Iterator[list[float]]:
         watcher.join()
 
 
+def test_who_bought_what_must_fit_into_the_limit(shared_trained: Connection) -> None:
+    related = "select count(*) from vae_private.related_all(1, 5)"
+    shared_trained.execute("set vae.max_memory = '1kB'")
+    try:
+        refused = refusal(shared_trained, related)
+        assert refused.sqlstate == "53200"
+        assert "too little for who bought what" in str(refused.message_primary)
+        shared_trained.execute(str(refused.message_hint).partition(": ")[2].encode())
+        assert shared_trained.execute(related).fetchone() == (12,)
+    finally:
+        shared_trained.execute("reset vae.max_memory")
+
+
 @pytest.mark.parametrize("query", [LISTS, EXPLANATIONS], ids=["recommendations", "explanations"])
 def test_a_run_over_long_histories_keeps_to_the_limit(trained: Connection, query: str) -> None:
     trained.execute(

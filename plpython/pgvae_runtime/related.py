@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batch, forward, runs
-from .errors import INVALID_PARAMETER, ScoringError
+from . import batch, forward, limits, runs
+from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 from .history import item_indexes, item_keys, item_type, keys_of_items, not_in_catalogue, unknown_items
 from .literals import array_element
 from .scoring import score_users
@@ -37,6 +38,8 @@ _COUNTED = 200
 _KEPT_BASELINES = 4
 # The shares of a batch of items take at most this much memory.
 _SHARES_BYTES = 64 * 1024 * 1024
+# What a pair of a user and an item bought needs in the arrays of _buyers, at most.
+_BYTES_OF_A_PAIR = 24
 
 _SUPPORT = """
 select s.item_id::text as item_key, s.support
@@ -171,7 +174,8 @@ def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str,
     base = baseline(version)
     start, users, user_count = _buyers(plpy, version)
     bought = np.zeros(user_count, dtype=bool)
-    size = max(1, _SHARES_BYTES // (4 * version.item_count))
+    # Shares, what the softmax makes of them, and the ranking.
+    size = limits.users_at_once(plpy, 4 * 4 * version.item_count, max(1, _SHARES_BYTES // (4 * version.item_count)))
     for first in range(0, len(keys), size):
         items = np.arange(first, min(first + size, len(keys)))
         shares = _shares(np, version, version.weights, items)
@@ -199,15 +203,27 @@ def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str,
     runs.record(version, "related_items", len(keys))
 
 
-def _buyers(plpy: Any, version: Version) -> tuple[Integers, Integers, int]:
+def _buyers(plpy: Any, version: Version) -> tuple[Integers, NDArray[np.int32], int]:
     """Gives the users who have a target event on each item: item i's are users[start[i]] to users[start[i + 1]]."""
     plan = plpy.prepare(_BOUGHT.format(schema=plpy.quote_ident(version.model)), ["bigint", "text[]"])
     cursor = plpy.cursor(plan, [version.version_id, _target_names(version)])
-    parts, counts = [], []
+    parts: list[NDArray[np.int32]] = []
+    counts: list[int] = []
+    allowed, pairs = limits.max_memory(plpy), 0
     while rows := cursor.fetch(10_000):
-        parts += [np.array(row["items"], dtype=np.int64) for row in rows]
-        counts += [len(row["items"]) for row in rows]
-    item = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        own = [len(row["items"]) for row in rows]
+        counts += own
+        parts.append(np.fromiter(chain.from_iterable(row["items"] for row in rows), np.int32, count=sum(own)))
+        pairs += len(parts[-1])
+        # The shares take the other half at most.
+        if pairs * _BYTES_OF_A_PAIR > allowed // 2:
+            raise ScoringError(
+                f"vae.max_memory is {allowed >> 20}MB, too little for who bought what: more than {pairs} pairs",
+                sqlstate=OUT_OF_MEMORY,
+                hint=f"raise it, as in: set vae.max_memory = '{max(2, 2 * allowed >> 20)}MB'",
+            )
+    item = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    del parts
     order = np.argsort(item, kind="stable")
     start = np.searchsorted(item[order], np.arange(version.item_count + 1))
-    return start, np.repeat(np.arange(len(counts)), counts)[order], len(counts)
+    return start, np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order], len(counts)
