@@ -9,7 +9,10 @@ as $$
 declare
     id integer;
     wanted text[];
-    place integer;
+    place integer := 1;
+    -- The version that scores, and how often it may change meanwhile.
+    scoring bigint;
+    restarts_left integer := 3;
     run bigint;
     mode text;
     result record;
@@ -42,10 +45,11 @@ begin
     end if;
     perform vae_private.check_refresh(id);
     perform vae_private.prune_logs(id);
+    scoring := vae_private.active_version_id(id);
     mode := vae_private.first_mode(id, wanted[1], refresh."full");
     run := vae_private.start_refresh(id, wanted[1], mode);
     commit;
-    for place in 1 .. pg_catalog.cardinality(wanted) loop
+    while place <= pg_catalog.cardinality(wanted) loop
         loop
             perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
             if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
@@ -87,9 +91,22 @@ begin
             -- Who cancels means all of it.
             exit when failure_state = '57014';
         end if;
-        if place < pg_catalog.cardinality(wanted) then
-            mode := vae_private.first_mode(id, wanted[place + 1], refresh."full");
-            run := vae_private.start_refresh(id, wanted[place + 1], mode);
+        if restarts_left > 0 and scoring is distinct from vae_private.active_version_id(id) then
+            -- Another version was activated meanwhile: all views shall be of one.
+            raise notice 'another version of model % became active meanwhile: its views are refreshed again', model;
+            scoring := vae_private.active_version_id(id);
+            restarts_left := restarts_left - 1;
+            failed := '{}';
+            failures := '{}';
+            first_failure := null;
+            first_state := null;
+            first_hint := null;
+            place := 0;
+        end if;
+        place := place + 1;
+        if place <= pg_catalog.cardinality(wanted) then
+            mode := vae_private.first_mode(id, wanted[place], refresh."full");
+            run := vae_private.start_refresh(id, wanted[place], mode);
         end if;
         commit;
     end loop;
@@ -109,7 +126,7 @@ $$;
 
 comment on procedure vae.refresh(text, text[], boolean) is
     'Scores with the active version and refreshes the prediction views of a model, or those named, one after the other, without '
-    'locking readers out. Recommendations are scored again for those users for whom something changed, or for all with full => true. '
+    'locking readers out; all again where another version is activated meanwhile. Recommendations are scored again for those users for whom something changed, or for all with full => true. '
     'Logged in vae.refreshes while it runs, where older entries than vae.log_retention go; a view whose refresh fails keeps its last good content, the others '
     'are refreshed, and the call ends with an error that names it. Call it outside a transaction block.';
 
@@ -209,6 +226,22 @@ $$;
 
 comment on function vae_private.check_refresh(integer) is
     'Refuses a refresh of a model without an active version, or whose views are gone or read another table; part of vae.refresh.';
+
+
+create or replace function vae_private.active_version_id(id integer)
+returns bigint
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select v.version_id from vae.versions v where v.model_id = id and v.state = 'active'
+$$;
+
+comment on function vae_private.active_version_id(integer) is
+    'Gives the version of a model that scores; part of vae.refresh.';
 
 
 create or replace function vae_private.first_mode(id integer, view_name text, "full" boolean)

@@ -7,8 +7,8 @@ select
     good.version as model_version,
     v.version as active_version,
     good.version is not distinct from v.version as is_active_version,
-    good.started_at as refreshed_at,
-    now() - good.started_at as age,
+    good.events_until as refreshed_at,
+    now() - good.events_until as age,
     good.row_count,
     good.scored_count,
     good.mode,
@@ -45,7 +45,7 @@ comment on column vae.freshness.prediction is 'Prediction view, without _materia
 comment on column vae.freshness.model_version is 'Version that computed the content; null where no refresh succeeded yet.';
 comment on column vae.freshness.active_version is 'Version that scores now.';
 comment on column vae.freshness.is_active_version is 'Whether the two are the same; if not, the next refresh computes all of it again.';
-comment on column vae.freshness.refreshed_at is 'Beginning of the last refresh that succeeded: the content counts all events before.';
+comment on column vae.freshness.refreshed_at is 'Call of the last refresh that succeeded: the content counts all events before.';
 comment on column vae.freshness.age is 'Time since then.';
 comment on column vae.freshness.row_count is 'Rows that the view holds; of recommendations: users.';
 comment on column vae.freshness.scored_count is 'Rows among them that the last good refresh computed anew.';

@@ -98,6 +98,7 @@ grant execute on function
     vae_private.start_refresh(integer, text, text),
     vae_private.continue_refresh(bigint, text),
     vae_private.first_mode(integer, text, boolean),
+    vae_private.active_version_id(integer),
     vae_private.refresh_view(integer, text, text),
     vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text),
     vae_private.scoring_context(integer),

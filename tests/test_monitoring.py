@@ -322,11 +322,11 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute("set vae.stale_after = '0.1 ms'")
     assert problems(trained) == {"age": "critical"}
     trained.execute("set vae.stale_after = '100 days'")
-    trained.execute("update vae.refreshes set started_at = started_at - interval '101 days'")
+    trained.execute("update vae.refreshes set events_until = events_until - interval '101 days'")
     assert problems(trained) == {"age": "warning"}
     trained.execute("reset vae.stale_after")
     assert problems(trained) == {"age": "critical"}
-    trained.execute("update vae.refreshes set started_at = started_at + interval '101 days'")
+    trained.execute("update vae.refreshes set events_until = events_until + interval '101 days'")
     # A refresh whose session is gone, then one that failed.
     trained.execute(
         "insert into vae.refreshes (model_id, view, phase, backend_pid) values (1, 'recommendations', 'scoring', 1)"

@@ -10,7 +10,8 @@ import psycopg
 import pytest
 
 from conftest import as_role
-from shop import Shop, refusal
+from shop import QUICK, Shop, refusal
+from variants import publish_network
 
 Connection = psycopg.Connection[Any]
 
@@ -91,6 +92,46 @@ def test_the_seconds_of_a_view_are_its_own(more: Connection) -> None:
         [before],
     ).fetchone()
     assert summed == (True,)
+
+
+def test_all_views_count_the_events_until_the_call(more: Connection) -> None:
+    before = last(more)
+    more.execute("call vae.refresh('shop')")
+    moments = more.execute(
+        "select count(distinct r.events_until), bool_and(r.events_until < r.started_at),"
+        " bool_and(r.events_until = f.refreshed_at)"
+        " from vae.refreshes r join vae.freshness f on f.prediction = r.view where r.refresh_id > %s",
+        [before],
+    ).fetchone()
+    assert moments == (1, True, True)
+
+
+# Activates version 2 when the third view has its turn.
+_ACTIVATE_MEANWHILE = """
+create function public.activate_meanwhile() returns trigger language plpgsql as $$
+begin
+    perform * from vae.activate('shop', 2, force => true);
+    return new;
+end;
+$$;
+create trigger activate_meanwhile after insert on vae.refreshes
+for each row when (new.view = 'explanations') execute function public.activate_meanwhile();
+"""
+
+
+def test_a_version_that_is_activated_meanwhile_computes_all_views(trained: Connection) -> None:
+    notices: list[str] = []
+    trained.add_notice_handler(lambda notice: notices.append(str(notice.message_primary)))
+    publish_network(trained.info.dsn, "shop", QUICK, 7)
+    trained.execute(_ACTIVATE_MEANWHILE)
+    before = last(trained)
+    trained.execute("call vae.refresh('shop')")
+    assert "another version of model shop became active meanwhile: its views are refreshed again" in notices
+    rows = log(trained, before)
+    assert [view for view, *_ in rows].count("recommendations") == 2
+    versions = trained.execute("select distinct model_version, last_state from vae.freshness").fetchall()
+    # Some views have nothing to hold, and no version.
+    assert {(2, "succeeded")} <= set(versions) <= {(2, "succeeded"), (None, "succeeded")}
 
 
 @pytest.mark.parametrize(

@@ -586,6 +586,13 @@ refreshes = Table(
         server_default=text("pg_backend_pid()"),
         comment="Server process that runs it, see pg_stat_activity.",
     ),
+    Column(
+        "events_until",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=text("statement_timestamp()"),
+        comment="Until when events count in the content: until the call of vae.refresh, whenever the view had its turn.",
+    ),
     CheckConstraint("state in ('running', 'succeeded', 'failed')", name="state"),
     Index("ix_refreshes_model_id_started_at", "model_id", "started_at"),
     # By its negative: the planner would read the primary key backwards, all of it for a view that is not in the log.
