@@ -30,6 +30,8 @@ _MOST_USERS = 20_000
 # With fewer buyers, or fewer users who do not buy, in a window there is nothing to fit to.
 MIN_EACH = 10
 _BATCH = 1024
+# Scores at once: with what is made of them some 30 bytes each.
+_SCORES = 1 << 24
 DAY = 86_400.0
 
 
@@ -193,7 +195,8 @@ def score_parts(
     history: History, users: NDArray[np.int64], weights: Weights, setting: Setting
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Gives the runtime's scores of all items for some of a history's users, in batches."""
-    for chosen, part in parts(history, users):
+    size = max(1, min(_BATCH, _SCORES // len(weights["item_popularity"])))
+    for chosen, part in parts(history, users, size=size):
         yield chosen, score_users(np, weights, part, max_history=setting.max_history)[0]
 
 
