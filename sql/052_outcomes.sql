@@ -272,10 +272,14 @@ begin
             format(found, format(
                 E'case when $1 is not null then vae_private.items_of_category(%1$s, $1, $4, array('
                 '\n    select i.item_key'
-                '\n    from vae_private.item_column(%1$s, $4) c'
-                '\n    join %2$I.item_features f on f.features ->> c.name = $1'
+                -- The table may have several rows of an item.
+                '\n    from ('
+                '\n        select distinct f.item_id::text as item_key'
+                '\n        from vae_private.item_column(%1$s, $4) c'
+                '\n        join %2$I.item_features f on f.features ->> c.name = $1'
+                '\n    ) f'
                 '\n    join vae_private.scoring_versions v on v.model_id = %1$s'
-                '\n    join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = f.item_id::text'
+                '\n    join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = f.item_key'
                 '\n    order by i.item_index)) end',
                 m.model_id, m.name)));
     end if;

@@ -90,7 +90,7 @@ begin
                 '\n    round((s.buyers + 1.2816 * s.buyers_deviation)::numeric, 6)::float8,'
                 '\n    round(s.last_period_units::numeric, 6)::float8, s.horizon_days, s.model_version, s.scored_at'
                 '\nfrom ('
-                '\n    select f.features ->> c.name as category, count(*) as items, sum(d.expected_units) as units,'
+                '\n    select f.category, count(*) as items, sum(d.expected_units) as units,'
                 '\n        sum(d.expected_buyers) as buyers, sum(d.last_period_units) as last_period_units,'
                 '\n        max(d.horizon_days) as horizon_days, max(d.model_version) as model_version, max(d.scored_at) as scored_at,'
                 '\n        sqrt(sum(d.units_deviation ^ 2) + (max((v.demand -> ''units'' ->> ''shock'')::float8) * sum(d.expected_units)) ^ 2) as units_deviation,'
@@ -98,7 +98,10 @@ begin
                 '\n    from vae_private.item_column(%1$s, $1) c'
                 '\n    cross join %2$I.demand_materialized d'
                 '\n    join vae.versions v on v.model_id = %1$s and v.version = d.model_version'
-                '\n    left join %2$I.item_features f on f.item_id = d.item_id'
+                -- The table may have several rows of an item.
+                '\n    left join ('
+                '\n        select distinct f.item_id, f.features ->> $1 as category from %2$I.item_features f where f.features ->> $1 is not null'
+                '\n    ) f on f.item_id = d.item_id'
                 '\n    group by 1'
                 '\n) s'
                 '\norder by s.units desc, s.category',

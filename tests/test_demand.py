@@ -292,6 +292,13 @@ def test_categories_add_up_and_their_intervals_are_narrower_than_the_sums_of_bou
     assert sum(row[8] for row in rows) == pytest.approx(total[1])
     assert all(0 <= row[3] <= row[2] <= row[4] for row in rows)
     assert all(number == round(number, 6) for row in rows for number in row[2:9])
+    # An item that the table holds twice, once without a category, counts once.
+    with connection.transaction(force_rollback=True):
+        connection.execute("alter table items drop constraint items_pkey")
+        connection.execute(
+            "insert into items select item_id, category from items union all select item_id, null from items"
+        )
+        assert connection.execute("select * from shop.demand_by_category('category')").fetchall() == rows
     error = refusal(connection, "select * from shop.demand_by_category('colour')")
     assert error.sqlstate == "42703"
     assert 'no column "colour"' in str(error.message_primary)

@@ -510,6 +510,11 @@ def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -
         "select user_id, response_probability from shop.audience(%s::bigint[], k => 9)", items
     ).fetchall()
     assert of_category == by_items
+    # The table may hold an item twice.
+    with shop.transaction(force_rollback=True):
+        shop.execute("insert into items select * from items")
+        twice = shop.execute("select user_id, response_probability from shop.audience_of_category('A', k => 9)")
+        assert twice.fetchall() == by_items
 
 
 def test_options_of_an_audience(shop: Connection) -> None:
