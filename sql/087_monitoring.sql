@@ -155,9 +155,12 @@ begin
             ' when jsonb_array_length($4) > 50 then ''known value'' else f.features ->> $3 end as bin from %I.%I f',
             m.name, case source when 'users' then 'user_features' else 'item_features' end)
         else format(
-            'select case when f.features ->> $3 is null then ''missing'''
+            -- As where it scores, what is no number that a float8 holds is missing; below 1e-307 it holds not all.
+            'select case when b.place is null then ''missing'''
             ' else coalesce(''from '' || $7[b.place], ''under '' || $7[1], ''any value'') end as bin from %I.%I f'
-            ' cross join lateral (select width_bucket((f.features ->> $3)::float8, $5) as place) b',
+            ' cross join lateral (select case jsonb_typeof(f.features -> $3) when ''number'' then (f.features -> $3)::numeric end as value) n'
+            ' cross join lateral (select width_bucket(case when abs(n.value) < 1e-307 then 0'
+            '     when abs(n.value) <= 1.7976931348623157e308 then n.value::float8 end, $5) as place) b',
             m.name, case source when 'users' then 'user_features' else 'item_features' end) end;
     -- What they were when the version was trained nobody counted: its first measurement stands for that.
     return query execute format(
@@ -238,7 +241,7 @@ begin
             when object_not_in_prerequisite_state then
                 -- Before its first refresh a view has nothing to compare.
                 null;
-            when insufficient_privilege or undefined_column or undefined_table then
+            when insufficient_privilege or undefined_column or undefined_table or data_exception then
                 -- One that cannot be read takes nothing from the others.
                 failures := failures || jsonb_build_object(stored, sqlerrm);
         end;
@@ -282,7 +285,7 @@ begin
                 when j.psi is null then 'one of the windows holds no events'
                 when j.gone is not null then format('no events of type %s since %s', j.gone, j.window_start)
                 else j.largest end as detail,
-            case when f.failed then 'it is compared where the caller may read it'
+            case when f.failed then 'it is compared where the caller can read it'
                 when j.psi is null or j.gone is not null then 'check what loads the events'
                 when j.psi >= 0.1 and j.psi > j.chance then format('train again with: pgvae retrain %s --activate', model) end as remedy
         from unnest(array['event types', 'items', 'activity'] || vae_private.drift_subjects(m, active)) with ordinality as s (subject, place)

@@ -204,6 +204,43 @@ def test_columns_are_compared_with_their_first_measurement(connection: Connectio
     connection.execute(f"drop owned by {role}")
 
 
+def test_a_number_that_cannot_be_read_is_missing_and_takes_nothing_from_the_others(connection: Connection) -> None:
+    Shop().make(connection)
+    make = "select item_id, {} as price, (item_id % 7)::numeric as weight from (select distinct item_id from events) e"
+    connection.execute("create table items as " + make.format("(item_id % 10)::numeric"))
+    Shop().create_model(connection, items="items")
+    publish_network(connection.info.dsn, "shop", QUICK, 1)
+    connection.execute("select * from vae.activate('shop', 1)")
+    drift(connection)
+
+    def missing() -> Any:
+        return connection.execute(
+            "select round((b ->> 'actual')::float8 * actual_count) from vae.observations"
+            " cross join jsonb_array_elements(bins) b where subject = 'items.price' and b ->> 'bin' = 'missing'"
+            " order by observation_id desc limit 1"
+        ).fetchone()
+
+    zeros = connection.execute("select count(*) from items where item_id % 10 = 0").fetchone()
+    for far in ("1e400", "-1e400", "'NaN'"):
+        connection.execute(f"update items set price = {far} where item_id % 10 = 0")
+        assert set(drift(connection)) == {"event types", "items", "activity", "items.price", "items.weight"}
+        assert missing() == zeros
+    connection.execute("update items set price = 1e-400 where item_id % 10 = 0")
+    assert drift(connection)["items.price"]["psi"] == 0
+    # The column became text, and the shop writes so where it has no price.
+    connection.execute("drop table items cascade; create table items as " + make.format("'n/a'::text"))
+    connection.execute("select vae.rebuild_model('shop')")
+    found = drift(connection)
+    assert (found["items.price"]["status"], found["items.weight"]["status"]) == ("critical", "ok")
+    assert missing() == connection.execute("select count(*) from items").fetchone()
+    # A table that fails is told of, and the events compared.
+    connection.execute("drop table items cascade; create view items as " + make.format("1 / (item_id - item_id)"))
+    connection.execute("select vae.rebuild_model('shop')")
+    found = drift(connection)
+    assert (found["items.price"]["status"], found["items.price"]["detail"]) == ("unknown", "division by zero")
+    assert found["activity"]["status"] == "ok"
+
+
 # Hit rate
 
 
