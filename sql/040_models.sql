@@ -94,6 +94,10 @@ begin
                     hint = case when jsonb_typeof(defaults -> name) = 'number' then format('give a whole number from 1 to %s; ', most) else '' end
                         || format('its default is %s', defaults -> name);
         end if;
+        if jsonb_typeof(value) = 'number' then
+            -- 20.0 is whole, but no text of an integer.
+            given := given || jsonb_build_object(name, (value)::integer);
+        end if;
     end loop;
     if given ? 'earliest' then
         begin
@@ -125,7 +129,7 @@ end;
 $$;
 
 comment on function vae_private.checked_options(jsonb) is
-    'Completes the options of a model with the defaults; refuses unknown names and wrong values.';
+    'Completes the options of a model with the defaults, whole numbers as integers; refuses unknown names and wrong values.';
 
 
 create or replace function vae_private.column_type(relation regclass, column_name text, what text)

@@ -192,6 +192,13 @@ def test_options_that_mean_nothing_are_refused(untouched: psycopg.Connection, op
     assert (refused.sqlstate, refused.message_primary) == ("22023", message)
 
 
+def test_whole_numbers_are_stored_as_integers(rolled_back: psycopg.Connection) -> None:
+    create_model(rolled_back, "shop", events="events", options={"min_events": 500.0, "recommendations": 20.0})
+    stored = rolled_back.execute("select options ->> 'min_events', options ->> 'recommendations' from vae.models")
+    assert stored.fetchall() == [("500", "20")]
+    assert rolled_back.execute("select count(*) > 9 from vae.check_events('shop')").fetchone() == (True,)
+
+
 @pytest.mark.parametrize(
     ("event_types", "message"),
     [

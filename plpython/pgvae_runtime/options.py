@@ -44,7 +44,7 @@ def from_0_to_1(what: str) -> Option:
 
 def read_options(options: str | None, known: Mapping[str, Option], example: str) -> dict[str, Any]:
     """Gives the options as a dictionary; ScoringError names the first that is unknown or has a wrong value."""
-    given = json.loads(options) if options else {}
+    given = json.loads(options, parse_float=_number) if options else {}
     if not isinstance(given, dict):
         raise ScoringError(f"options is {options}", sqlstate=INVALID_PARAMETER, hint=f"give an object: '{example}'")
     for name, value in given.items():
@@ -57,3 +57,9 @@ def read_options(options: str | None, known: Mapping[str, Option], example: str)
                 f"option {name!r} is {json.dumps(value)}", sqlstate=INVALID_PARAMETER, hint=known[name].hint
             )
     return given
+
+
+def _number(text: str) -> int | float:
+    """Gives a number with a point or an exponent, 20.0 as the whole number that it is."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
