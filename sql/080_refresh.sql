@@ -53,6 +53,8 @@ begin
         loop
             perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
             if not exists (select from vae.refreshes r where r.refresh_id = run and r.state = 'running') then
+                -- The log goes with a model that somebody dropped meanwhile.
+                perform vae_private.model_id(model);
                 raise exception 'another session began to refresh model % at the same moment', model
                     using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes order by refresh_id desc';
             end if;
@@ -111,6 +113,10 @@ begin
         commit;
     end loop;
     commit;
+    if pg_catalog.cardinality(failed) > 0 then
+        -- Dropped meanwhile, it has no view that could keep anything.
+        perform vae_private.model_id(model);
+    end if;
     if pg_catalog.cardinality(failed) = 1 then
         raise exception 'refresh of %.% failed: %', model, failed[1], first_failure
             using errcode = first_state,
@@ -280,14 +286,20 @@ begin
     update vae.refreshes r
     set state = 'failed', phase = null, finished_at = clock_timestamp(), error = 'the session ended before the refresh did'
     where r.model_id = id and r.state = 'running';
-    insert into vae.refreshes (model_id, view, phase)
-    values (id, view_name, case mode when 'incremental' then 'comparing' else 'scoring' end)
-    returning refresh_id into run;
+    begin
+        insert into vae.refreshes (model_id, view, phase)
+        values (id, view_name, case mode when 'incremental' then 'comparing' else 'scoring' end)
+        returning refresh_id into run;
+    exception when foreign_key_violation then
+        -- Somebody dropped the model meanwhile.
+        null;
+    end;
     return run;
 end;
 $$;
 
-comment on function vae_private.start_refresh(integer, text, text) is 'Logs the start of a refresh; part of vae.refresh.';
+comment on function vae_private.start_refresh(integer, text, text) is
+    'Logs the start of a refresh; null where the model is gone. Part of vae.refresh.';
 
 
 create or replace function vae_private.continue_refresh(run bigint, mode text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -203,6 +204,36 @@ def test_one_session_has_all_views_and_another_one_is_refused_whatever_the_momen
     assert len([view for view, *_ in succeeded if view == "empty"]) >= outcomes.count("done") > 0
     failed = {error for _, state, _, error in log(more, before) if state == "failed"}
     assert failed <= {"the session ended before the refresh did"}
+
+
+def test_a_model_that_is_dropped_while_it_refreshes_does_not_exist(more: Connection, trained_database: str) -> None:
+    def wait_until_it_waits(query: str) -> None:
+        asked = "select count(*) from pg_stat_activity where query = %s and wait_event_type = 'Lock'"
+        end = time.monotonic() + 60
+        while more.execute(asked, [query]).fetchone() != (1,):
+            assert time.monotonic() < end, query
+            time.sleep(0.05)
+
+    def run(query: str) -> str | None:
+        with psycopg.connect(trained_database, autocommit=True) as session:
+            try:
+                session.execute(query.encode())
+            except psycopg.Error as error:
+                return f"{error.sqlstate} {error.diag.message_primary}"
+        return None
+
+    refresh, drop = "call vae.refresh('shop')", "select vae.drop_model('shop')"
+    with ThreadPoolExecutor(2) as threads:
+        with psycopg.connect(trained_database) as holder:
+            holder.execute("lock table events")
+            refreshing = threads.submit(run, refresh)
+            wait_until_it_waits(refresh)
+            dropping = threads.submit(run, drop)
+            wait_until_it_waits(drop)
+        assert dropping.result(60) is None
+        assert refreshing.result(60) == 'VA001 model "shop" does not exist'
+    assert more.execute("select count(*) from vae.refreshes").fetchone() == (0,)
+    assert more.execute("select vae_private.start_refresh(-1, 'churn', 'full')").fetchone() == (None,)
 
 
 def test_an_operator_refreshes_views_that_it_does_not_own(
