@@ -21,6 +21,7 @@ declare
     found text;
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_owner(model);
     if name is null or name = '' or octet_length(name) > 63 then
         raise exception 'candidates cannot be called "%"', coalesce(name, 'null')
             using errcode = 'invalid_name', hint = 'give a name of up to 63 bytes, as in: in_stock';
