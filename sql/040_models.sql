@@ -533,7 +533,8 @@ begin
     then
         raise exception 'column "%" of % has the type %',
             quantity, events, vae_private.column_type(events, quantity, 'quantity')
-            using errcode = 'datatype_mismatch', hint = 'the quantity is a number';
+            using errcode = 'datatype_mismatch',
+                hint = 'the quantity is a number: give a view that casts the column, or one without it';
     end if;
     perform vae_private.check_exposure(events, exposure_column);
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> user_type then
@@ -606,6 +607,11 @@ declare
     standard text := event_type;
     default_weight real;
 begin
+    if name is null then
+        raise exception 'name of an event type is null'
+            using errcode = 'null_value_not_allowed',
+                hint = $h$name the word that the events hold: vae.set_event_type('shop', 'look', 'view')$h$;
+    end if;
     if standard is null then
         select s.event_type into standard from vae_private.standard_event_types() s where s.name = map_event_type.name;
     end if;

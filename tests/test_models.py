@@ -162,6 +162,16 @@ def test_tables_and_columns_that_do_not_fit_are_refused(
     assert (refused.sqlstate, refused.message_primary) == (sqlstate, message)
 
 
+def test_a_quantity_that_is_none_by_its_name_is_refused_with_a_way_out(rolled_back: psycopg.Connection) -> None:
+    rolled_back.execute("alter table events add quantity text")
+    with rolled_back.transaction(force_rollback=True):
+        refused = refusal(rolled_back, "select * from vae.create_model('shop', events => 'events')")
+    assert (refused.sqlstate, refused.message_primary) == (
+        "42804", 'column "quantity" of public.events has the type text',
+    )  # fmt: skip
+    assert "give a view that casts the column, or one without it" in str(refused.message_hint)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +241,14 @@ def test_event_types_are_mapped_by_name_by_weight_or_by_both(shop: psycopg.Conne
         ("buy", "purchase", 7.0), ("look", "share", 2.5), ("show", "view", 1.0), ("take", "add_to_cart", 0.5),
         ("view", "view", 3.0),
     ]  # fmt: skip
+
+
+def test_an_event_type_without_a_name_is_refused(rolled_back: psycopg.Connection) -> None:
+    create_model(rolled_back, "shop", events="events")
+    with rolled_back.transaction(force_rollback=True):
+        refused = refusal(rolled_back, "select vae.set_event_type('shop', null, 'view')")
+    assert (refused.sqlstate, refused.message_primary) == ("22004", "name of an event type is null")
+    assert refused.message_hint
 
 
 def test_two_names_of_one_type_at_one_moment_are_one_event(trained: psycopg.Connection) -> None:
