@@ -644,13 +644,17 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    id constant integer := vae_private.model_id(model);
 begin
-    perform vae_private.map_event_type(vae_private.model_id(model), name, event_type, to_jsonb(weight));
+    perform vae_private.check_owner(model);
+    perform vae_private.map_event_type(id, name, event_type, to_jsonb(weight));
 end;
 $$;
 
 comment on function vae.set_event_type(text, text, text, real) is
-    'Says what an event type of the shop means and how much it weighs in training; takes effect with the next training.';
+    'Says what an event type of the shop means and how much it weighs in training. The meaning counts at once, in histories, in what '
+    'counts as bought, in churn and demand; the weight with the next training, with which the model learns the meaning too.';
 
 
 create or replace function vae_private.model_id(model text)

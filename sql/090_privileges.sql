@@ -228,8 +228,8 @@ declare
         ' where v.version_id = %I.version_id and vae_private.may_use(v.model_id))';
     owned constant text := 'exists (select from pg_catalog.pg_namespace n'
         ' where n.nspname = models.name and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
-    owned_version constant text := 'exists (select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name'
-        ' where m.model_id = versions.model_id and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
+    of_owned constant text := 'exists (select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name'
+        ' where m.model_id = %I.model_id and pg_catalog.pg_has_role(n.nspowner, ''usage''))';
 begin
     foreach name in array array['models', 'event_types', 'versions', 'metrics', 'curves', 'epochs', 'activations', 'refreshes', 'verifications',
         'observations'] loop
@@ -241,12 +241,14 @@ begin
         execute format('create policy insert_policy on vae.%I for insert to vae_operator with check (%s)', name,
             case
                 when name = 'models' then owned
+                when name = 'event_types' then format(of_owned, name)
                 when name in ('metrics', 'curves', 'epochs', 'verifications', 'observations')
                 then format(of_version, name)
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy update_policy on vae.%I for update to vae_operator using (%s)', name,
             case
                 when name = 'models' then owned
+                when name = 'event_types' then format(of_owned, name)
                 when name in ('metrics', 'curves', 'epochs', 'verifications', 'observations') then 'false'
                 else 'vae_private.may_use(model_id)' end);
         execute format('create policy delete_policy on vae.%I for delete to %I using (%s)', name,
@@ -255,7 +257,7 @@ begin
                 when name = 'models' then owned || ' or pg_catalog.to_regnamespace(pg_catalog.quote_ident(name)) is null'
                 when name in ('metrics', 'curves', 'verifications', 'observations') then format(of_version, name)
                 when name = 'epochs' then 'false'
-                when name = 'versions' then owned_version
+                when name in ('versions', 'event_types') then format(of_owned, name)
                 else 'vae_private.may_use(model_id)' end);
     end loop;
 end;

@@ -430,11 +430,14 @@ def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connecti
         "select vae.rebuild_model('shop')",
         "select vae.set_features('shop', user_features => '{}')",
         "select vae.set_exposure('shop', null)",
+        "select vae.set_event_type('shop', 'look', 'view')",
     ):
         refused = refusal(trainer, query)
         assert (refused.sqlstate, refused.message_primary) == ("42501", f"model shop belongs to {owner}"), query
         assert refused.message_hint == f"act as its owner: set role {owner}"
     assert trainer.execute("delete from vae.models").rowcount == 0
+    assert trainer.execute("update vae.event_types set event_type = 'purchase'").rowcount == 0
+    assert trainer.execute("delete from vae.event_types").rowcount == 0
     assert trainer.execute("delete from vae.versions").rowcount == 0
     assert refusal(trainer, "delete from vae_private.tensors").sqlstate == "42501"
     assert state(trained) == before
