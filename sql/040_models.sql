@@ -417,7 +417,7 @@ end;
 $$;
 
 comment on function vae_private.check_readable(regclass[]) is
-    'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model.';
+    'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model and vae.set_candidates.';
 
 
 create or replace function vae_private.map_event_types(model_id integer, event_types jsonb)

@@ -30,15 +30,7 @@ begin
         raise exception 'relation is null'
             using errcode = 'null_value_not_allowed', hint = 'name the table or view that lists the items: relation => ''public.stock''';
     end if;
-    if not exists (select from pg_class c where c.oid = relation and c.relkind in ('r', 'p', 'v', 'm', 'f')) then
-        raise exception '% is not a table or view', relation
-            using errcode = 'wrong_object_type', hint = 'name a table or a view';
-    end if;
-    if not has_table_privilege(relation, 'select') then
-        raise exception 'permission denied for %', relation
-            using errcode = 'insufficient_privilege',
-                hint = format('its owner can allow it: grant select on %s to %I', relation, current_user);
-    end if;
+    perform vae_private.check_readable(array[relation]);
     if for_refresh and not has_table_privilege(
         (select n.nspowner from pg_namespace n where n.nspname = m.name), relation, 'select')
     then

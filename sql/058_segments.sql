@@ -47,7 +47,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     u constant text := m.user_id_type;
-    line record;
 begin
     perform vae_private.make_function(
         m.name, format('segment(user_id %s)', u),
@@ -85,7 +84,8 @@ begin
         '\n    from %1$I.user_segments_materialized u group by u.segment, u.model_version'
         '\n) c on c.segment = s.segment and c.model_version = t.model_version',
         m.name, m.model_id);
-    for line in
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
         select v.relation, c.column_name, c.comment
         from (values
             ('user_id', 'Key of the user.'),
@@ -111,9 +111,7 @@ begin
             ('model_version', 'Version that scored the users, see vae.versions.'),
             ('scored_at', 'When the users were scored.')
         ) as c (column_name, comment)
-    loop
-        execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
-    end loop;
+    ) as c (relation, column_name, comment);
 end;
 $$;
 
