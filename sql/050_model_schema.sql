@@ -31,6 +31,7 @@ cross join lateral (values
     (10, 'materialized view', 'churn_materialized', false, 'what churn reads: a row per user'),
     (11, 'materialized view', 'recommendations_materialized', false, 'the best items as of the last refresh that stored all users, a row per user'),
     (12, 'materialized view', 'recommendations_changed', false, 'users scored since, who take the place of their row in recommendations_materialized'),
+    (13, 'view', 'stored_digests', false, 'the digests that the stored recommendations were scored with, without users who are gone'),
     (13, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
     (29, 'materialized view', 'offer_responses_materialized', false, 'what offer_responses reads: a row per offer and user'),
     (30, 'view', 'churn', true, 'who is leaving and who will buy: every user, as of the last vae.refresh'),
@@ -60,6 +61,7 @@ cross join lateral (values
     (51, 'function', 'all_item_days(timestamptz, timestamptz, text[])', true, 'what happened to every item on each day'),
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
     (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
+    (54, 'view', 'demand_deviations', false, 'what demand_by_category reads beside demand: how far each item may be off'),
     (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
     (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
     (21, 'function', format('segment(%s)', m.user_id_type), true, 'the segment of one user, now'),
@@ -70,7 +72,7 @@ cross join lateral (values
 where m.model_id = model_objects.model_id
     and (m.exposure_column is not null or o.object <> 'clean_assignments')
     and (m.users_table is not null or o.object not in ('user_features', format('features(%s)', m.user_id_type)))
-    and (m.items_table is not null or o.object not in ('item_features', 'demand_by_category(text)', 'audience_of_category(text, integer, jsonb, text)'))
+    and (m.items_table is not null or o.object not in ('item_features', 'demand_deviations', 'demand_by_category(text)', 'audience_of_category(text, integer, jsonb, text)'))
 $$;
 
 comment on function vae_private.model_objects(integer) is
@@ -716,20 +718,21 @@ begin
         select * from vae_private.model_objects(m.model_id) o
         where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
-        if made.object = 'recommendations_changed' then
-            -- People read it through recommendations, with the owner's rights; vae.check_freshness reads it itself.
-            execute format('grant select on %I.%s to vae_operator', m.name, made.object);
-        elsif made.kind = 'function' then
+        if made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
-        elsif made.kind = 'materialized view' or made.object in ('segments', 'offers')
+        elsif made.kind = 'materialized view' then
+            -- Views show what lies here with the owner's rights, and hide digests, who is gone, and what is revoked on them. An
+            -- earlier release granted it.
+            execute format('revoke all on %I.%s from vae_reader, vae_scorer, vae_operator, vae_trainer', m.name, made.object);
+        elsif made.object in ('segments', 'offers')
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then
             execute format('grant select on %I.%s to vae_reader', m.name, made.object);
         elsif current_setting('server_version_num')::integer >= 150000 then
             -- They run with the rights of whoever reads them; an audience is found among all users.
             execute format('grant select on %I.%s to %s', m.name, made.object,
-                case when made.object in ('refresh_events', 'user_features', 'item_features') then 'vae_scorer' else 'vae_operator' end);
+                case when made.object in ('refresh_events', 'user_features', 'item_features', 'demand_deviations') then 'vae_scorer' else 'vae_operator' end);
         end if;
     end loop;
 end;

@@ -95,7 +95,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
         when object = 'recommendations' then
             '. One row per user and rank. Join on user_id and item_id; model_version joins vae.versions.'
         when object = 'recommendations_materialized' then
-            '. Who reads it directly misses what recommendations_changed holds: read recommendations.'
+            '. Its owner alone may read it; it misses what recommendations_changed holds: read recommendations.'
         when object like 'segment(%' then
             ': its number and name, and how typical of it the user is. Null for a user of whom nothing is known.'
         when object = 'user_segments' then
@@ -158,6 +158,8 @@ values
     ('recommendations_changed', 'scored_at', 'When the row was scored.'),
     ('recommendations_changed', 'digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
     ('recommendations_changed', 'context', 'Hash of version, code and options that the row was scored with.'),
+    ('stored_digests', 'user_id', 'Key of the user.'),
+    ('stored_digests', 'digest', 'What refresh_digests gave for the user when the recommendations were scored.'),
     ('recommendations', 'user_id', 'Key of the user.'),
     ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
     ('recommendations', 'item_id', 'Key of the item.'),

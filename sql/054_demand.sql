@@ -76,6 +76,9 @@ begin
     end if;
     execute format(E'create or replace view %1$I.demand as\nselect d.item_id, %2$s\nfrom %1$I.demand_materialized d', m.name, numbers);
     if m.items_table is not null then
+        execute format(
+            E'create or replace view %1$I.demand_deviations as'
+            '\nselect d.item_id, d.units_deviation, d.buyers_deviation from %1$I.demand_materialized d', m.name);
         perform vae_private.make_function(
             m.name, 'demand_by_category(column_name text default ''category'')',
             format('table (category text, items bigint, %s)', numbers_type),
@@ -93,10 +96,11 @@ begin
                 '\n    select f.category, count(*) as items, sum(d.expected_units) as units,'
                 '\n        sum(d.expected_buyers) as buyers, sum(d.last_period_units) as last_period_units,'
                 '\n        max(d.horizon_days) as horizon_days, max(d.model_version) as model_version, max(d.scored_at) as scored_at,'
-                '\n        sqrt(sum(d.units_deviation ^ 2) + (max((v.demand -> ''units'' ->> ''shock'')::float8) * sum(d.expected_units)) ^ 2) as units_deviation,'
-                '\n        sqrt(sum(d.buyers_deviation ^ 2) + (max((v.demand -> ''buyers'' ->> ''shock'')::float8) * sum(d.expected_buyers)) ^ 2) as buyers_deviation'
+                '\n        sqrt(sum(o.units_deviation ^ 2) + (max((v.demand -> ''units'' ->> ''shock'')::float8) * sum(d.expected_units)) ^ 2) as units_deviation,'
+                '\n        sqrt(sum(o.buyers_deviation ^ 2) + (max((v.demand -> ''buyers'' ->> ''shock'')::float8) * sum(d.expected_buyers)) ^ 2) as buyers_deviation'
                 '\n    from vae_private.item_column(%1$s, $1) c'
-                '\n    cross join %2$I.demand_materialized d'
+                '\n    cross join %2$I.demand d'
+                '\n    join %2$I.demand_deviations o on o.item_id = d.item_id'
                 '\n    join vae.versions v on v.model_id = %1$s and v.version = d.model_version'
                 -- The table may have several rows of an item.
                 '\n    left join ('
@@ -139,9 +143,14 @@ cross join (values
     ('scored_at', 'When the row was scored.')
 ) as c (column_name, comment)
 union all
-values
-    ('demand_materialized', 'units_deviation', 'Standard deviation of the units around what is expected.'),
-    ('demand_materialized', 'buyers_deviation', 'Standard deviation of the buyers around what is expected.')
+select r.relation, c.column_name, c.comment
+from (values ('demand_deviations'), ('demand_materialized')) as r (relation)
+cross join (values
+    ('units_deviation', 'Standard deviation of the units around what is expected.'),
+    ('buyers_deviation', 'Standard deviation of the buyers around what is expected.')
+) as c (column_name, comment)
+union all
+values ('demand_deviations', 'item_id', 'Key of the item.')
 $$;
 
 comment on function vae_private.demand_comments() is 'Gives the comments of the columns of demand; part of vae_private.comment_model.';

@@ -328,6 +328,12 @@ begin
                 m.name, name);
         end if;
     end loop;
+    execute format(
+        E'create or replace view %1$I.stored_digests as'
+        '\nselect c.user_id, c.digest from %1$I.recommendations_changed c where c.digest is not null'
+        '\nunion all'
+        '\nselect m.user_id, m.digest from %1$I.recommendations_materialized m'
+        '\nwhere m.digest is not null and not exists (select from %1$I.recommendations_changed c where c.user_id = m.user_id)', m.name);
     -- Unnested in the select list, which hands on row by row: as functions in "from" the same took three times as long, since
     -- each user's list was stored first. And unnested numbers, as the planner takes a series for a thousand of each user.
     execute format(

@@ -304,6 +304,16 @@ def test_categories_add_up_and_their_intervals_are_narrower_than_the_sums_of_bou
     assert 'no column "colour"' in str(error.message_primary)
 
 
+def test_whoever_may_score_adds_up_categories(connection: Connection) -> None:
+    query = "select * from shop.demand_by_category('category')"
+    rows = connection.execute(query).fetchall()
+    with connection.transaction(force_rollback=True):
+        connection.execute("grant usage on schema shop, public to vae_scorer")
+        connection.execute("grant select on items to vae_scorer")
+        connection.execute("set local role vae_scorer")
+        assert connection.execute(query).fetchall() == rows
+
+
 def test_the_figures_stand_beside_their_baselines(connection: Connection) -> None:
     rows = connection.execute(
         "select distinct x.method, x.metric from vae.metrics x join vae.versions v using (version_id)"

@@ -388,7 +388,7 @@ def test_what_an_earlier_release_stored_is_read_until_the_next_refresh(trained: 
         """
         drop view shop.explanations;
         drop materialized view shop.explanations_materialized;
-        drop view shop.recommendations;
+        drop view shop.recommendations, shop.stored_digests;
         drop materialized view shop.recommendations_materialized, shop.recommendations_changed;
         create materialized view shop.recommendations_materialized as
             select r.user_key::bigint as user_id, r.item_keys::bigint[] as item_ids, r.scores::real[] as scores,

@@ -300,6 +300,49 @@ def test_an_operator_refreshes_activates_and_rolls_back_but_does_not_train(
     assert state(trained) == before
 
 
+def test_nobody_but_the_owner_reads_beneath_the_views(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant usage on schema shop to the_reader, the_trainer")
+    trained.execute("grant select on events to the_trainer")
+    trained.execute("call vae.refresh('shop')")
+    # Gone at an incremental refresh: the key and the old row stay beneath the views.
+    trained.execute("delete from events where user_id = %s", [USER])
+    trained.execute("call vae.refresh('shop')")
+    newest = "select mode from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 1"
+    assert trained.execute(newest).fetchall() == [("incremental",)]
+    beneath = [
+        name
+        for (name,) in trained.execute(
+            "select c.relname from pg_class c where c.relkind = 'm' and c.relnamespace = 'shop'::regnamespace"
+        ).fetchall()
+    ]
+    assert len(beneath) == 8
+    # What an earlier release granted, an upgrade takes back.
+    for name in beneath:
+        trained.execute(f"grant select on shop.{name} to vae_reader, vae_operator")
+    trained.execute("select vae.rebuild_model('shop')")
+    trainer = login("trainer")
+    for name in beneath:
+        assert refusal(trainer, f"select * from shop.{name}").sqlstate == "42501", name
+    views = trained.execute(
+        "select c.relname, exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = 'user_id')"
+        " from pg_class c where c.relkind = 'v' and c.relnamespace = 'shop'::regnamespace"
+    ).fetchall()
+    assert len(views) > 10
+    for name, has_users in views:
+        column = "user_id" if has_users else "null"
+        assert (USER,) not in trainer.execute(f"select {column} from shop.{name}").fetchall(), name
+    fresh = trainer.execute(
+        "select user_count, stale_users, is_exact from vae.check_freshness('shop') where prediction = 'recommendations'"
+    )
+    assert fresh.fetchall() == [(len(Shop().users) - 1, 0, True)]
+    # What is revoked on a view stands nowhere else.
+    reader = login("reader")
+    assert reader.execute("select count(*) > 0 from shop.explanations").fetchone() == (True,)
+    trained.execute("revoke select on shop.explanations from vae_reader")
+    for name in ("explanations", "explanations_materialized", "recommendations_materialized", "stored_digests"):
+        assert refusal(reader, f"select * from shop.{name}").sqlstate == "42501", name
+
+
 def test_the_command_line_says_which_right_is_missing(
     trained: psycopg.Connection, people: dict[str, str], run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -491,7 +534,7 @@ def test_no_code_of_a_models_owner_runs_with_more_rights_in_a_refresh(
         """
         drop view mine.explanations;
         drop materialized view mine.explanations_materialized;
-        drop view mine.recommendations;
+        drop view mine.recommendations, mine.stored_digests;
         drop materialized view mine.recommendations_materialized, mine.recommendations_changed;
         create table mine.ran_as (role text);
         create type mine.number as (value integer);
@@ -504,6 +547,7 @@ def test_no_code_of_a_models_owner_runs_with_more_rights_in_a_refresh(
         create materialized view mine.recommendations_changed as
             select 1::bigint as user_id, (row(1)::mine.number)::integer as model_version;
         create unique index on mine.recommendations_changed (user_id);
+        create view mine.stored_digests as select user_id, 1::bigint as digest from mine.recommendations_changed;
         truncate mine.ran_as;
         """
     )
