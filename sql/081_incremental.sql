@@ -125,6 +125,30 @@ comment on function vae_private.scoring_context(integer) is
     'where the candidates cannot be read.';
 
 
+create or replace function vae_private.raise_work_mem()
+returns text
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    before constant text := current_setting('work_mem');
+begin
+    -- A sum for each of 200 000 users takes 22 MB; with the default of 4 MB it goes through files, and takes twice as long.
+    if pg_size_bytes(before) < pg_size_bytes('64MB') then
+        perform set_config('work_mem', '64MB', true);
+    end if;
+    return before;
+end;
+$$;
+
+comment on function vae_private.raise_work_mem() is
+    'Raises work_mem to 64 MB for the sums of all digests, unless it is higher, and gives what it was, to be put back.';
+
+
 drop function if exists vae_private.user_digests(integer);
 
 create or replace function vae_private.refreshed_recommendations(model_id integer, target text)
@@ -164,11 +188,8 @@ declare
 begin
     select * into m from vae.models where models.model_id = refreshed_recommendations.model_id;
     k := (m.options ->> 'recommendations')::integer;
-    -- A sum for each of 200 000 users takes 22 MB; with the default of 4 MB it goes through files, and takes twice as long. The
-    -- refresh puts the setting back.
-    if pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB') then
-        perform set_config('work_mem', '64MB', true);
-    end if;
+    -- The refresh puts the setting back.
+    perform vae_private.raise_work_mem();
     stored := format(
         '(select * from %1$I.recommendations_changed union all select b.* from %1$I.recommendations_materialized b'
         ' where not exists (select from %1$I.recommendations_changed c where c.user_id = b.user_id))', m.name);

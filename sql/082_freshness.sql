@@ -74,13 +74,12 @@ declare
     m vae.models;
     view_name text;
     is_populated boolean;
+    work_mem_before text;
 begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
     perform vae_private.check_grants(m, through => 'refresh_digests');
-    if pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB') then
-        perform set_config('work_mem', '64MB', true);
-    end if;
+    work_mem_before := vae_private.raise_work_mem();
     foreach view_name in array vae_private.prediction_views(id, null) loop
         prediction := view_name;
         is_exact := view_name || '_changed' in (select o.object from vae_private.model_objects(id) o);
@@ -117,6 +116,7 @@ begin
         end if;
         return next;
     end loop;
+    perform set_config('work_mem', work_mem_before, true);
 end;
 $$;
 

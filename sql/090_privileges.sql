@@ -102,6 +102,7 @@ grant execute on function
     vae_private.refresh_view(integer, text, text),
     vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text),
     vae_private.scoring_context(integer),
+    vae_private.raise_work_mem(),
     vae_private.holds_changes(text),
     vae_private.refreshed_recommendations(integer, text)
 to vae_operator;

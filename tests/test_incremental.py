@@ -441,6 +441,16 @@ def test_freshness_counts_the_users_who_changed_since(stage: Stage) -> None:
     assert freshness(stage.connection) == (1, USERS, 0, None, True)
 
 
+def test_work_mem_is_raised_for_the_comparison_alone(trained: Connection) -> None:
+    for before, meanwhile in (("4MB", "64MB"), ("100MB", "100MB")):
+        with trained.transaction():
+            trained.execute(f"set local work_mem = '{before}'")
+            assert freshness(trained)
+            assert trained.execute("show work_mem").fetchone() == (before,)
+            assert trained.execute("select vae_private.raise_work_mem()").fetchone() == (before,)
+            assert trained.execute("show work_mem").fetchone() == (meanwhile,)
+
+
 def test_freshness_of_a_view_without_digests_counts_users_with_new_events(trained: Connection) -> None:
     trained.execute("insert into events select user_id, item_id, 'view', now() from events order by 1, 2 limit 1")
     found = trained.execute(
