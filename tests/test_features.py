@@ -156,6 +156,35 @@ def test_numbers_outside_the_training_range_fall_into_the_outer_bins() -> None:
     assert [tokens_of(bag, number) for number in range(4)] == [[0], [pipeline.size - 1], [], []]
 
 
+def edges_of(values: Sequence[float], kind: str, *, source: str) -> list[float]:
+    pipeline, _ = fit_values(values, kind, source=source)
+    return [edge for column in pipeline.columns for edge in column.edges]
+
+
+def test_the_edges_of_bins_show_no_exact_value_of_fewer_than_five_users() -> None:
+    moments = [1_700_000_000.25 + 40_000.0 * number for number in range(200)]
+    assert len(edges_of(moments, "time", source="users")) > 10
+    assert all(edge % 86_400 == 0 for edge in edges_of(moments, "time", source="users"))
+    incomes = [-1234.5, 0.0, 0.012345, *(20_000.0 + 123.45 * number for number in range(20))]
+    found = edges_of(incomes, "number", source="users")
+    assert found[:2] == [0.0123, 20_100.0]
+    assert all(edge == float(f"{edge:.3g}") for edge in found)
+    # What coincides then is one.
+    assert edges_of([1234.0, 1234.5, 1235.0, 1242.0], "number", source="users") == [1240.0]
+    assert edges_of([1231.0, 1232.0, 1233.0, 1234.0] * 4, "number", source="users") == []
+    # Five users share these years.
+    assert edges_of([2021.0] * 5 + [2022.0] * 5 + [2023.0] * 4, "number", source="users") == [2022.0]
+    for values, kind in ((moments, "time"), (incomes, "number")):
+        assert set(edges_of(values, kind, source="items")) <= set(values)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 3000).map(float), min_size=2))
+def test_every_bin_of_rounded_edges_has_a_row(values: list[float]) -> None:
+    pipeline, rows = fit_values(values, "number", source="users")
+    assert set(feature_bag(pipeline, [[row] for row in rows]).token.tolist()) == set(range(pipeline.size))
+
+
 def test_what_is_not_there_or_no_number_gives_no_token() -> None:
     assert bins([1.0, 2.0, None]) == [[0], [1], []]
     pipeline, _ = fit_values([1.0, 2.0, 3.0], "number")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR, Decimal
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
@@ -15,11 +18,15 @@ from psycopg.rows import class_row
 
 from pgvae_runtime.features import FeatureColumn, FeaturePipeline, Row, as_number, decode, entries
 
-# Rows in which a category, tag or word must occur. Of users more: a version shows its categories to its readers.
+# Rows in which a category, tag or word must occur. Of users more: a version shows its categories to its readers. A
+# number or time of fewer users is rounded.
 MIN_ROWS = {"users": 5, "items": 3}
 # Rows that a pipeline is fitted on; of more, every second, every third and so on.
 _MAX_ROWS = 200_000
 _BINS = 16
+# What is left of a number of fewer users, in digits; of a time, the day.
+_DIGITS = 3
+_DAY = 86_400.0
 _MAX_CATEGORIES = 1000
 _MAX_WORDS = 5000
 _MAX_TOKENS = 20_000
@@ -82,7 +89,7 @@ def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
     if not values:
         return "has no values"
     if column.kind in ("number", "time"):
-        return _fit_number(column.column_name, column.kind, values, len(rows))
+        return _fit_number(column.column_name, column.kind, values, len(rows), source)
     kind = "category" if column.kind == "text" else str(column.kind)
     if column.kind == "text" and 2 * len(set(values)) > len(values):
         if sum(len(value.split()) for value in values) < 2 * len(values):
@@ -109,15 +116,34 @@ def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
     return FeatureColumn(name=column.column_name, kind=kind, first=0, vocabulary=tuple(vocabulary))
 
 
-def _fit_number(name: str, kind: str, values: list[Any], row_count: int) -> FeatureColumn | str:
+def _fit_number(name: str, kind: str, values: list[Any], row_count: int, source: str) -> FeatureColumn | str:
     numbers = [number for number in map(as_number, values) if number is not None]
     if not numbers:
         return "has no finite values"
+    if source == "users":
+        numbers = _coarsened(numbers, kind)
     edges = _edges(numbers)
     # Where only some rows have the one value, its token says which.
     if not edges and len(numbers) == row_count:
         return "has one value only"
     return FeatureColumn(name=name, kind=kind, first=0, edges=tuple(edges))
+
+
+def _coarsened(numbers: list[float], kind: str) -> list[float]:
+    """Gives each number rounded down: to what enough users share, else to a whole day of UTC or to three digits.
+
+    A number is at or above an edge made of these exactly where it was before it was rounded.
+    """
+    shared = sorted(value for value, count in Counter(numbers).items() if count >= MIN_ROWS["users"])
+    floors = [-math.inf, *shared]
+    return [max(_floor(value, kind), floors[bisect_right(shared, value)]) for value in numbers]
+
+
+def _floor(value: float, kind: str) -> float:
+    if kind == "time":
+        return value // _DAY * _DAY
+    exact = Decimal(repr(value))
+    return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - _DIGITS + 1), rounding=ROUND_FLOOR))
 
 
 def _edges(numbers: list[float]) -> list[float]:
