@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pgvae.dataset import Dataset
 from pgvae.features import Column, fit_pipeline
 from pgvae.ranking import Holdout, make_holdout
-from pgvae.splits import hold_out_items
+from pgvae.splits import deal_out, hold_out
 from pgvae_runtime.features import feature_bag
 
 _DAY = 86_400.0
@@ -60,7 +60,7 @@ def _text(folder: Path) -> Task:
         )
         for lines in (train, test)
     )
-    part, validation = hold_out_items(whole, parts=10, seed=1)
+    part, validation = _hold_out_items(whole)
     return Task(
         name=folder.name,
         k=20,
@@ -154,7 +154,7 @@ def _tmall(folder: Path) -> Task:
         event_type=np.full(len(bought), 2),
         event_types=types,
     )
-    part, validation = hold_out_items(events, parts=10, seed=1)
+    part, validation = _hold_out_items(events)
     # No item of the test is in the user's history, of whatever type: the split masks all of it.
     seen = tuple(range(len(types)))
     return Task(
@@ -168,6 +168,13 @@ def _tmall(folder: Path) -> Task:
         test=make_holdout(events, after, seen=seen),
         published=[],
     )
+
+
+def _hold_out_items(dataset: Dataset) -> tuple[Dataset, Holdout]:
+    """Gives the events without a tenth of each user's items, dealt out by chance, and that tenth."""
+    pairs, part = deal_out(dataset, 10, np.random.default_rng(1))
+    rest, after = hold_out(dataset, pairs[part == 0])
+    return rest, make_holdout(rest, after)
 
 
 def _by_time(name: str, events: Dataset) -> Task:

@@ -59,11 +59,11 @@ def random(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split
     test of one of them.
     """
     generator = np.random.default_rng(seed)
-    pairs, part = _parts(dataset, _PARTS if folds == 1 else folds, generator)
+    pairs, part = deal_out(dataset, _PARTS if folds == 1 else folds, generator)
     for fold in range(folds):
-        rest, test = _hold_out(dataset, pairs[part == fold])
-        rest_pairs, rest_part = _parts(rest, _PARTS - 1, generator)
-        train, validation = _hold_out(rest, rest_pairs[rest_part == 0])
+        rest, test = hold_out(dataset, pairs[part == fold])
+        rest_pairs, rest_part = deal_out(rest, _PARTS - 1, generator)
+        train, validation = hold_out(rest, rest_pairs[rest_part == 0])
         yield Split(train=train, validation=make_holdout(train, validation), test=make_holdout(rest, test))
 
 
@@ -87,13 +87,6 @@ def strong(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split
         )
 
 
-def hold_out_items(dataset: Dataset, *, parts: int, seed: int) -> tuple[Dataset, Holdout]:
-    """Gives the events without one of so many parts of each user's items, dealt out by chance, and that part."""
-    pairs, part = _parts(dataset, parts, np.random.default_rng(seed))
-    rest, after = _hold_out(dataset, pairs[part == 0])
-    return rest, make_holdout(rest, after)
-
-
 SPLITS: dict[str, Callable[..., Iterator[Split]]] = {"temporal": temporal, "random": random, "strong": strong}
 
 
@@ -106,7 +99,9 @@ def measurable(dataset: Dataset, *, seed: int) -> tuple[str, Split] | None:
     return None
 
 
-def _parts(dataset: Dataset, count: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def deal_out(
+    dataset: Dataset, count: int, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Gives the pairs with a target event, and the part of each, from 0: each user's pairs are dealt out in turn."""
     pairs = target_pairs(dataset)
     user = pairs // len(dataset.item_keys)
@@ -117,15 +112,15 @@ def _parts(dataset: Dataset, count: int, generator: np.random.Generator) -> tupl
     return pairs[order], (turn + offset[user]) % count
 
 
-def _hold_out(dataset: Dataset, pairs: NDArray[np.int64]) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, pairs: NDArray[np.int64]) -> tuple[Dataset, Dataset]:
     """Gives the events on all other (user, item) pairs, and those on these."""
     chosen = np.isin(dataset.user * len(dataset.item_keys) + dataset.item, pairs)
     return _subset(dataset, ~chosen), _subset(dataset, chosen)
 
 
 def _fold_in(dataset: Dataset, learned: Dataset, generator: np.random.Generator) -> Holdout:
-    pairs, part = _parts(dataset, _FOLD_IN_PARTS, generator)
-    before, after = _hold_out(dataset, pairs[part == 0])
+    pairs, part = deal_out(dataset, _FOLD_IN_PARTS, generator)
+    before, after = hold_out(dataset, pairs[part == 0])
     return make_holdout(before, after, learned=learned)
 
 
