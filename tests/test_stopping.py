@@ -29,15 +29,15 @@ NOTHING = Interval(
 DEMAND = Equation(intercept=0, coefficients=[0.0] * len(FEATURES), share=0.5, half_life=10, shock=0, interval=NOTHING)
 # What each batch of a module goes through, and the settings that make batches of one user or item.
 SCORED = {
-    "recommendations": ("batch", "write_scores", "_MAX_BATCH = 1"),
-    "churn": ("churn", "reasons_of", "_BATCH = 1"),
-    "explanations": ("explanations", "_parts", "_USERS = 1"),
-    "offer_responses": ("audience", "_answers", "_PAIRS = 1"),
-    "user_segments": ("segments", "directions", "_USERS = 1"),
-    "demand": ("sales", "_numbers", "_BATCH = 1"),
-    "related_items": ("related", "chosen_order", "_SHARES_BYTES = 1"),
-    "audience": ("audience", "_answers", "_PAIRS = 1"),
-    "score_pairs": ("pairs", "_scores", "_PAIRS = 1"),
+    "recommendations": ("batch", "write_scores", "batch._MAX_BATCH = 1"),
+    "churn": ("churn", "reasons_of", "churn._BATCH = 1"),
+    "explanations": ("explanations", "_parts", "explanations._USERS = 1"),
+    "offer_responses": ("audience", "_answers", "batch._MAX_NUMBERS = 1"),
+    "user_segments": ("segments", "directions", "segments._USERS = 1"),
+    "demand": ("sales", "_numbers", "sales._BATCH = 1"),
+    "related_items": ("related", "chosen_order", "related._SHARES_BYTES = 1"),
+    "audience": ("audience", "_answers", "batch._MAX_NUMBERS = 1"),
+    "score_pairs": ("pairs", "_scores", "batch._MAX_NUMBERS = 1; pairs._FEW = 0"),
 }
 CALLS = {
     "audience": "select * from shop.audience((select min(item_id) from events))",
@@ -54,7 +54,10 @@ import os, signal, sys
 
 (package,) = {{name.partition(".")[0] for name in sys.modules if name.startswith("pgvae_runtime_")}}
 module = sys.modules[package + ".{module}"]
-module.{setting}
+for setting in "{setting}".split("; "):
+    name, _, value = setting.partition(" = ")
+    owner, _, name = name.partition(".")
+    setattr(sys.modules[package + "." + owner], name, int(value))
 function = module.{function}
 seen = sys.modules["seen"] = []
 

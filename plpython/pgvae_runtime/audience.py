@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,6 @@ OfferRow = tuple[int, int, str, float, bool, int, float | None]
 RESPONSE, UPLIFT = "response", "uplift"
 # Of N sets of items: P(the user buys one), whether the user did before, and the uplift of an offer, [U, N] each.
 _Answers = tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]
-# Pairs of a user and an offered item in a batch: more would hold up a cancel.
-_PAIRS = 1 << 21
 
 _OFFERS = """
 select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by
@@ -207,16 +206,13 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
     items = [each.items for each in criteria]
     columns, now, done = np.concatenate(items), time.time(), 0
 
-    def read(batch_size: int, max_events: int) -> Iterator[Batch]:
-        size = min(batch_size, max(1, _PAIRS // len(columns)))
-        yield from read_histories(plpy, version, size, max_events=max_events)
-
     def answer(scorer: CpuScorer, batch: Batch) -> tuple[list[str], _Answers]:
         users, history = batch[0], batch[1].distinct()
         pairs = np.repeat(np.arange(len(users)), len(columns)), np.tile(columns, len(users))
         scores = scorer.of_pairs(history, *pairs).reshape(len(users), -1)
         return users, _answers(version, history, scores, items, now)
 
+    read = partial(read_histories, plpy, version)
     answers = score_on_cpu(plpy, version, read, answer, numbers=len(columns))
     with blas.one_thread(), closing(answers) as batches:
         for users, (response, has_bought, won) in batches:

@@ -25,7 +25,8 @@ Write = Callable[[list[str], Scored], list[Row]]
 Read = Callable[..., Iterator[Batch]]
 Result = TypeVar("Result")
 
-_MAX_BATCH = 512
+# Of a batch; more would hold up a cancel.
+_MAX_BATCH, _MAX_NUMBERS = 512, 1 << 18
 # What waits to be scored or to be stored: an event in three arrays, a row with its two texts, a score and its item.
 _BYTES_OF_AN_EVENT, _BYTES_OF_A_ROW, _BYTES_OF_A_NUMBER = 24, 400, 64
 # Stacks of the threads, the catalogue's keys, what is read from the events at one time.
@@ -99,9 +100,15 @@ def _sizes(limit: int, most: int, version: Version, k: int, numbers: int) -> tup
     sizes = (
         (threads, users, MAX_EVENTS * users // _MAX_BATCH)
         for threads in range(most, 0, -1)
-        for users in (_MAX_BATCH, _MAX_BATCH // 4, _MAX_BATCH // 16)
+        for users in _users_of_a_batch(numbers)
     )
     return limits.first_that_fits(limit, ((needed(*size), size) for size in sizes))
+
+
+def _users_of_a_batch(numbers: int) -> list[int]:
+    """Gives how many users may be in a batch, most first, so that it gives few enough numbers."""
+    most = max(1, _MAX_NUMBERS // max(1, numbers))
+    return [max(1, min(_MAX_BATCH, most) // part) for part in (1, 4, 16)]
 
 
 def _on_gpu(plpy: Any, gpu: Gpu, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:

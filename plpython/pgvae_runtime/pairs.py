@@ -24,8 +24,6 @@ Row = tuple[str | None, str | None, float | None]
 
 # A scorer for many users is made in 0.1 s, what forty users take without one.
 _FEW = 32
-# Pairs of a batch: more would hold up a cancel.
-_PAIRS = 1 << 21
 
 
 def score_pairs(
@@ -95,16 +93,15 @@ def _in_batches(
     """Gives the numbers of pairs and their scores, -1 outside the catalogue."""
 
     def read(batch_size: int, max_events: int) -> Iterator[Batch]:
-        size = min(batch_size, max(1, _PAIRS // max(1, pairs.most)))
         unread = dict.fromkeys(users)
-        for keys, history in read_histories(plpy, version, size, chosen=users, max_events=max_events):
+        for keys, history in read_histories(plpy, version, batch_size, chosen=users, max_events=max_events):
             for key in keys:
                 del unread[key]
             yield keys, history
         # Of whom nothing is known, in no table.
         unknown = list(unread)
-        for first in range(0, len(unknown), size):
-            keys = unknown[first : first + size]
+        for first in range(0, len(unknown), batch_size):
+            keys = unknown[first : first + batch_size]
             yield keys, _nothing_of(version, len(keys))
 
     def of_few(history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float32]:
