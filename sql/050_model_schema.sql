@@ -492,6 +492,7 @@ begin
         select from vae_private.model_objects(m.model_id) o
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is null
             -- What reads a materialized view hangs on no table of the shop.
+            and o.object not in ('stored_digests', 'demand_deviations')
             and o.object || '_materialized' not in (select p.object from vae_private.model_objects(m.model_id) p)
     ) then
         raise exception 'the views of model % are gone', m.name
@@ -729,10 +730,13 @@ begin
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then
             execute format('grant select on %I.%s to vae_reader', m.name, made.object);
+        elsif made.object in ('stored_digests', 'demand_deviations') then
+            execute format('grant select on %I.%s to %s', m.name, made.object,
+                case made.object when 'demand_deviations' then 'vae_scorer' else 'vae_operator' end);
         elsif current_setting('server_version_num')::integer >= 150000 then
             -- They run with the rights of whoever reads them; an audience is found among all users.
             execute format('grant select on %I.%s to %s', m.name, made.object,
-                case when made.object in ('refresh_events', 'user_features', 'item_features', 'demand_deviations') then 'vae_scorer' else 'vae_operator' end);
+                case when made.object in ('refresh_events', 'user_features', 'item_features') then 'vae_scorer' else 'vae_operator' end);
         end if;
     end loop;
 end;

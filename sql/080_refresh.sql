@@ -93,7 +93,7 @@ begin
             -- Who cancels means all of it.
             exit when failure_state = '57014';
         end if;
-        if restarts_left > 0 and scoring is distinct from vae_private.active_version_id(id) then
+        if restarts_left > 0 and vae_private.active_version_id(id) <> scoring then
             -- Another version was activated meanwhile: all views shall be of one.
             raise notice 'another version of model % became active meanwhile: its views are refreshed again', model;
             scoring := vae_private.active_version_id(id);

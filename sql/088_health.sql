@@ -186,16 +186,18 @@ with facts as (
     ) d on true
     union all
     select f.model, 11, 'indexes',
-        case when t.relkind is null then 'unknown' when i.missing is null or t.reltuples < 100000 then 'ok' else 'warning' end,
-        case when t.relkind is null then 'the events are not those of a table of this database'
+        case when t.oid is null then 'unknown' when i.missing is null or t.bytes < 8 * 1024 * 1024 then 'ok' else 'warning' end,
+        case when t.oid is null then 'the events are not those of a table of this database'
             else format('no index of %I.%I begins with %s: live calls read the whole table',
                 t.events_schema, t.events_table, array_to_string(i.missing, ', nor with ')) end,
-        case when t.relkind is not null then array_to_string(i.remedies, '; ') end,
+        case when t.oid is not null then array_to_string(i.remedies, '; ') end,
         case when i.missing is null then 'live calls find their events by an index' else 'the table of events is small' end
     from facts f
     join lateral (
         select m.events_schema, m.events_table, array[m.user_id_column, m.item_id_column] as key_columns, m.occurred_at_column,
-            c.oid, c.relkind, c.reltuples
+            c.oid, coalesce(
+                (select sum(pg_catalog.pg_relation_size(p.relid)) from pg_catalog.pg_partition_tree(c.oid) p where p.isleaf),
+                pg_catalog.pg_relation_size(c.oid)) as bytes
         from vae.models m
         left join pg_catalog.pg_namespace n on n.nspname = m.events_schema
         left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = m.events_table and c.relkind in ('r', 'p')
@@ -210,6 +212,8 @@ with facts as (
             select
             from pg_catalog.pg_index x
             join pg_catalog.pg_attribute a on a.attrelid = x.indrelid and a.attnum = x.indkey[0]
+            join pg_catalog.pg_class ic on ic.oid = x.indexrelid
+            join pg_catalog.pg_am am on am.oid = ic.relam and am.amname in ('btree', 'hash')
             where x.indrelid = t.oid and x.indisvalid and x.indpred is null and a.attname = k.key_column)
     ) i on true
 )
@@ -255,7 +259,7 @@ left join lateral (select min(f.refreshed_at) as refreshed_at from vae.freshness
 group by c.model;
 
 comment on view vae.health is
-    'A row per model for a monitor: is anything wrong with it, what, and what to do first. Cheap: it reads logs alone. '
+    'A row per model for a monitor: is anything wrong with it, what, and what to do first. Cheap: it reads logs and the catalogue alone. '
     'vae.health_checks has a row per check.';
 comment on column vae.health.model is 'Name of the model.';
 comment on column vae.health.status is 'The worst of its checks: ok, warning or critical.';
@@ -265,5 +269,5 @@ comment on column vae.health.detail is 'What they found, the worst first; null w
 comment on column vae.health.remedy is 'What to do about the worst of them; null where all is well.';
 comment on column vae.health.active_version is 'Version that scores; null: none.';
 comment on column vae.health.events_age is 'Time since the newest event that it was trained on.';
-comment on column vae.health.refreshed_at is 'Beginning of the last good refresh of the prediction view that was refreshed longest ago.';
+comment on column vae.health.refreshed_at is 'Call of the last good refresh of the prediction view that was refreshed longest ago.';
 comment on column vae.health.refresh_age is 'Time since then.';

@@ -75,8 +75,8 @@ class _Pairs:
         self._start = np.searchsorted(user[self._order], np.arange(len(users) + 1))
         self._item = item
         self.without_user = self._order[: self._start[0]]
-        # Of one user.
-        self.most = int(np.diff(self._start).max(initial=0))
+        # Of a user in the mean.
+        self.of_each = -(-len(user) // max(1, len(users)))
 
     def of(self, users: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Gives the numbers of these users' pairs, each one's user (a number in `users`), and each one's item."""
@@ -119,7 +119,7 @@ def _in_batches(
             def score(scorer: CpuScorer, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
                 return _scores(pairs, batch, scorer.of_pairs)
 
-            with closing(score_on_cpu(plpy, version, read, score, numbers=pairs.most)) as scored:
+            with closing(score_on_cpu(plpy, version, read, score, numbers=pairs.of_each)) as scored:
                 yield from scored
 
 

@@ -209,19 +209,22 @@ def _buyers(plpy: Any, version: Version) -> tuple[Integers, NDArray[np.int32], i
     cursor = plpy.cursor(plan, [version.version_id, _target_names(version)])
     parts: list[NDArray[np.int32]] = []
     counts: list[int] = []
-    allowed, pairs = limits.max_memory(plpy), 0
+    limit, pairs = limits.max_memory(plpy), 0
+    allowed = max(limit - _SHARES_BYTES, limit // 2) // _BYTES_OF_A_PAIR
     while rows := cursor.fetch(10_000):
         own = [len(row["items"]) for row in rows]
-        counts += own
-        parts.append(np.fromiter(chain.from_iterable(row["items"] for row in rows), np.int32, count=sum(own)))
-        pairs += len(parts[-1])
-        # The shares take the other half at most.
-        if pairs * _BYTES_OF_A_PAIR > allowed // 2:
-            raise ScoringError(
-                f"vae.max_memory is {allowed >> 20}MB, too little for who bought what: more than {pairs} pairs",
-                sqlstate=OUT_OF_MEMORY,
-                hint=f"raise it, as in: set vae.max_memory = '{max(2, 2 * allowed >> 20)}MB'",
-            )
+        pairs += sum(own)
+        # Beyond what may be held they are only counted, so that the error can say how many there are.
+        if pairs <= allowed:
+            counts += own
+            parts.append(np.fromiter(chain.from_iterable(row["items"] for row in rows), np.int32, count=sum(own)))
+    if pairs > allowed:
+        needed = pairs * _BYTES_OF_A_PAIR + _SHARES_BYTES
+        raise ScoringError(
+            f"vae.max_memory is {limit >> 20}MB, and who bought what, {pairs} pairs, needs {-(-needed >> 20)}MB",
+            sqlstate=OUT_OF_MEMORY,
+            hint=f"raise it: set vae.max_memory = '{-(-needed >> 20)}MB'",
+        )
     item = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
     del parts
     order = np.argsort(item, kind="stable")

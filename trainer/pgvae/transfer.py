@@ -203,19 +203,21 @@ def _describe(connection: psycopg.Connection, version_id: int) -> dict[str, Any]
         ).fetchone()
     assert row is not None
     version = row["version"]
+    before = version.get("origin") or {}
     origin = {
         "database": row["database"],
         "model": row["name"],
         "version": version["version"],
         "created_at": version["created_at"],
-        "trained_at": (version.get("origin") or {}).get("trained_at", version["created_at"]),
+        # Files of earlier releases do not say it.
+        "trained_at": before.get("trained_at") or before.get("created_at") or version["created_at"],
         "created_by": version["created_by"],
         "exported_at": datetime.now(UTC).isoformat(),
         "exported_by": row["role"],
         "exported_with": __version__,
     }
-    if version.get("origin"):
-        origin["origin"] = version["origin"]
+    if before:
+        origin["origin"] = before
     return {
         "model": {name: row[name] for name in ("name", "user_id_type", "item_id_type", "max_history")},
         "version": {name: value for name, value in version.items() if name not in (*_OWN_COLUMNS, "origin")},

@@ -95,13 +95,14 @@ def show_refreshed(document: dict[str, Any]) -> None:
 
 
 def _refreshed(connection: psycopg.Connection, model: str) -> list[dict[str, Any]]:
-    """Gives a row for each view that this session refreshed, or tried to."""
+    """Gives a row for each view that this session refreshed, or tried to: the last one, where a refresh began again."""
     with connection.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(
-            "select r.view, r.state, r.mode, r.row_count, r.scored_count, r.version, r.seconds, r.error"
+            "select l.view, l.state, l.mode, l.row_count, l.scored_count, l.version, l.seconds, l.error"
+            " from (select distinct on (r.view) r.*"
             " from vae.refreshes r join vae.models m using (model_id)"
             " where m.name = %s and r.backend_pid = pg_backend_pid() and r.state <> 'running'"
             " and r.started_at >= (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid())"
-            " order by r.refresh_id",
+            " order by r.view, r.refresh_id desc) l order by l.refresh_id",
             [model],
         ).fetchall()
