@@ -25,8 +25,9 @@ Write = Callable[[list[str], Scored], list[Row]]
 Read = Callable[..., Iterator[Batch]]
 Result = TypeVar("Result")
 
-# Of a batch; more would hold up a cancel.
-_MAX_BATCH, _MAX_NUMBERS = 512, 1 << 20
+# Users and numbers of a batch: more would hold up a cancel.
+_MAX_BATCH = 512
+_MAX_NUMBERS = 1 << 20
 # What waits to be scored or to be stored: an event in three arrays, a row with its two texts, a score and its item.
 _BYTES_OF_AN_EVENT, _BYTES_OF_A_ROW, _BYTES_OF_A_NUMBER = 24, 400, 64
 # Stacks of the threads, the catalogue's keys, what is read from the events at one time.
