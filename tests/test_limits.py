@@ -126,7 +126,7 @@ def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connec
     [
         "select count(*) from vae_private.segment_all(1)",
         # So many users that threads score them.
-        f"select * from shop.score_pairs('{set(range(1, 41))}', '{set(range(1, 41))}')",
+        f"select * from shop.score_pairs('{set(range(200))}', '{set(range(200))}')",
     ],
     ids=["segments", "score_pairs"],
 )

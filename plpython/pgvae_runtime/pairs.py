@@ -22,8 +22,8 @@ from .tokens import History
 # (user key, item key, score)
 Row = tuple[str | None, str | None, float | None]
 
-# A scorer for many users is made in 0.1 s, what forty users take without one.
-_FEW = 32
+# A scorer for many users takes some 0.1 s to make: with 20 000 items it pays from one or two hundred users on.
+_FEW = 128
 
 
 def score_pairs(
