@@ -120,17 +120,17 @@ def last(connection: Connection) -> Any:
 
 
 def assert_as_a_full_refresh(connection: Connection) -> None:
-    """Fails unless each user has the same items in the same order, with the same scores to 1e-6."""
+    """Fails unless each user has the same items in the same order, with the same scores to 1e-5."""
     assert_same(stored(connection), scored(connection))
 
 
 def assert_same(found: dict[Any, list[tuple[Any, float]]], wanted: dict[Any, list[tuple[Any, float]]]) -> None:
-    """Fails unless these are the same lists, their scores to 1e-6: users are scored beside other users."""
+    """Fails unless these are the same lists, their scores to 1e-5: users are scored beside other users."""
     assert found.keys() == wanted.keys()
     for user, entries in wanted.items():
         assert [item for item, _ in found[user]] == [item for item, _ in entries], user
         for (_, score), (_, right) in zip(found[user], entries, strict=True):
-            assert math.isclose(score, right, rel_tol=1e-6), user
+            assert math.isclose(score, right, rel_tol=1e-5), user
 
 
 # Random streams of events
