@@ -17,7 +17,7 @@ demo: bootstrap ## A shop from nothing to recommendations on a private server, i
 	@$(PGVAE) demo $(ARGS)
 
 test: bootstrap ## The whole test suite, on a throwaway server per core; ARGS='-k word' selects
-	@.venv/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 survival: bootstrap ## Kills at random moments and many sessions while versions change, for a quarter of an hour; prints counts
 	@.venv/bin/python -m pytest tests/test_drills.py tests/test_survival.py tests/test_topologies.py -q -s \

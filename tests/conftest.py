@@ -29,7 +29,18 @@ FAST = {
     "shared_buffers": "64MB",
 }
 
+# A worker of pytest a core is at work: one thread for each is faster than two. Before PyTorch reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Of minutes each; begun last, one of them would leave the other cores without work.
+LONG = ("test_docs.py", "test_tune.py", "test_online_retail.py", "test_demo.py", "test_survival.py")
+
 _numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; with --no-loadscope-reorder they are begun in this order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -218,6 +229,22 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data sets in {path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(scratch: Path) -> Path:
+    """The folder in which the commands of a page of the documentation run."""
+    return Path(tempfile.mkdtemp(prefix="page-", dir=scratch))
+
+
+@pytest.fixture(scope="session")
+def psql_folder(server: Server) -> Path:
+    """Where psql and its companions are."""
+    if not (server.bindir / "psql").exists():
+        found = shutil.which("psql")
+        assert found, "psql is missing"
+        return Path(found).parent
+    return server.bindir
 
 
 @pytest.fixture(scope="session")
