@@ -216,6 +216,33 @@ with facts as (
             join pg_catalog.pg_am am on am.oid = ic.relam and am.amname in ('btree', 'hash')
             where x.indrelid = t.oid and x.indisvalid and x.indpred is null and a.attname = k.key_column)
     ) i on true
+    union all
+    select f.model, 12, 'new events',
+        case when last.events_until is null then 'unknown'
+            when last.events_until - change.events_until > 3 * f.stale_after then 'warning'
+            else 'ok' end,
+        case when last.events_until is null then 'there was no refresh'
+            else format('no user had a new event between the refreshes of %s and %s',
+                date_trunc('second', change.events_until), date_trunc('second', last.events_until)) end,
+        case when last.events_until is not null then 'see whether what loads the events still runs' end,
+        format('the last refresh scored %s users, of %s', last.scored_count, last.row_count)
+    from facts f
+    left join lateral (
+        select r.events_until, r.scored_count, r.row_count
+        from vae.refreshes r
+        where r.model_id = f.model_id and r.view = 'recommendations' and r.state = 'succeeded'
+        order by -r.refresh_id
+        limit 1
+    ) last on true
+    -- The last one that found a change, or did not ask for any since it scored all users.
+    left join lateral (
+        select r.events_until
+        from vae.refreshes r
+        where r.model_id = f.model_id and r.view = 'recommendations' and r.state = 'succeeded'
+            and (r.mode = 'full' or r.scored_count > 0)
+        order by -r.refresh_id
+        limit 1
+    ) change on true
 )
 select
     c.model,
@@ -232,7 +259,7 @@ comment on view vae.health_checks is
     'last found; vae.health has a row per model.';
 comment on column vae.health_checks.model is 'Name of the model.';
 comment on column vae.health_checks.check_name is
-    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift, indexes.';
+    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift, indexes, new events.';
 comment on column vae.health_checks.status is 'ok, warning, critical; unknown: nothing was measured yet, or something before it is missing.';
 comment on column vae.health_checks.severity is 'The same as a number: 2 critical, 1 warning, 0 ok or unknown.';
 comment on column vae.health_checks.detail is 'What was found.';

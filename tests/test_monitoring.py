@@ -321,6 +321,7 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
         **dict.fromkeys(("version of predictions", "interrupted refresh", "parity", "gates"), "ok"),
         "drift": "unknown",
         "indexes": "ok",
+        "new events": "ok",
     }
 
 
@@ -333,6 +334,24 @@ def test_a_large_table_of_events_without_an_index_for_live_calls_is_told_of(trai
     for statement in str(remedy).split("; "):
         trained.execute(statement)
     assert checks(trained)["indexes"] == ("ok", "live calls find their events by an index", None)
+
+
+def test_events_that_no_longer_arrive_show_in_refreshes_that_found_nothing_new(trained: Connection) -> None:
+    users = trained.execute("select count(distinct user_id) from shop.recommendations").fetchone()
+    assert users is not None
+    assert checks(trained)["new events"] == ("ok", f"the last refresh scored {users[0]} users, of {users[0]}", None)
+    for _ in range(2):
+        trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+    trained.execute("update vae.refreshes set events_until = events_until - interval '77 hours' where mode = 'full'")
+    assert checks(trained)["new events"][:2] == ("ok", f"the last refresh scored 0 users, of {users[0]}")
+    trained.execute("update vae.refreshes set events_until = events_until - interval '2 hours' where mode = 'full'")
+    status, detail, remedy = checks(trained)["new events"]
+    assert status == "warning"
+    assert str(detail).startswith("no user had a new event between the refreshes of ")
+    assert remedy == "see whether what loads the events still runs"
+    trained.execute("insert into events select user_id, item_id, event_type, now() from events limit 1")
+    trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+    assert checks(trained)["new events"][0] == "ok"
 
 
 def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -> None:
@@ -391,8 +410,8 @@ def test_health_is_cheap_however_long_the_log(trained: Connection) -> None:
     # Of one view, as where only recommendations are refreshed: the others must not be looked for in all of it.
     trained.execute(
         "delete from vae.refreshes where view <> 'recommendations';"
-        " insert into vae.refreshes (model_id, view, state, version, started_at, seconds)"
-        " select 1, 'recommendations', 'succeeded', 1, now() - n * interval '1 hour', 1"
+        " insert into vae.refreshes (model_id, view, state, mode, scored_count, version, started_at, seconds)"
+        " select 1, 'recommendations', 'succeeded', 'incremental', n % 3, 1, now() - n * interval '1 hour', 1"
         " from generate_series(30000, 1, -1) n;"
         " analyze vae.refreshes"
     )
@@ -408,7 +427,7 @@ def test_a_monitor_needs_no_right_but_to_read(trained: Connection, server: Serve
     with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as monitor:
         row = health(monitor)
         assert (row["model"], row["status"]) == ("shop", "ok")
-        assert len(checks(monitor)) == 11
+        assert len(checks(monitor)) == 12
         assert refusal(monitor, "select * from vae.check_drift('shop')").sqlstate == "42501"
         assert refusal(monitor, "select * from shop.clean_events").sqlstate == "42501"
     trained.execute(f"revoke vae_reader from {role}")
