@@ -336,26 +336,22 @@ def test_a_training_measures_beside_its_baselines(shop: Connection, training: li
     assert {("churn_calibration",), ("response_calibration",), ("response_lift",)} <= set(curves)
 
 
-def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
-    rows = shop.execute(
-        "select c.churn_probability, l.churn_probability, c.expected_purchases, l.expected_purchases,"
-        " c.risk_band, l.risk_band,"
-        " c.reasons, l.reasons, c.last_event_at = l.last_event_at, c.horizon_days, c.is_cold_start, c.model_version"
-        " from shop.churn c, shop.churn(c.user_id) l where c.user_id <= 40"
-    ).fetchall()
-    assert len(rows) == 40
-    for churn, live, expected, live_expected, *same in rows:
-        assert live == pytest.approx(churn, rel=1e-6)
-        assert live_expected == pytest.approx(expected, rel=1e-6)
-        assert same[0] == same[1]
-        assert same[2:4] == [same[2]] * 2
-        assert same[4:] == [True, HORIZON, False, 1]
-    total = shop.execute(
-        "select count(*), count(distinct user_id), min(churn_probability + purchase_probability) from shop.churn"
-    ).fetchone()
-    assert total is not None
-    assert total[:2] == (161, 161)
-    assert total[2] == pytest.approx(1.0)
+def test_in_a_shop_of_few_items_the_curve_of_bestsellers_begins_at_nothing(database: str) -> None:
+    few = dataclasses.replace(SHOP, item_keys=range(1, 6))
+    with psycopg.connect(database, autocommit=True) as connection:
+        few.make(connection)
+        few.create_model(connection, options=SMALL | {"horizon_days": HORIZON})
+        run_training(database, "shop", QUICK)
+        points = connection.execute(
+            "select x, y from vae.curves where curve = 'response_lift' and method = 'popularity' and x < 0.201"
+        ).fetchall()
+        lift = connection.execute(
+            "select value from vae.metrics where metric = 'response_lift' and method = 'popularity'"
+        ).fetchone()
+    # A fifth of the pairs are of the most popular item: of these, all are equal.
+    assert len(points) == 4
+    assert [y / x for x, y in points] == pytest.approx([points[-1][1] / points[-1][0]] * 4)
+    assert lift == pytest.approx((points[0][1] / points[0][0],))
 
 
 def test_a_user_without_events_cannot_leave(shop: Connection) -> None:

@@ -185,8 +185,13 @@ def _merged(sums: Floats) -> Floats:
 
 def _pooled_lift(pairs: Floats, bought: Floats) -> float:
     """Gives the lift of the first tenth of the pairs; groups come best first, and within one all are equal."""
-    share = np.interp(_TOP, np.cumsum(pairs) / pairs.sum(), np.cumsum(bought) / max(bought.sum(), 1.0))
-    return float(share / _TOP)
+    return float(np.interp(_TOP, _from_nothing(pairs), _from_nothing(bought)) / _TOP)
+
+
+def _from_nothing(amounts: Floats) -> Floats:
+    """Gives the share of all that lies in the first groups, from none of these to all."""
+    shares: Floats = np.cumsum(np.append(0.0, amounts)) / max(amounts.sum(), 1.0)
+    return shares
 
 
 def top_lift(order: Floats, truth: NDArray[np.bool_]) -> float:
@@ -200,7 +205,7 @@ def top_lift(order: Floats, truth: NDArray[np.bool_]) -> float:
 
 def _lift_curve(method: str, pairs: Floats, bought: Floats, total: float) -> list[CurvePoint]:
     """Gives the share of purchases that lies in the best so many hundredths of all pairs."""
-    along, share = np.cumsum(pairs) / pairs.sum(), np.cumsum(bought) / max(bought.sum(), 1.0)
+    along, share = _from_nothing(pairs), _from_nothing(bought)
     return [
         CurvePoint(
             curve="response_lift",
