@@ -222,13 +222,16 @@ def _lift_curve(method: str, pairs: Floats, bought: Floats, total: float) -> lis
 def calibration_curve(curve: str, method: str, p: Floats, truth: Floats) -> list[CurvePoint]:
     """Gives the mean probability and how often it happened, of ten equally large bands."""
     order = np.argsort(p, kind="stable")
+    # Which of equal probabilities stands in which band says nothing: what happened is shared out among them.
+    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
+    happened = (np.bincount(place, weights=truth) / count)[place]
     return [
         CurvePoint(
             curve=curve,
             method=method,
             position=position,
             x=float(p[band].mean()),
-            y=float(truth[band].mean()),
+            y=float(happened[band].mean()),
             weight=float(len(band)),
         )
         for position, band in enumerate(np.array_split(order, min(_BANDS, len(order))), start=1)
