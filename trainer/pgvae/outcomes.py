@@ -29,7 +29,7 @@ from pgvae.outcome_windows import (
     too_little,
     windows,
 )
-from pgvae.regression import fit_cloglog, fit_logistic, fit_poisson
+from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.outcomes import sigmoid
@@ -114,9 +114,8 @@ def _fit(fitting: Sequence[Seen], calibrating: Seen, setting: Setting) -> dict[s
     for ridge in _RIDGES:
         fitted = fit_logistic(standard, y, np.full(x.shape[1], ridge))
         logit = (calibrating.behaviour - mean) @ (fitted[:-1] / scale) + fitted[-1]
-        # Platt 1999: slope and intercept on a later window.
-        slope, intercept = fit_logistic(logit[:, None], truth, np.array([1e-6]))
-        slope = max(slope, _LEAST_SLOPE)
+        # On a later window.
+        slope, intercept = fit_platt(logit, truth, least=_LEAST_SLOPE)
         loss = float(log_loss(sigmoid(slope * logit + intercept), truth).mean())
         candidates.append((loss, slope * fitted[:-1] / scale, slope * fitted[-1] + intercept))
     _, own, bias = min(candidates, key=lambda candidate: candidate[0])

@@ -31,6 +31,16 @@ def _logistic(eta: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
     return np.logaddexp(0.0, eta) - y * eta, p - y, p * (1.0 - p)
 
 
+def fit_platt(logit: Floats, y: Floats, *, least: float) -> tuple[float, float]:
+    """Gives slope, `least` or more, and intercept of a logistic regression on one logit (Platt 1999)."""
+    slope, intercept = fit_logistic(logit[:, None], y, np.array([1e-6]))
+    if slope >= least:
+        return float(slope), float(intercept)
+    # The intercept of another slope would leave the mean probability off.
+    fixed = least * logit
+    return least, float(_newton(np.empty((len(y), 0)), np.zeros(0), lambda eta: _logistic(eta + fixed, y), 0.0)[0])
+
+
 def fit_poisson(x: Floats, y: Floats, ridge: Floats) -> Floats:
     """Gives coefficients and, last, the intercept of a log-linear regression of counts, by Newton's method."""
     return _newton(x, ridge, lambda eta: _poisson(eta, y), np.log(max(y.mean(), 1e-3)))
