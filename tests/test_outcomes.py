@@ -309,6 +309,16 @@ def test_too_few_days_or_buyers_are_told() -> None:
     assert fitted.missing == too_little(few, 14, 1)
 
 
+def test_a_horizon_in_which_half_of_the_users_bought_nothing_is_told(weights: dict[str, Any]) -> None:
+    dataset, _ = simulated()
+    quiet = (dataset.user % 2 == 0) & (dataset.occurred_at >= 92 * DAY) & (dataset.occurred_at < 107 * DAY)
+    few = dataclasses.replace(dataset, event_type=np.where(quiet, 0, dataset.event_type))
+    assert too_little(few, 14, 1) == ""
+    fitted = fit_outcomes(few, earlier=weights, earlier_end=92 * DAY, horizon=14, max_history=50, seed=1)
+    assert (fitted.tensors, fitted.metrics) == ({}, [])
+    assert fitted.missing.startswith("in the horizon from 1970-04-03 on none of one half of the users bought")
+
+
 # In the database
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,24 @@ def fit_outcomes(
     # so that one half of the users fits and the other half checks.
     later = max(seen[1].window.moment, earlier_end)
     of_items = as_seen(read_window(dataset, later, horizon, seed), setting)
+    if why := _too_few_buyers({0: of_items, 1: seen[0]}):
+        return OutcomeFit(tensors={}, metrics=[], curves=[], missing=why)
     checked |= _fit_items(of_items, earlier, checked, setting, half=0)
     metrics, curves = measure(seen, {**earlier, **checked}, setting)
     return OutcomeFit(tensors=_heads(seen, earlier, setting), metrics=metrics, curves=curves)
+
+
+def _too_few_buyers(seen: Mapping[int, Seen]) -> str:
+    """Says where the odds of items can be neither fitted nor checked: in a window of whose half nobody bought."""
+    for half, own in seen.items():
+        window = own.window
+        if not window.purchases[in_half(window.users, half)].any():
+            begin = datetime.fromtimestamp(window.moment, UTC)
+            return (
+                f"in the horizon from {begin:%Y-%m-%d} on none of one half of the users bought, so that nothing tells"
+                " who buys which item"
+            )
+    return ""
 
 
 def fit_heads(setting: Setting, earlier: Weights, earlier_end: float) -> dict[str, NDArray[Any]]:
