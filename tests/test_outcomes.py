@@ -17,9 +17,10 @@ from conftest import as_role, create_database, drop_database
 from pgvae.dataset import Dataset, read_dataset
 from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
 from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
-from pgvae.outcomes import fit_outcomes
+from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.server import Server
+from pgvae.splits import temporal
 from pgvae.train import Training
 from pgvae.train import train as run_training
 from pgvae.transfer import export_version, import_version
@@ -394,6 +395,47 @@ def test_in_a_shop_of_few_items_the_curve_of_bestsellers_begins_at_nothing(datab
     assert len(points) == 4
     assert [y / x for x, y in points] == pytest.approx([points[-1][1] / points[-1][0]] * 4)
     assert lift == pytest.approx((points[0][1] / points[0][0],))
+
+
+def test_in_a_shop_of_dates_the_last_day_that_was_learned_is_none_of_the_truth(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def watched(dataset: Dataset, **arguments: Any) -> OutcomeFit:
+        given.update(arguments, dataset=dataset)
+        return fit_outcomes(dataset, **arguments)
+
+    monkeypatch.setattr("pgvae.train.fit_outcomes", watched)
+    dates = dataclasses.replace(SHOP, item_keys=range(1, 41), time_type="date")
+    with psycopg.connect(database, autocommit=True) as connection:
+        dates.make(connection)
+        dates.create_model(connection, options=SMALL | {"horizon_days": HORIZON})
+    assert {metric.split for metric in run_training(database, "shop", QUICK).metrics} == {"temporal"}
+    learned = next(temporal(given["dataset"])).train.occurred_at.max()
+    assert learned < given["earlier_end"] < learned + 1
+
+
+def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
+    rows = shop.execute(
+        "select c.churn_probability, l.churn_probability, c.expected_purchases, l.expected_purchases,"
+        " c.risk_band, l.risk_band,"
+        " c.reasons, l.reasons, c.last_event_at = l.last_event_at, c.horizon_days, c.is_cold_start, c.model_version"
+        " from shop.churn c, shop.churn(c.user_id) l where c.user_id <= 40"
+    ).fetchall()
+    assert len(rows) == 40
+    for churn, live, expected, live_expected, *same in rows:
+        assert live == pytest.approx(churn, rel=1e-6)
+        assert live_expected == pytest.approx(expected, rel=1e-6)
+        assert same[0] == same[1]
+        assert same[2:4] == [same[2]] * 2
+        assert same[4:] == [True, HORIZON, False, 1]
+    total = shop.execute(
+        "select count(*), count(distinct user_id), min(churn_probability + purchase_probability) from shop.churn"
+    ).fetchone()
+    assert total is not None
+    assert total[:2] == (161, 161)
+    assert total[2] == pytest.approx(1.0)
 
 
 def test_a_user_without_events_cannot_leave(shop: Connection) -> None:

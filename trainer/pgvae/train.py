@@ -152,7 +152,8 @@ def _fit_outcomes(
 
     Else one is trained that has not.
     """
-    earlier, end = evaluation.fit, evaluation.learned_until
+    # A moment later: what happened at the very last one was learned, too, and in a shop of dates that is a whole day.
+    earlier, end = evaluation.fit, float(np.nextafter(evaluation.learned_until, np.inf))
     has_learned_it = earlier is None or end > newest_moment(dataset, horizon)
     if has_learned_it and not too_little(dataset, horizon, config.seed):
         end = newest_moment(dataset, horizon)
