@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,14 @@ def test_a_horizon_longer_than_the_data_allow_has_no_forecast() -> None:
         "the sales span 120 days, a forecast of 31 days needs 124: train again then, or make a model with"
         " horizon_days of at most 30"
     )
+
+
+def test_views_before_the_first_sale_are_no_sales() -> None:
+    days = random_days()
+    lately = replace(days, units=np.where(days.day < 20, days.units, 0.0), buyers=np.where(days.day < 20, 1.0, 0.0))
+    fitted = fit_demand(sales_of(lately, HORIZON), seed=1)
+    assert fitted.head is None
+    assert fitted.missing.startswith("the sales span 20 days, a forecast of 7 days needs 28:")
 
 
 # In SQL

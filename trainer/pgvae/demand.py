@@ -74,7 +74,7 @@ class Sales:
     @property
     def span(self) -> int:
         """The days from the oldest sale to the newest event."""
-        return int(self.days.day.max(initial=-1)) + 1
+        return int(self.days.day[self.days.units > 0].max(initial=-1)) + 1
 
     @property
     def is_enough(self) -> bool:
