@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from conftest import as_role, create_database, drop_database
+from pgvae.cli.metrics import demand_verdict
 from pgvae.demand import Sales, fit_demand, fit_interval, fit_poisson, pinball_loss
 from pgvae.server import Server
 from pgvae.train import train as run_training
@@ -163,6 +164,23 @@ def test_views_before_the_first_sale_are_no_sales() -> None:
     fitted = fit_demand(sales_of(lately, HORIZON), seed=1)
     assert fitted.head is None
     assert fitted.missing.startswith("the sales span 20 days, a forecast of 7 days needs 28:")
+
+
+def test_of_nothing_sold_there_is_no_share_to_be_off_by() -> None:
+    days = random_days()
+    closed = replace(days, units=np.where(days.day < 25, 0.0, days.units), buyers=np.where(days.day < 25, 0.0, 1.0))
+    fitted = fit_demand(sales_of(closed, HORIZON), seed=1)
+    assert {metric.metric for metric in fitted.metrics} == {
+        f"demand_{what}{name}" for what in ("", "buyers_") for name in ("pinball", "coverage")
+    }
+    assert demand_verdict(fitted).startswith("demand of 7 days: nothing was sold")
+    # One item sells, once: a resample without it has no share either.
+    first = np.flatnonzero(closed.day == 3)[0]
+    once = replace(closed, units=np.where(np.arange(len(closed.day)) == first, 1.0, closed.units))
+    found = next(m for m in fit_demand(sales_of(once, HORIZON), seed=1).metrics if m.metric == "demand_wape")
+    assert found.lower is not None
+    assert found.upper is not None
+    assert 0.5 < found.lower <= found.value <= found.upper < 1e3
 
 
 # In SQL

@@ -573,6 +573,8 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
         version,
         metrics=[*version.metrics, replace(measured[0], metric="response_bias", value=0.96)],
         points=[*version.points, *points("response_calibration", "pgvae", [(0.1, 0.12), (0.3, 0.28)])],
+    closed = replace(version, metrics=[row for row in version.metrics if row.metric != "demand_wape"])
+    assert "Nothing was sold in the newest horizons" in Page(render(closed, report.insight)).text("business")
     )
     text = Page(render(answers, report.insight)).text("business")
     assert "In the sum over all pairs, 96 purchases were expected for every 100 that came." in text

@@ -384,7 +384,10 @@ def fit_interval(
 
 
 def _metrics(tests: list[_Test], seed: int) -> list[Metric]:
-    """Gives WAPE, mean pinball loss of the two bounds, and coverage, with intervals by resampling items."""
+    """Gives WAPE, mean pinball loss of the two bounds, and coverage, with intervals by resampling items.
+
+    Of nothing sold there is no WAPE; resamples in which nothing was sold are left out of its interval.
+    """
     found = []
     edge = (1.0 - COVERAGE) / 2.0
     items = np.concatenate([test.items for test in tests])
@@ -399,8 +402,11 @@ def _metrics(tests: list[_Test], seed: int) -> list[Metric]:
             inside = (happened >= low) & (happened <= high)
             columns = np.column_stack((np.abs(happened - expected), happened, pinball, inside))
             means = np.vstack((columns.mean(axis=0), resampled_means(columns, items, seed)))
-            wape = means[:, 0] / np.maximum(means[:, 1], 1e-9)
-            for name, values in (("wape", wape), ("pinball", means[:, 2]), ("coverage", means[:, 3])):
+            figures = {"pinball": means[:, 2], "coverage": means[:, 3]}
+            if happened.any():
+                sold = means[:, 1] > 0
+                figures["wape"] = means[sold, 0] / means[sold, 1]
+            for name, values in figures.items():
                 lower, upper = interval(values[1:, None])[:, 0].tolist()
                 found.append(
                     Metric(

@@ -269,7 +269,8 @@ def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:
     found = {(row.method, row.metric): row.value for row in version.metrics if row.split == "horizon"}
     wape = {method: value for (method, metric), value in found.items() if metric == "demand_wape"}
     if OWN not in wape:
-        return ()
+        is_measured = (OWN, "demand_coverage") in found
+        return ("Nothing was sold in the newest horizons, on which forecasts are measured.",) if is_measured else ()
     others = {method: value for method, value in wape.items() if method != OWN}
     beaten = all(wape[OWN] < value for value in others.values())
     beside = _listed(f"{method_name(method)} {percent(value)}" for method, value in sorted(others.items()))
