@@ -183,6 +183,17 @@ def test_of_nothing_sold_there_is_no_share_to_be_off_by() -> None:
     assert 0.5 < found.lower <= found.value <= found.upper < 1e3
 
 
+def test_what_the_database_does_not_read_any_more_is_not_learned_from() -> None:
+    days = random_days()
+    columns = ("item", "day", "units", "buyers", "views", "carts")
+    # Of items that all moments know already.
+    own = np.isin(days.item, days.item[days.day > 100])
+    days = replace(days, **{name: getattr(days, name)[own] for name in columns})
+    old = replace(days, day=days.day + 400)
+    both = replace(days, **{name: np.append(getattr(days, name), getattr(old, name)) for name in columns})
+    assert fit_demand(sales_of(both, HORIZON), seed=1).head == fit_demand(sales_of(days, HORIZON), seed=1).head
+
+
 # In SQL
 
 

@@ -5,6 +5,7 @@ The trainer fits a `Head` with the same features that the database computes for 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,9 +64,9 @@ class ItemDays:
         """One for each row, [N]: on how many days something happened."""
         return np.ones(len(self.day))
 
-    def before(self, days: int) -> ItemDays:
-        """Gives what was known so many days earlier."""
-        chosen = self.day >= days
+    def before(self, days: int, width: float = math.inf) -> ItemDays:
+        """Gives what was known so many days earlier, of the `width` days before that."""
+        chosen = (self.day >= days) & (self.day < days + width)
         columns = {name: getattr(self, name)[chosen] for name in ("item", "units", "buyers", "views", "carts")}
         return ItemDays(item_count=self.item_count, day=self.day[chosen] - days, **columns)
 

@@ -18,6 +18,7 @@ from pgvae.dataset import Dataset
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
+    HORIZONS_READ,
     Equation,
     Forecast,
     Head,
@@ -172,8 +173,9 @@ class _Moment:
     def __init__(self, sales: Sales, days_ago: int) -> None:
         self._sales = sales
         self._days_ago = days_ago
-        self.days = sales.days.before(days_ago)
-        self.known = self.days.known
+        self.known = sales.days.before(days_ago).known
+        # The database reads no more.
+        self.days = sales.days.before(days_ago, HORIZONS_READ * sales.horizon)
         self.matrix = features(self.days, sales.horizon)[self.known]
         self._after: dict[str, NDArray[np.float64]] = {}
 
