@@ -194,6 +194,16 @@ def test_what_the_database_does_not_read_any_more_is_not_learned_from() -> None:
     assert fit_demand(sales_of(both, HORIZON), seed=1).head == fit_demand(sales_of(days, HORIZON), seed=1).head
 
 
+def test_the_last_period_has_as_many_buyers_as_bought_in_it() -> None:
+    # Three regular customers buy each item every day.
+    item, day = (place.ravel() for place in np.indices((20, 60)))
+    many = np.full(len(item), 3.0)
+    days = ItemDays(item_count=20, item=item, day=day, units=many, buyers=many, views=many, carts=many)
+    sales = replace(sales_of(days, HORIZON), bought_user=np.tile(np.arange(3), len(item)))
+    value = {(metric.method, metric.metric): metric.value for metric in fit_demand(sales, seed=1).metrics}
+    assert value["last_period", "demand_wape"] == value["last_period", "demand_buyers_wape"] == 0.0
+
+
 # In SQL
 
 

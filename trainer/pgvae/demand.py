@@ -186,13 +186,17 @@ class _Moment:
 
     def last_period(self, what: str) -> NDArray[np.float64]:
         """Gives the demand of the horizon before."""
-        return self.days.total(what, 0, self._sales.horizon)[self.known]
+        return self._demand(what, self._days_ago)
 
     def happened(self, what: str) -> NDArray[np.float64]:
         """Gives the demand of the horizon after."""
         if what not in self._after:
-            self._after[what] = getattr(self._sales, what)(self._days_ago - self._sales.horizon)[self.known]
+            self._after[what] = self._demand(what, self._days_ago - self._sales.horizon)
         return self._after[what]
+
+    def _demand(self, what: str, until: int) -> NDArray[np.float64]:
+        demand: NDArray[np.float64] = getattr(self._sales, what)(until)[self.known]
+        return demand
 
 
 @dataclass(frozen=True, kw_only=True)
