@@ -641,6 +641,18 @@ def test_categories_judge_their_own_items_only() -> None:
     assert found.value == pytest.approx(np.mean(recalls))
 
 
+def test_items_without_a_category_take_no_place_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgvae.evaluation.MIN_USERS", 1)
+    column = FeatureColumn(name="category", kind="category", first=0, vocabulary=tuple("abcdefghijk"))
+    # A quarter of the items have none, more than any category has.
+    tokens: list[list[int]] = [[item % 11] if item % 4 else [] for item in range(40)]
+    dataset = replace(
+        shop_dataset(), item_pipeline=FeaturePipeline(columns=(column,)), item_features=FeatureBag.of(tokens)
+    )
+    metrics = compare(dataset, QUICK, max_history=50, ks=(5,), split="random").metrics
+    assert len({metric.slice for metric in metrics if metric.slice.startswith("category: ")}) == 10
+
+
 @pytest.mark.parametrize("split", ["temporal", "random", "strong"])
 def test_folds_are_pooled_by_user(split: str) -> None:
     dataset = shop_dataset(700)

@@ -298,9 +298,8 @@ def _category_slices(
 ) -> Iterator[tuple[str, NDArray[np.int64], dict[str, Values]]]:
     """Gives the categories with the most truth items; a user is judged there by the items of the category only."""
     names, counts = np.unique(np.concatenate([category[part.holdout.truth_item] for part in parts]), return_counts=True)
-    for name in names[np.argsort(-counts, kind="stable")][:_CATEGORIES]:
-        if not name:
-            continue
+    ordered = names[np.argsort(-counts, kind="stable")]
+    for name in ordered[ordered != ""][:_CATEGORIES]:
         users: list[NDArray[np.int64]] = []
         values: dict[str, dict[tuple[str, int], list[NDArray[np.float64]]]] = {}
         for part in parts:
