@@ -564,17 +564,21 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "4.0 times as many as offers by chance; bestsellers 20.0" in text
     assert "Of 150 people 90 bought nothing in the newest 28 days, 85 were expected to." in text
     assert "in 81.0 % of the cases; by recency, frequency and money 77.0 %" in text
-    assert "about as well" not in text
+    assert "foretells it" not in text
+    for upper, how in ((0.01, "about as well"), (-0.01, "better")):
+        lead = replace(measured[0], method="rfm", metric="churn_log_loss_lead", value=-0.02, lower=-0.03, upper=upper)
+        judged = render(replace(version, metrics=[*version.metrics, lead]), report.insight)
+        assert f"recency, frequency and money foretells it {how}." in Page(judged).text("business")
     assert "Who is leaving" in text
     assert "Can the risk of leaving be planned with?" in text
     assert "Who answers an offer" not in text
     assert "<script" not in html
+    closed = replace(version, metrics=[row for row in version.metrics if row.metric != "demand_wape"])
+    assert "Nothing was sold in the newest horizons" in Page(render(closed, report.insight)).text("business")
     answers = replace(
         version,
         metrics=[*version.metrics, replace(measured[0], metric="response_bias", value=0.96)],
         points=[*version.points, *points("response_calibration", "pgvae", [(0.1, 0.12), (0.3, 0.28)])],
-    closed = replace(version, metrics=[row for row in version.metrics if row.metric != "demand_wape"])
-    assert "Nothing was sold in the newest horizons" in Page(render(closed, report.insight)).text("business")
     )
     text = Page(render(answers, report.insight)).text("business")
     assert "In the sum over all pairs, 96 purchases were expected for every 100 that came." in text

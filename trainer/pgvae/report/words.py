@@ -212,8 +212,9 @@ def churn_sentences(version: PublishedVersion, bands: Sequence[CurvePoint]) -> t
             f" {percent(own.value)} of the cases{beside}, by chance 50 %."
         )
     lead = found.get(("rfm", "churn_log_loss_lead"))
-    if lead is not None and lead.lower is not None and lead.lower <= 0:
-        sentences.append("A regression on recency, frequency and money foretells it about as well.")
+    if lead is not None and lead.lower is not None and lead.upper is not None and lead.lower <= 0:
+        how = "better" if lead.upper < 0 else "about as well"
+        sentences.append(f"A regression on recency, frequency and money foretells it {how}.")
     return tuple(sentences)
 
 
