@@ -173,7 +173,7 @@ def test_of_nothing_sold_there_is_no_share_to_be_off_by() -> None:
     assert {metric.metric for metric in fitted.metrics} == {
         f"demand_{what}{name}" for what in ("", "buyers_") for name in ("pinball", "coverage")
     }
-    assert demand_verdict(fitted).startswith("demand of 7 days: nothing was sold")
+    assert demand_verdict(fitted).startswith("demand of 7 days is not measured: ")
     # One item sells, once: a resample without it has no share either.
     first = np.flatnonzero(closed.day == 3)[0]
     once = replace(closed, units=np.where(np.arange(len(closed.day)) == first, 1.0, closed.units))

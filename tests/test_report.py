@@ -574,7 +574,7 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     assert "Who answers an offer" not in text
     assert "<script" not in html
     closed = replace(version, metrics=[row for row in version.metrics if row.metric != "demand_wape"])
-    assert "Nothing was sold in the newest horizons" in Page(render(closed, report.insight)).text("business")
+    assert "Of the items known before, none was sold" in Page(render(closed, report.insight)).text("business")
     answers = replace(
         version,
         metrics=[*version.metrics, replace(measured[0], metric="response_bias", value=0.96)],

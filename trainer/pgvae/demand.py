@@ -392,7 +392,7 @@ def fit_interval(
 def _metrics(tests: list[_Test], seed: int) -> list[Metric]:
     """Gives WAPE, mean pinball loss of the two bounds, and coverage, with intervals by resampling items.
 
-    Of nothing sold there is no WAPE; resamples in which nothing was sold are left out of its interval.
+    Where no known item is sold there is no WAPE; resamples of which nothing was sold are left out of its interval.
     """
     found = []
     edge = (1.0 - COVERAGE) / 2.0

@@ -87,7 +87,7 @@ def demand_verdict(fit: DemandFit) -> str:
     units = {(m.method, m.metric): m.value for m in fit.metrics}
     wape = {method: value for (method, metric), value in units.items() if metric == "demand_wape"}
     if not wape:
-        return f"demand of {fit.head.horizon} days: nothing was sold in the newest horizons, which it is measured on"
+        return f"demand of {fit.head.horizon} days is not measured: of the items known before, none was sold lately"
     others = ", ".join(f"{method.replace('_', ' ')} {value:.1%}" for method, value in wape.items() if method != "pgvae")
     return (
         f"demand of {fit.head.horizon} days is off by {wape['pgvae']:.1%} of the units sold ({others});"

@@ -271,7 +271,11 @@ def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:
     wape = {method: value for (method, metric), value in found.items() if metric == "demand_wape"}
     if OWN not in wape:
         is_measured = (OWN, "demand_coverage") in found
-        return ("Nothing was sold in the newest horizons, on which forecasts are measured.",) if is_measured else ()
+        return (
+            ("Of the items known before, none was sold in the days that forecasts are measured on.",)
+            if is_measured
+            else ()
+        )
     others = {method: value for method, value in wape.items() if method != OWN}
     beaten = all(wape[OWN] < value for value in others.values())
     beside = _listed(f"{method_name(method)} {percent(value)}" for method, value in sorted(others.items()))
