@@ -300,8 +300,15 @@ def test_too_few_days_or_buyers_are_told() -> None:
     dataset, _ = simulated()
     assert too_little(dataset, 28, 1) == ""
     assert too_little(dataset, 31, 1) == (
-        "the events span 120 days, 4 horizons of 31 days are 124:"
+        "the events span 119 days, 4 horizons of 31 days are 124:"
         " train again then, or make a model with horizon_days of at most 29"
+    )
+    # Neither a number of days that would be enough, nor a horizon that would not.
+    span = (dataset.occurred_at.max() - dataset.occurred_at.min()) / DAY
+    assert f"{span:.0f}" == "120"
+    assert "span 119 days, 4 horizons of 30 days are 120:" in too_little(dataset, 30, 1)
+    assert too_little(dataset.between(0.0, 3 * DAY), 1, 1) == (
+        "the events span 2 days, 4 horizons of 1 days are 4: train again then"
     )
     few = dataclasses.replace(dataset, event_type=np.where(dataset.user < 3, dataset.event_type, 0))
     assert "users bought and" in too_little(few, 14, 1)

@@ -15,6 +15,7 @@ from psycopg import sql
 from pgvae.binary_copy import copy_rows
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.dataset import Dataset
+from pgvae.outcome_windows import HORIZONS_NEEDED, later_or_shorter
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
@@ -34,8 +35,6 @@ from pgvae_runtime.demand import (
 SPLIT = "horizon"
 OWN = "pgvae"
 METHODS = (OWN, "exponential_smoothing", "last_period")
-# One horizon to measure on, one to fit the interval on, one to fit the mean on, and one of history before it.
-HORIZONS_NEEDED = 4
 # Windows overlap: they begin a quarter of a horizon apart, and reach so many horizons back.
 _STEPS = 4
 _HORIZONS_FITTED = 6
@@ -158,8 +157,7 @@ def fit_demand(sales: Sales, *, seed: int) -> DemandFit:
             metrics=[],
             curve=[],
             missing=f"the sales span {sales.span} days, a forecast of {sales.horizon} days needs"
-            f" {HORIZONS_NEEDED * sales.horizon}: train again then, or make a model with"
-            f" horizon_days of at most {max(1, sales.span // HORIZONS_NEEDED)}",
+            f" {HORIZONS_NEEDED * sales.horizon}: {later_or_shorter(sales.span)}",
         )
     fitter = _Fitter(sales, seed)
     tests = [fitter.test(number * sales.horizon) for number in range(1, _HORIZONS_MEASURED + 1)

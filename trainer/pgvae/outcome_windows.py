@@ -112,8 +112,8 @@ def too_little(dataset: Dataset, horizon: int, seed: int) -> str:
     if span < HORIZONS_NEEDED * horizon:
         needed = HORIZONS_NEEDED * horizon
         return (
-            f"the events span {span:.0f} days, {HORIZONS_NEEDED} horizons of {horizon} days are {needed}:"
-            f" train again then, or make a model with horizon_days of at most {max(1, int(span // HORIZONS_NEEDED))}"
+            f"the events span {int(span)} days, {HORIZONS_NEEDED} horizons of {horizon} days are {needed}:"
+            f" {later_or_shorter(span)}"
         )
     for window in windows(dataset, horizon, seed, most=3):
         buyers = int(window.has_bought.sum())
@@ -124,6 +124,13 @@ def too_little(dataset: Dataset, horizon: int, seed: int) -> str:
                 f" {MIN_EACH} of each are needed"
             )
     return ""
+
+
+def later_or_shorter(span: float) -> str:
+    """Says what to do where so many days are less than the horizons that are needed."""
+    longest = int(span // HORIZONS_NEEDED)
+    shorter = f", or make a model with horizon_days of at most {longest}" if longest else ""
+    return f"train again then{shorter}"
 
 
 def newest_moment(dataset: Dataset, horizon: int) -> float:
