@@ -20,6 +20,7 @@ from psycopg import sql
 from conftest import as_role, create_database, drop_database
 from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
+from pgvae.cli.metrics import verdicts
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
@@ -451,6 +452,12 @@ def test_a_lead_is_judged_user_by_user() -> None:
     assert unclear.upper is not None
     assert unclear.lower < 0 < unclear.upper
     assert ("pgvae", "ndcg_lead") not in metrics
+
+
+def test_a_baseline_that_never_hits_is_not_beaten_a_billion_times() -> None:
+    values = {method: {("ndcg", 20): np.full(30, value)} for method, value in (("pgvae", 0.2), ("popularity", 0.0))}
+    metrics = summarise(np.arange(30), values, split="temporal", seed=1)
+    assert list(verdicts(metrics)) == ["pgvae beats popularity, whose NDCG is 0"]
 
 
 # Baselines against their formulas

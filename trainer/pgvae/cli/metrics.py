@@ -76,8 +76,9 @@ def verdicts(metrics: Sequence[Metric]) -> Iterator[str]:
     for lead in metrics:
         if lead.metric == _LEAD and lead.slice == "all" and lead.lower is not None and lead.upper is not None:
             verdict = "beats" if lead.lower > 0 else "loses to" if lead.upper < 0 else "does not clearly beat"
-            ratio = ndcg["pgvae", lead.k] / max(ndcg[lead.method, lead.k], 1e-12)
-            yield f"pgvae {verdict} {lead.method}: {ratio:.2f} times its NDCG"
+            other = ndcg[lead.method, lead.k]
+            by = f": {ndcg['pgvae', lead.k] / other:.2f} times its NDCG" if other > 0 else ", whose NDCG is 0"
+            yield f"pgvae {verdict} {lead.method}{by}"
 
 
 def demand_verdict(fit: DemandFit) -> str:
