@@ -104,6 +104,8 @@ def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
     if not frequent:
         if kind == "category" and 2 * len(counts) > len(values):
             return f"looks like an identifier: {len(counts)} different values in {len(values)} rows"
+        if any(count >= MIN_ROWS[source] for count in counts.values()):
+            return f"has values of more than {_MAX_LENGTH} characters"
         return f"has no value that occurs in {MIN_ROWS[source]} rows"
     if kind == "words":
         frequent = {word: count for word, count in frequent.items() if count <= _MAX_WORD_SHARE * len(rows)}
