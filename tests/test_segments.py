@@ -277,6 +277,17 @@ def test_the_number_of_segments_is_the_one_that_fits() -> None:
     assert len(segments._cluster(np.repeat(own[:1], 30, axis=0), TrainingConfig(), None, 0)) == 1
 
 
+def test_no_segment_is_of_a_handful_of_users_unless_so_many_are_asked_for() -> None:
+    own = np.repeat(np.eye(16, dtype=np.float32)[:5], [40, 40, 40, 40, 3], axis=0)
+    own += 0.05 * np.random.default_rng(3).normal(size=own.shape).astype(np.float32)
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    before = np.repeat(np.arange(5), [40, 40, 40, 40, 3])
+    for places, count in ((None, 0), (before, 5)):
+        found = segments._cluster(own, TrainingConfig(), places, count)
+        assert np.bincount(segments.nearest(own, found)[0]).min() >= 10
+        assert len(segments._cluster(own, TrainingConfig(segments=5), places, count)) == 5
+
+
 # Refused
 
 

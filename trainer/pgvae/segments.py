@@ -31,7 +31,7 @@ from pgvae_runtime.tokens import History
 # Users that centroids are fitted on, and that the silhouette is measured on; of more, so many by chance.
 _MAX_USERS = 20_000
 _MAX_JUDGES = 5_000
-# A number of segments is tried where each can have so many users.
+# A segment of fewer users is none, unless so many segments are asked for.
 _MIN_USERS = 10
 _FEWEST, _MOST = 4, 12
 _RESTARTS = 3
@@ -215,13 +215,26 @@ def _cluster(
     if before is not None and config.segments in (None, count_before):
         known = [own[before == place] for place in range(count_before)]
         if all(len(part) for part in known):
-            return _lloyd(own, np.stack([part.mean(axis=0) for part in known]))
+            found = _lloyd(own, np.stack([part.mean(axis=0) for part in known]))
+            return found if config.segments else _large_ones(own, found)
     most = min(_MOST, len(own) // _MIN_USERS)
     counts = [config.segments] if config.segments else range(max(1, min(_FEWEST, most)), max(1, most) + 1)
     judges = own[_sample(len(own), _MAX_JUDGES, config.seed)]
     generator = np.random.default_rng(config.seed)
     tried = [_lloyd(judges, _seeds(judges, count, generator)) for count in counts for _ in range(_RESTARTS)]
+    if not config.segments:
+        tried = [_large_ones(judges, centroids) for centroids in tried]
     return _lloyd(own, max(tried, key=lambda centroids: silhouette(judges, centroids)))
+
+
+def _large_ones(own: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gives the centroids without those of too few users, the smallest first, whose users go to others."""
+    while len(centroids) > 1:
+        sizes = np.bincount(nearest(own, centroids)[0], minlength=len(centroids))
+        if sizes.min() >= _MIN_USERS:
+            break
+        centroids = _lloyd(own, np.delete(centroids, sizes.argmin(), axis=0))
+    return centroids
 
 
 def _seeds(own: NDArray[np.float32], count: int, generator: np.random.Generator) -> NDArray[np.float32]:
