@@ -197,8 +197,9 @@ begin
         rules := rules || format('(e.%1$I > 0 or e.%1$I is null)', m.quantity_column);
     end if;
     if is_sales and m.quantity_column is not null then
-        -- Not a number is above all numbers.
-        rules := rules || format('(e.%1$I::float8 < ''infinity'' or e.%1$I is null)', m.quantity_column);
+        -- Not a number is above all numbers, and what some systems write in its place, as the largest float8, is far above
+        -- what anybody sells.
+        rules := rules || format('(e.%1$I < 1e15 or e.%1$I is null)', m.quantity_column);
     end if;
     if scope = 'training' then
         rules := rules || format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name);

@@ -281,6 +281,27 @@ def test_the_last_period_counts_anonymous_sales_and_no_returns(connection: Conne
     assert sum(units for _, units in found) > 0
 
 
+@pytest.mark.parametrize("number", ["double precision", "numeric"])
+def test_a_quantity_that_stands_for_no_number_is_no_sale(database: str, number: str) -> None:
+    shop = Shop()
+    with psycopg.connect(database, autocommit=True) as opened:
+        shop.make(opened)
+        opened.execute(f"alter table events add quantity {number} default 2")
+        opened.execute(
+            "insert into events select user_id, item_id, 'purchase', occurred_at + interval '1 second',"
+            f" (array[1.7976931348623157e308, 1e200, 'NaN'])[1 + user_id % 3]::{number} from events where user_id % 5 = 0"
+        )
+        shop.create_model(opened, quantity="quantity", options=SMALL | {"horizon_days": HORIZON})
+        run_training(database, "shop", QUICK)
+        opened.execute("select * from vae.activate('shop', 1, force => true)")
+        opened.execute("call vae.refresh('shop', array['demand'])")
+        expected = opened.execute("select count(*), max(expected_units), max(last_period_units) from shop.demand")
+        count, most, last = expected.fetchall()[0]
+    assert count == len(shop.items)
+    assert 0 < most < 200
+    assert last < 200
+
+
 def test_days_of_an_item_are_those_of_all_items(connection: Connection) -> None:
     item = Shop().items[3]
     alone = connection.execute("select * from shop.item_days(%s) order by day", [item]).fetchall()
