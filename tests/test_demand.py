@@ -289,7 +289,8 @@ def test_a_quantity_that_stands_for_no_number_is_no_sale(database: str, number: 
         opened.execute(f"alter table events add quantity {number} default 2")
         opened.execute(
             "insert into events select user_id, item_id, 'purchase', occurred_at + interval '1 second',"
-            f" (array[1.7976931348623157e308, 1e200, 'NaN'])[1 + user_id % 3]::{number} from events where user_id % 5 = 0"
+            f" (array[1.7976931348623157e308, 1e200, 'NaN'])[1 + user_id % 3]::{number}"
+            " from events where user_id % 5 = 0"
         )
         shop.create_model(opened, quantity="quantity", options=SMALL | {"horizon_days": HORIZON})
         run_training(database, "shop", QUICK)
