@@ -559,6 +559,7 @@ def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(repo
     )
     html = render(version, report.insight)
     text = Page(html).text("business")
+    assert "In the newest 28 days, and the two such spans before where sales reach so far," in text
     assert "off by 40.0" in text
     assert "50.0" in text
     assert "4.0 times as many as offers by chance; bestsellers 20.0" in text

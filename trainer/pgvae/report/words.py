@@ -280,8 +280,13 @@ def demand_sentences(version: PublishedVersion) -> tuple[str, ...]:
     beaten = all(wape[OWN] < value for value in others.values())
     beside = _listed(f"{method_name(method)} {percent(value)}" for method, value in sorted(others.items()))
     return (
-        f"Forecasts of the units of each item were off by {percent(wape[OWN])} of all units sold; {beside}."
-        + (" Less is better." if beaten else " Less is better: a simpler method did as well, and is good enough."),
+        f"In the newest {version.horizon_days} days, and the two such spans before where sales reach so far, forecasts"
+        f" of the units of each item were off by {percent(wape[OWN])} of all units sold; {beside}."
+        + (
+            " Less is better."
+            if beaten
+            else " Less is better: a simpler method did as well or better, and is good enough."
+        ),
         f"What was sold lay within the interval for {percent(found[OWN, 'demand_coverage'])} of the items, where 80 %"
         " was meant; where items sell few units, more than that lie within it.",
     )
