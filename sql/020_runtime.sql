@@ -54,8 +54,6 @@ comment on function vae_private.load_runtime(text) is
 
 -- The scoring functions: one import, one call. They run with the rights of the caller.
 
--- An earlier release gave other columns.
-drop function if exists vae_private.recommend(integer, text, integer, jsonb);
 create or replace function vae_private.recommend(model_id integer, user_key text, k integer, options jsonb)
 returns table (rank integer, item_key text, score real, is_cold_start boolean, model_version integer, probability real)
 language plpython3u
@@ -120,8 +118,6 @@ as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].embedding(plpy, model_id, user_key)
 $pgvae$;
-
-drop function if exists vae_private.recommend_all(integer, integer);
 
 -- row_security: a restored dump fills the materialized view with it off, and would then fail wherever a policy stands.
 create or replace function vae_private.recommend_all(model_id integer, k integer)

@@ -18,7 +18,7 @@ select
     v.features,
     v.demand,
     -- Of an imported version when it was trained, elsewhere: what it foretells begins there.
-    coalesce((coalesce(v.origin ->> 'trained_at', v.origin ->> 'created_at'))::timestamptz, v.created_at) as created_at,
+    coalesce((v.origin ->> 'trained_at')::timestamptz, v.created_at) as created_at,
     v.window_end,
     m.item_id_type,
     v.has_uplift,
@@ -61,7 +61,7 @@ select
     m.user_id_type,
     (m.options ->> 'max_history')::integer as max_history,
     v.features,
-    coalesce((coalesce(v.origin ->> 'trained_at', v.origin ->> 'created_at'))::timestamptz, v.created_at) as created_at,
+    coalesce((v.origin ->> 'trained_at')::timestamptz, v.created_at) as created_at,
     v.window_end
 from vae.versions v
 join vae.models m on m.model_id = v.model_id

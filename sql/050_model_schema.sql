@@ -639,7 +639,6 @@ begin
             m.name, format('features(user_id %s)', u), 'table (features jsonb)',
             format(E'select s.features from (\n%s\n) s', vae_private.feature_select(m.model_id, 'users', 'one key')));
     end if;
-    perform vae_private.drop_changed(format('%I.recommend(%s, integer, jsonb)', m.name, u), 'probability');
     perform vae_private.make_function(
         m.name, format('recommend(user_id %s, k integer default 10, options jsonb default null)', u),
         format('table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer, probability real)', i),
@@ -718,15 +717,12 @@ begin
     -- Roles say what may be done, usage of the schema says with which model: that grant is the owner's to give.
     for made in
         select * from vae_private.model_objects(m.model_id) o
-        where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
+        -- What lies beneath the views is the owner's alone: the views hide digests, who is gone, and what is revoked on them.
+        where o.kind = 'function' or o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
         if made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
-        elsif made.kind = 'materialized view' then
-            -- Views show what lies here with the owner's rights, and hide digests, who is gone, and what is revoked on them. An
-            -- earlier release granted it.
-            execute format('revoke all on %I.%s from vae_reader, vae_scorer, vae_operator, vae_trainer', m.name, made.object);
         elsif made.object in ('segments', 'offers')
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then
@@ -782,12 +778,6 @@ begin
                 using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
         end;
     end loop;
-    begin
-        -- What an earlier release stored offers with.
-        drop function if exists vae_private.offer_responses(integer);
-    exception when dependent_objects_still_exist then
-        null;  -- A model that was not rebuilt; it says so above.
-    end;
     return built;
 end;
 $$;

@@ -89,36 +89,8 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].offer_audiences(plpy, model_id)
 $pgvae$;
 
-create or replace function vae_private.refreshed_offers(model_id integer)
-returns table (
-    offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer, uplift real,
-    scored_at timestamptz)
-language plpgsql
-stable
-called on null input
-parallel unsafe
-security invoker
-set search_path = pg_catalog, pg_temp
-set row_security = on
-as $$
-begin
-    -- vae_private.build_offers sets it.
-    if current_setting('vae.refresh_mode', true) = 'carry' then
-        return query execute format(
-            'select b.offer_id, b.rank, b.user_id::text, b.response_probability, b.has_bought, b.model_version, null::real, b.scored_at'
-            ' from %I.offer_responses_before b',
-            (select m.name from vae.models m where m.model_id = refreshed_offers.model_id));
-    else
-        return query select o.*, now() from vae_private.offer_audiences(model_id) o;
-    end if;
-end;
-$$;
-
 comment on function vae_private.offer_audiences(integer) is
-    'Gives the users who are likeliest to answer each offer of a model, or whom it wins.';
-comment on function vae_private.refreshed_offers(integer) is
-    'Gives the content of <model>.offer_responses_materialized: of vae_private.offer_audiences, or while a release is installed what '
-    'the one before had stored.';
+    'Gives the users who are likeliest to answer each offer of a model, or whom it wins, for <model>.offer_responses_materialized.';
 comment on function vae_private.churn(integer, text) is
     'Gives what one user of a model will do within the horizon, by key, for <model>.churn.';
 comment on function vae_private.churn_all(integer) is
@@ -156,29 +128,6 @@ $$;
 comment on function vae_private.items_of_category(integer, text, text, text[]) is
     'Gives the items of a category as they are; refuses a category without any.';
 
-
-create or replace function vae_private.drop_changed(signature text, result_column text)
-returns void
-language plpgsql
-volatile
-called on null input
-parallel unsafe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    -- A function of an earlier release that gives other columns cannot be replaced.
-    if position(result_column in pg_get_function_result(to_regprocedure(signature))) = 0 then
-        execute format('drop function %s', to_regprocedure(signature));
-    end if;
-end;
-$$;
-
-comment on function vae_private.drop_changed(text, text) is
-    'Drops a function of a model''s schema whose result has no column of that name; part of vae_private.build_model.';
-
-
-drop function if exists vae_private.build_outcomes(vae.models);
 
 create or replace function vae_private.build_churn(m vae.models)
 returns void
@@ -254,9 +203,6 @@ begin
     perform vae_private.make_function(
         m.name, format('response(user_id %s, item_ids %s[])', u, i), 'real',
         format('select vae_private.response(%s, $1::text, $2::text[])', m.model_id));
-    perform vae_private.drop_changed(format('%I.audience(%s, integer, jsonb)', m.name, i), 'uplift');
-    perform vae_private.drop_changed(format('%I.audience(%s[], integer, jsonb)', m.name, i), 'uplift');
-    perform vae_private.drop_changed(format('%I.audience_of_category(text, integer, jsonb, text)', m.name), 'uplift');
     perform vae_private.make_function(
         m.name, format('audience(item_id %s, k integer default 1000, options jsonb default null)', i), audience,
         format(found, 'array[$1::text]'));
@@ -299,27 +245,14 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    is_populated boolean := false;
 begin
-    if to_regclass(format('%I.offer_responses_materialized', m.name)) is not null and not exists (
-        select from pg_attribute a
-        where a.attrelid = to_regclass(format('%I.offer_responses_materialized', m.name)) and a.attname = 'uplift')
-    then
-        -- An earlier release made it. Its content is carried over, so that readers find it until the next refresh.
-        is_populated := (
-            select c.relispopulated from pg_class c where c.oid = to_regclass(format('%I.offer_responses_materialized', m.name)));
-        execute format('alter materialized view %I.offer_responses_materialized rename to offer_responses_before', m.name);
-        execute format('drop index %I.offer_responses_offer_id_user_id', m.name);
-        perform set_config('vae.refresh_mode', 'carry', true);
-    end if;
     if to_regclass(format('%I.offer_responses_materialized', m.name)) is null then
         execute format(
             E'create materialized view %I.offer_responses_materialized as'
             '\nselect o.offer_id, o.rank, o.user_key::%s as user_id, o.response_probability, o.has_bought, o.model_version,'
-            '\n    o.scored_at, o.uplift'
-            '\nfrom vae_private.refreshed_offers(%s) o\nwith %s data',
-            m.name, m.user_id_type, m.model_id, case when is_populated then '' else 'no' end);
+            '\n    now() as scored_at, o.uplift'
+            '\nfrom vae_private.offer_audiences(%s) o\nwith no data',
+            m.name, m.user_id_type, m.model_id);
         execute format(
             'create unique index offer_responses_offer_id_user_id on %I.offer_responses_materialized (offer_id, user_id)', m.name);
     end if;
@@ -351,10 +284,6 @@ begin
         '\nleft join %1$I.offer_responses r on r.offer = o.name and r.is_chosen'
         '\nwhere o.model_id = %2$s'
         '\ngroup by o.offer_id', m.name, m.model_id);
-    if to_regclass(format('%I.offer_responses_before', m.name)) is not null then
-        execute format('drop materialized view %I.offer_responses_before', m.name);
-        perform set_config('vae.refresh_mode', '', true);
-    end if;
 end;
 $$;
 
@@ -501,8 +430,7 @@ begin
     from vae_private.scoring_versions v
     where v.model_id = id and choose_by = 'uplift' and not v.has_uplift;
     if found then
-        raise exception 'version % of model % claims no uplift: %', unknown.version, model,
-            coalesce(unknown.no_uplift, 'an earlier release trained it')
+        raise exception 'version % of model % claims no uplift: %', unknown.version, model, unknown.no_uplift
             using errcode = 'VA053', hint = 'choose by the response, or see docs/outcomes.md for the experiment that it takes';
     end if;
     -- Where a version is active it says which items there are.

@@ -1,7 +1,5 @@
 -- Why an item is recommended: the events that its score comes from.
 
--- An earlier release gave other columns.
-drop function if exists vae_private.explain(integer, text, text, jsonb);
 create or replace function vae_private.explain(model_id integer, user_key text, explained_key text, options jsonb)
 returns table (
     rank integer, part text, item_key text, event_type text, at float8,

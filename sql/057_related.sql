@@ -1,11 +1,5 @@
 -- What goes with what, and what to recommend to a session that no table holds.
 
--- An earlier release gave other columns.
-drop function if exists
-    vae_private.recommend_for(integer, jsonb, integer, jsonb),
-    vae_private.recommend_for_items(integer, text[], text[], float8[], integer, jsonb),
-    vae_private.related(integer, text, integer, jsonb),
-    vae_private.basket(integer, text[], integer, jsonb);
 create or replace function vae_private.recommend_for(model_id integer, events jsonb, k integer, options jsonb)
 returns table (rank integer, item_key text, score real, is_cold_start boolean, model_version integer)
 language plpython3u

@@ -2,8 +2,6 @@
 -- all users, recommendations_changed what was scored since; vae_private.refreshed_recommendations fills both. It runs within
 -- a refresh, as the model's owner: nothing else may touch the shop's tables and the owner's views in the owner's place.
 
-drop function if exists vae_private.recommend_users(integer, integer, text[]);
-
 create or replace function vae_private.recommend_users(model_id integer, k integer, users text[])
 returns table (user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer, digest bigint)
 language plpython3u
@@ -37,8 +35,6 @@ comment on function vae_private.recommend_users(integer, integer, text[]) is
 comment on function vae_private.record_run(integer, text, bigint, integer, bigint, text) is
     'Remembers in the session what a run for a prediction view gave, for the log of refreshes.';
 
-
-drop function if exists vae_private.digest_select(integer);
 
 create or replace function vae_private.refresh_select(model_id integer, is_digested boolean)
 returns text
@@ -149,8 +145,6 @@ comment on function vae_private.raise_work_mem() is
     'Raises work_mem to 64 MB for the sums of all digests, unless it is higher, and gives what it was, to be put back.';
 
 
-drop function if exists vae_private.user_digests(integer);
-
 create or replace function vae_private.refreshed_recommendations(model_id integer, target text)
 returns table (
     user_key text, item_keys text, scores text, is_cold_start boolean, model_version integer,
@@ -209,11 +203,6 @@ begin
     end if;
 
     if target = 'recommendations_changed' and mode <> 'incremental' then
-        return;
-    elsif mode = 'carry' then
-        return query execute format(
-            'select r.user_id::text, r.item_ids::text, r.scores::text, r.is_cold_start, r.model_version, r.scored_at,'
-            ' null::bigint, null::bigint from %I.recommendations_before r', m.name);
         return;
     elsif mode in ('', 'full') then
         if mode = '' and vae_private.holds_changes(m.name) then
@@ -320,21 +309,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     name text;
-    is_outdated constant boolean := to_regclass(format('%I.recommendations_materialized', m.name)) is not null and not exists (
-        select from pg_attribute a
-        where a.attrelid = to_regclass(format('%I.recommendations_materialized', m.name)) and a.attname = 'context');
-    is_populated boolean := false;
 begin
-    if is_outdated then
-        -- An earlier release made it. Its content is carried over, so that readers find it until the next refresh.
-        is_populated := (
-            select c.relispopulated from pg_class c where c.oid = to_regclass(format('%I.recommendations_materialized', m.name)));
-        execute format('alter materialized view %I.recommendations_materialized rename to recommendations_before', m.name);
-        execute format('drop index %I.recommendations_user_id', m.name);
-        if is_populated then
-            perform set_config('vae.refresh_mode', 'carry', true);
-        end if;
-    end if;
     foreach name in array array['recommendations_materialized', 'recommendations_changed'] loop
         if to_regclass(format('%I.%I', m.name, name)) is null then
             execute format(
@@ -343,7 +318,7 @@ begin
                 '\n    r.is_cold_start, r.model_version, r.scored_at, r.digest, r.context'
                 '\nfrom vae_private.refreshed_recommendations(%5$s, %2$L) r\nwith %6$s data',
                 m.name, name, m.user_id_type, m.item_id_type, m.model_id,
-                case when name = 'recommendations_changed' or is_populated then '' else 'no' end);
+                case name when 'recommendations_changed' then '' else 'no' end);
             execute format('create unique index %I on %I.%I (user_id)',
                 case name when 'recommendations_changed' then 'recommendations_changed_user_id' else 'recommendations_user_id' end,
                 m.name, name);
@@ -382,10 +357,6 @@ begin
         '\nleft join %1$I.churn_materialized p on p.user_id = l.user_id and p.model_version = l.model_version'
         '\n    and not exists (select from vae.candidates s where s.model_id = %2$s and s.for_refresh)',
         m.name, m.model_id);
-    if is_outdated then
-        execute format('drop materialized view %I.recommendations_before', m.name);
-        perform set_config('vae.refresh_mode', '', true);
-    end if;
 end;
 $$;
 

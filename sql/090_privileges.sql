@@ -47,7 +47,6 @@ grant execute on function
     vae_private.response(integer, text, text[]),
     vae_private.audience(integer, text[], integer, jsonb),
     vae_private.offer_audiences(integer),
-    vae_private.refreshed_offers(integer),
     vae_private.uplift(integer, text, text)
 to vae_scorer;
 
@@ -157,7 +156,6 @@ grant execute on function
     vae_private.item_days_select(vae.models, text, text, text, text),
     vae_private.build_demand(vae.models),
     vae_private.demand_comments(),
-    vae_private.drop_changed(text, text),
     vae_private.build_churn(vae.models),
     vae_private.build_audiences(vae.models),
     vae_private.build_offers(vae.models),

@@ -381,37 +381,6 @@ def test_a_lookup_of_one_user_goes_through_both_indexes(stage: Stage) -> None:
     assert "recommendations_changed_user_id" in plan
 
 
-def test_what_an_earlier_release_stored_is_read_until_the_next_refresh(trained: Connection) -> None:
-    before = stored(trained)
-    assert before
-    trained.execute(
-        """
-        drop view shop.explanations;
-        drop materialized view shop.explanations_materialized;
-        drop view shop.recommendations, shop.stored_digests;
-        drop materialized view shop.recommendations_materialized, shop.recommendations_changed;
-        create materialized view shop.recommendations_materialized as
-            select r.user_key::bigint as user_id, r.item_keys::bigint[] as item_ids, r.scores::real[] as scores,
-                r.is_cold_start, r.model_version, now() as scored_at
-            from vae_private.recommend_all((select model_id from vae.models), 20) r;
-        create unique index recommendations_user_id on shop.recommendations_materialized (user_id);
-        create view shop.recommendations as
-            select r.user_id, l.rank::integer as rank, l.item_id, l.score, r.is_cold_start, r.model_version, r.scored_at
-            from shop.recommendations_materialized r
-            cross join lateral unnest(r.item_ids, r.scores) with ordinality as l (item_id, score, rank);
-        create view public.dashboard as select * from shop.recommendations;
-        """
-    )
-    trained.execute("select vae.rebuild_model('shop')")
-    assert_same(stored(trained), before)
-    assert trained.execute("select count(*) from public.dashboard").fetchone() != (0,)
-    trained.execute(REFRESH.encode())
-    assert last(trained)[0] == "full"
-    assert_same(stored(trained), before)
-    relations = trained.execute("select to_regclass('shop.recommendations_before')").fetchone()
-    assert relations == (None,)
-
-
 # Freshness
 
 

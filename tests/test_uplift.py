@@ -570,36 +570,6 @@ def test_the_quality_gate_counts_what_is_unusable(database: str) -> None:
         assert 'has no column "shown" any more' in str(gone.message_primary)
 
 
-def test_offers_that_an_earlier_release_stored_are_read_until_the_next_refresh(shop: Connection) -> None:
-    with shop.transaction(force_rollback=True):
-        shop.execute("drop view shop.offers, shop.offer_responses")
-        shop.execute("drop materialized view shop.offer_responses_materialized")
-        shop.execute(
-            "create materialized view shop.offer_responses_materialized as select o.offer_id, 1 as rank,"
-            " 7::bigint as user_id, 0.5::real as response_probability, false as has_bought, 1 as model_version,"
-            " now() as scored_at from vae.offers o where o.name = 'likely'"
-        )
-        shop.execute(
-            "create unique index offer_responses_offer_id_user_id"
-            " on shop.offer_responses_materialized (offer_id, user_id)"
-        )
-        shop.execute(
-            "create view shop.offer_responses as select o.name as offer, r.rank, r.user_id, r.response_probability,"
-            " r.has_bought, 0::float8 as expected_profit, true as is_chosen, r.model_version, r.scored_at"
-            " from shop.offer_responses_materialized r join vae.offers o using (offer_id)"
-        )
-        shop.execute("create view people_use as select * from shop.offer_responses")
-        shop.execute("select vae.rebuild_model('shop')")
-        columns = "offer, rank, user_id, response_probability, is_chosen, uplift"
-        assert shop.execute(f"select {columns} from shop.offer_responses").fetchall() == [
-            ("likely", 1, 7, 0.5, True, None)
-        ]
-        assert one(shop, "select user_id from people_use") == 7
-        assert one(shop, "select to_regclass('shop.offer_responses_before') is null")
-        shop.execute("refresh materialized view shop.offer_responses_materialized")
-        assert one(shop, "select count(uplift) > 1 from shop.offer_responses where offer = 'likely'")
-
-
 @pytest.mark.parametrize(
     ("user_type", "item_type", "time_type"),
     [("text", "uuid", "date"), ("uuid", "text", "timestamp"), ("integer", "integer", "timestamptz")],

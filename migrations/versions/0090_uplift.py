@@ -57,7 +57,7 @@ def upgrade() -> None:
         sa.Column(
             "no_uplift",
             sa.Text(),
-            comment="Why the version claims no uplift; null where it does, and for versions of earlier releases.",
+            comment="Why the version claims no uplift; null where it does.",
         ),
         schema="vae",
     )

@@ -68,7 +68,7 @@ def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: Gol
         "detail": None,
     }
     if not golden.top_items:
-        return row | {"detail": "the version has no golden users: a release that stores none published it"}
+        return row | {"detail": "the version has no golden users"}
     try:
         found = compare(gpu, _version(plpy, model_id, version_id), golden)
     except ScoringError as error:

@@ -18,6 +18,7 @@ from pgvae.golden import GoldenUser, golden_users
 from pgvae.rows import CurvePoint, Epoch, Metric
 from pgvae.segments import NO_SEGMENTS, Segments
 from pgvae.training import Fit, ShortcutChoice
+from pgvae.uplift import NO_COLUMN
 from pgvae_runtime import forward
 from pgvae_runtime.demand import Head
 from pgvae_runtime.tensors import to_chunks
@@ -52,7 +53,7 @@ def publish(
     demand: Head | None = None,
     segments: Segments = NO_SEGMENTS,
     outcomes: Mapping[str, NDArray[Any]] | None = None,
-    no_uplift: str | None = None,
+    no_uplift: str = NO_COLUMN,
 ) -> int:
     """Gives the number of the new version, in the state ready; `no_uplift` says why it claims none, "" where it does.
 
@@ -162,7 +163,7 @@ def _insert_version(
     shortcut: ShortcutChoice,
     durations: dict[str, float],
     demand: Head | None,
-    no_uplift: str | None,
+    no_uplift: str,
 ) -> tuple[int, int]:
     event_types = [
         {"event_type": name, "is_target": index in dataset.targets} for index, name in enumerate(dataset.event_types)
@@ -193,7 +194,7 @@ def _insert_version(
             "quality": Jsonb(definition.quality),
             "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),
             "demand": Jsonb(demand.to_json()) if demand else None,
-            "has_uplift": no_uplift == "",
+            "has_uplift": not no_uplift,
             "no_uplift": no_uplift or None,
         },
     ).fetchone()

@@ -306,7 +306,7 @@ versions = Table(
     Column(
         "no_uplift",
         Text,
-        comment="Why the version claims no uplift; null where it does, and for versions of earlier releases.",
+        comment="Why the version claims no uplift; null where it does.",
     ),
     Column(
         "origin",

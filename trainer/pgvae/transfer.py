@@ -209,8 +209,7 @@ def _describe(connection: psycopg.Connection, version_id: int) -> dict[str, Any]
         "model": row["name"],
         "version": version["version"],
         "created_at": version["created_at"],
-        # Files of earlier releases do not say it.
-        "trained_at": before.get("trained_at") or before.get("created_at") or version["created_at"],
+        "trained_at": before.get("trained_at", version["created_at"]),
         "created_by": version["created_by"],
         "exported_at": datetime.now(UTC).isoformat(),
         "exported_by": row["role"],
