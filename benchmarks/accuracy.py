@@ -34,9 +34,9 @@ from pgvae import baselines
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.console import err, out
+from pgvae.loop import fit, scorer
 from pgvae.ranking import per_user_metrics
 from pgvae.rows import CHOOSING, Epoch
-from pgvae.training import fit, scorer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 METHODS = ("popularity", "item_knn", "ease", "graph_filter", "mult_vae", "pgvae")

@@ -20,7 +20,7 @@ from benchmarks import mult_vae
 from benchmarks.report import Figure, report
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
-from pgvae.training import fit
+from pgvae.loop import fit
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

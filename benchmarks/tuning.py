@@ -11,8 +11,8 @@ import optuna
 from benchmarks.splits import Task
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
+from pgvae.loop import fit
 from pgvae.rows import CHOOSING, Epoch
-from pgvae.training import fit
 from pgvae.tune import SPACE
 
 

@@ -21,10 +21,10 @@ from conftest import as_role, create_database, drop_database
 from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
+from pgvae.comparison import METHODS, compare, evaluate, summarise
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
-from pgvae.evaluation import METHODS, compare, evaluate, summarise
 from pgvae.measurement import BINS, LEAST_SHARE, calibration_error, measure
 from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics
 from pgvae.rows import ALL, Metric

@@ -16,9 +16,9 @@ import pytest
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import read_dataset
+from pgvae.loop import fit
 from pgvae.simulate import simulate
 from pgvae.simulate.config import SimulationConfig
-from pgvae.training import fit
 from pgvae_runtime.explain import Groups, latest, losses
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.tokens import History

@@ -264,7 +264,7 @@ def test_a_part_of_a_window_is_that_of_its_users() -> None:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Any]:
     """A network whose only knowledge is which items are popular."""
-    from pgvae.training import fit
+    from pgvae.loop import fit
 
     dataset, _ = simulated()
     return fit(dataset.between(0.0, 92 * DAY), QUICK, max_history=50, phase="test", epochs=1).weights

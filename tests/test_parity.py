@@ -23,10 +23,10 @@ from conftest import create_database, drop_database
 from pgvae.batches import Batches
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
+from pgvae.loop import _losses
 from pgvae.model import AttentionVae
 from pgvae.server import Server
 from pgvae.shortcut import Links
-from pgvae.training import _losses
 from pgvae_runtime import device, explain, forward
 from pgvae_runtime.features import FeatureBag
 from pgvae_runtime.scoring import score_users

@@ -23,13 +23,13 @@ from pgvae.checkpoints import Checkpoints
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
+from pgvae.loop import Fit, _Run, fit, scorer
 from pgvae.ranking import make_holdout
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae.train import Listener
 from pgvae.train import train as run_training
-from pgvae.training import Fit, _Run, fit, scorer
 from shop import QUICK, SMALL, Shop, train
 from variants import dataset_of, with_features
 
@@ -516,7 +516,7 @@ def test_a_training_that_diverges_leaves_the_last_version_serving(
     query = "select * from shop.recommend(%s, 5)"
     with psycopg.connect(trained_database, autocommit=True) as connection:
         before = connection.execute(query, [Shop().users[0]]).fetchall()
-        monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, _: mean.sum(dim=1) * float("nan"))
+        monkeypatch.setattr("pgvae.loop.kl_divergence", lambda mean, _: mean.sum(dim=1) * float("nan"))
         with pytest.raises(PgvaeError, match="diverged in epoch 1") as refused:
             run_training(trained_database, "shop", QUICK, checkpoints=tmp_path)
         assert "--learning-rate" in str(refused.value.hint)

@@ -130,9 +130,9 @@ def test_the_first_trial_is_the_default_and_the_best_is_not_worse(shop: str) -> 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_value_is_the_best_validation_ndcg_of_the_same_training(shop: str) -> None:
+    from pgvae.loop import fit
     from pgvae.splits import measurable
     from pgvae.train import Listener
-    from pgvae.training import fit
 
     outcome = tune(shop, "shop", Search(trials=2), QUICK)
     with psycopg.connect(shop) as connection:

@@ -16,12 +16,12 @@ from psycopg import sql
 from conftest import as_role, create_database, drop_database
 from pgvae.cli.metrics import uplift_verdict
 from pgvae.dataset import Dataset, read_dataset
+from pgvae.loop import fit
 from pgvae.outcome_windows import DAY, Weights
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import Training
 from pgvae.train import train as run_training
-from pgvae.training import fit
 from pgvae.trials import Assignments, Trial, histories_before, read_assignments, trial_of
 from pgvae.uplift import NO_COLUMN, UpliftFit, fit_head, fit_uplift
 from pgvae.uplift_figures import balance, effects, gains, quantiles

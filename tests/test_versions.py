@@ -23,12 +23,7 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.golden import golden_users
 from pgvae.install import install
-from pgvae.ranking import Holdout, make_holdout, per_user_metrics
-from pgvae.server import Server
-from pgvae.shortcut import WAYS, Links, shortcuts
-from pgvae.train import Listener
-from pgvae.train import train as run_training
-from pgvae.training import (
+from pgvae.loop import (
     NO_SHORTCUT,
     SHORTCUT_SCALES,
     VALIDATION_K,
@@ -38,6 +33,11 @@ from pgvae.training import (
     scorer,
     with_links,
 )
+from pgvae.ranking import Holdout, make_holdout, per_user_metrics
+from pgvae.server import Server
+from pgvae.shortcut import WAYS, Links, shortcuts
+from pgvae.train import Listener
+from pgvae.train import train as run_training
 from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
@@ -456,7 +456,7 @@ def test_a_loss_that_explodes_ends_the_training_with_a_remedy(
     told: list[int] = []
     # Finite, as the losses of a learning rate far too high can be.
     monkeypatch.setattr(
-        "pgvae.training.kl_divergence", lambda mean, _: mean.sum(dim=1) * 0 + (1e9 if len(told) == 2 else 1.0)
+        "pgvae.loop.kl_divergence", lambda mean, _: mean.sum(dim=1) * 0 + (1e9 if len(told) == 2 else 1.0)
     )
     config = TrainingConfig(epochs=9, hidden=12, latent=8)
     with pytest.raises(PgvaeError, match=r"the training diverged in epoch 3: its loss is \d") as refused:
@@ -465,7 +465,7 @@ def test_a_loss_that_explodes_ends_the_training_with_a_remedy(
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(learnable: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
+    monkeypatch.setattr("pgvae.loop.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
     with pytest.raises(PgvaeError, match="the training diverged in epoch 1: its loss is nan") as refused:
         trained_on(learnable)
     assert refused.value.hint == "train again with a lower --learning-rate than 0.004"
@@ -493,7 +493,7 @@ def test_a_last_step_that_breaks_the_weights_ends_the_training(
 
 
 def test_a_training_that_diverges_publishes_nothing(trained_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgvae.training.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
+    monkeypatch.setattr("pgvae.loop.kl_divergence", lambda mean, log_variance: mean.sum(dim=1) * float("nan"))
     with pytest.raises(PgvaeError, match="the training diverged in epoch 1: its loss is nan"):
         train(trained_database)
     with psycopg.connect(trained_database) as connection:

@@ -22,10 +22,10 @@ from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, read_dataset, read_definition
 from pgvae.install import install
+from pgvae.loop import NO_SHORTCUT, Fit
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
 from pgvae.shortcut import Links
-from pgvae.training import NO_SHORTCUT, Fit
 from pgvae.transfer import _digest, read_file
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import History

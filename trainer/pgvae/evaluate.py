@@ -8,10 +8,10 @@ from typing import Any
 
 import psycopg
 
+from pgvae.comparison import Comparison, K, Listener, compare
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.errors import PgvaeError
-from pgvae.evaluation import Comparison, K, Listener, compare
 from pgvae.publish import replace_metrics
 from pgvae.train import Listener as TrainListener
 from pgvae.train import read_checked

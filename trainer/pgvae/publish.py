@@ -15,9 +15,9 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.golden import GoldenUser, golden_users
+from pgvae.loop import Fit, ShortcutChoice
 from pgvae.rows import CurvePoint, Epoch, Metric
 from pgvae.segments import NO_SEGMENTS, Segments
-from pgvae.training import Fit, ShortcutChoice
 from pgvae.uplift import NO_COLUMN
 from pgvae_runtime import forward
 from pgvae_runtime.demand import Head

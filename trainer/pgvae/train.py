@@ -13,18 +13,18 @@ import psycopg
 
 from pgvae import __version__, resources
 from pgvae.checkpoints import Checkpoints, default_folder
+from pgvae.comparison import Evaluation, evaluate
 from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
-from pgvae.evaluation import Evaluation, evaluate
+from pgvae.loop import DEFAULT_SHORTCUT, Fit, fit
 from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.publish import check_publishable, publish
 from pgvae.rows import Epoch, Metric
 from pgvae.segments import find_segments, read_previous
-from pgvae.training import DEFAULT_SHORTCUT, Fit, fit
 from pgvae.trials import Assignments, read_assignments
 from pgvae.uplift import NO_COLUMN, UpliftFit, fit_uplift
 

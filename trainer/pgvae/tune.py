@@ -29,11 +29,11 @@ from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
+from pgvae.loop import fit
 from pgvae.ranking import Holdout
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.splits import measurable
 from pgvae.train import Listener, read_checked
-from pgvae.training import fit
 
 SCHEMA = "vae_optuna"
 # Owns the schema, so that whoever may train may also take part in a study that another role began.

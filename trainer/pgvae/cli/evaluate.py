@@ -14,8 +14,8 @@ from pgvae.cli.metrics import PARTS, lists_table, slices_table, verdicts
 from pgvae.console import err, out, progress_with_detail
 
 if TYPE_CHECKING:
+    from pgvae.comparison import Listener
     from pgvae.evaluate import Evaluated
-    from pgvae.evaluation import Listener
     from pgvae.rows import Epoch
 
 
@@ -69,8 +69,8 @@ def evaluate(
     Exit status: 0 measured, 1 could not be measured (the message says why), 2 a wrong option.
     """
     # Imported here: torch takes seconds to import, which `pgvae --help` should not pay.
+    from pgvae.comparison import K
     from pgvae.evaluate import evaluate_version
-    from pgvae.evaluation import K
 
     ks = sorted(set(k or [K]))
     with _Display() as display:
@@ -125,7 +125,7 @@ class _Display:
         self._progress.stop()
 
     def listener(self) -> Listener:
-        from pgvae.evaluation import Listener
+        from pgvae.comparison import Listener
 
         return Listener(on_read=self._read, on_step=self._step, on_epoch=self._epoch)
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from pgvae.dataset import Dataset
+from pgvae.loop import scorer
 from pgvae.measurement import calibration_error, measure
 from pgvae.ranking import Holdout, target_pairs
 from pgvae.splits import MIN_USERS
-from pgvae.training import scorer
 from pgvae.versions import PublishedVersion, read_weights, readable
 from pgvae_runtime import forward
 from pgvae_runtime.errors import ScoringError
