@@ -369,7 +369,7 @@ class RawModule:
         return _Kernel(getattr(self._library, "launch_" + name), signature)
 
 
-_ELEMENTS = {"float": "float32", "int": "int32", "unsigned short": "uint16", "unsigned char": "uint8"}
+_ELEMENTS = {"float": "float32", "int": "int32", "unsigned short": "uint16"}
 
 
 class _Kernel:

@@ -127,7 +127,6 @@ def rank(
     k: int,
     *,
     seen: Sequence[Sequence[int]] | None = None,
-    allowed: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Runs rank_items on logits [U, I], without a shortcut."""
     users, items = logits.shape
@@ -146,8 +145,7 @@ def rank(
     arguments = (
         *(np.int32(items), np.int32(stride), np.int32(k), cupy.asarray(rows), cupy.asarray(bias), nothing, numbers),
         *(cupy.empty(1, np.int32), numbers, numbers, no_weights, cupy.asarray(start), cupy.asarray(flat)),
-        *(cupy.empty(len(flat), np.float32), np.int32(allowed is not None)),
-        *(cupy.asarray((np.ones(1) if allowed is None else allowed).astype(np.uint8)), best, scores),
+        *(cupy.empty(len(flat), np.float32), best, scores),
     )
     module.get_function("rank_items")((users,), (cuda_kernels.THREADS,), arguments)
     cupy.cuda.runtime.deviceSynchronize()
@@ -173,15 +171,12 @@ def test_the_k_best_are_those_of_a_sort(cupy: ModuleType, items: int, k: int) ->
     logits[2] = np.sort(logits[2])[np.argsort(np.arange(items) % 1024, kind="stable")]
     seen = [generator.choice(items, int(generator.integers(0, items)), replace=False) for _ in range(3)]
     seen.append(np.arange(items))
-    allowed = generator.random(items) < 0.9
-    for own_seen, own_allowed in (([[]] * 4, None), (seen, None), (seen, allowed)):
+    for own_seen in ([[]] * 4, seen):
         gaps = np.zeros(logits.shape, dtype=bool)
         for user, own in enumerate(own_seen):
             gaps[user, own] = True
-        if own_allowed is not None:
-            gaps[:, ~own_allowed] = True
         expected = softmax_with_gaps(logits, gaps)
-        best, scores = rank(cupy, logits, k, seen=own_seen, allowed=own_allowed)
+        best, scores = rank(cupy, logits, k, seen=own_seen)
         # The bias that was taken off and comes back rounds the logits.
         assert_same_but_for_ties(best, scores, expected, rtol=1e-5)
         assert ((scores < 0) == np.take_along_axis(gaps, best.astype(int), axis=1)).all()
@@ -268,20 +263,6 @@ def test_the_precision_of_the_product_keeps_its_bound(cupy: ModuleType, precisio
         assert error > 1e-5
         cut = np.sort(expected, axis=1)[:, -50]
         assert (own >= cut[:, None] * (1 - 2 * bound)).all()
-
-
-def test_what_may_not_be_recommended_is_not(cupy: ModuleType) -> None:
-    shop, history = version(random_weights()), random_history(np.random.default_rng(2), 30, 9)
-    expected = cpu_scores(shop, history)
-    allowed = np.zeros(shop.item_count, dtype=bool)
-    allowed[[2, 3, 11, 17]] = True
-    expected[:, ~allowed] = -1.0
-    scorer = GpuScorer(cupy, shop, 6, memory=MEMORY, allowed=allowed)
-    best, scores, _ = scorer(history)
-    scorer.close()
-    assert_same_but_for_ties(best, scores, expected)
-    assert set(best[scores >= 0].tolist()) <= {2, 3, 11, 17}
-    assert (np.sort(scores, axis=1)[:, :2] == -1.0).all()
 
 
 def test_a_version_of_some_candidates_ranks_as_on_the_cpu(cupy: ModuleType) -> None:

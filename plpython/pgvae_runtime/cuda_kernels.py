@@ -257,15 +257,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) to_halves(
 
 // Steps 6 and 7 after the product, and the best k: a block for each user, whose row of logits stays in the L2 cache.
 //
-// Adds bias and shortcut, takes the denominator of the softmax over all items, leaves out what was seen or is not
-// allowed, and writes the k best, best first, among equals the lower column; what was left out comes last, with the
-// score -1. `stride` is the length of a row, a multiple of 4. A user's seen items are different ones. `counted` and
-// `seen_logit` are scratch, one entry per token and per seen item.
+// Adds bias and shortcut, takes the denominator of the softmax over all items, leaves out what was seen, and writes the
+// k best, best first, among equals the lower column; what was left out comes last, with the score -1. `stride` is the
+// length of a row, a multiple of 4. A user's seen items are different ones. `counted` and `seen_logit` are scratch, one
+// entry per token and per seen item.
 extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
     int items, int stride, int k, float* logits, const float* bias, const int* token_start, const int* token_item,
     int* counted, const int* link_start, const int* link_item, const float* link_weight, const int* seen_start,
-    const int* seen_item, float* seen_logit, int filtered, const unsigned char* allowed, int* best_item,
-    float* best_score)
+    const int* seen_item, float* seen_logit, int* best_item, float* best_score)
 {
     __shared__ ranked candidate[CANDIDATES];
     __shared__ int histogram[256];
@@ -319,8 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
             if (base + i >= items)
                 continue;
             peak = fmaxf(peak, logit[i]);
-            if (!filtered || allowed[base + i])
-                greatest[i] = fmaxf(greatest[i], logit[i]);
+            greatest[i] = fmaxf(greatest[i], logit[i]);
         }
     }
     peak = block_max(peak, partial);
@@ -356,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
             if (base + i >= items)
                 continue;
             sum += expf(logit[i] - peak);
-            const unsigned rank = filtered && !allowed[base + i] ? 0 : rank_of(logit[i]);
+            const unsigned rank = rank_of(logit[i]);
             if (rank >= bound) {
                 const int place = atomicAdd(&count, 1);
                 if (place < CANDIDATES)
@@ -378,8 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
                 histogram[digit] = 0;
             __syncthreads();
             for (int column = thread; column < items; column += THREADS) {
-                const unsigned rank = filtered && !allowed[column] ? 0 : rank_of(row[column] + bias[column]);
-                const ranked each = ranked_item(rank, column);
+                const ranked each = ranked_item(rank_of(row[column] + bias[column]), column);
                 if ((each & known) == prefix)
                     atomicAdd(&histogram[each >> shift & 255], 1);
             }
@@ -404,8 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
             count = 0;
         __syncthreads();
         for (int column = thread; column < items; column += THREADS) {
-            const unsigned rank = filtered && !allowed[column] ? 0 : rank_of(row[column] + bias[column]);
-            const ranked each = ranked_item(rank, column);
+            const ranked each = ranked_item(rank_of(row[column] + bias[column]), column);
             if ((each & known) >= prefix)
                 candidate[atomicAdd(&count, 1)] = each;
         }

@@ -63,21 +63,11 @@ _open: set[GpuScorer] = set()
 class GpuScorer:
     """Gives the best items of users, as the CPU does but for ties within 1e-5 (with precision float32 or float16x3).
 
-    `allowed` [I] says which items may be recommended; None: all. `memory` is how many bytes of the device's memory it
-    may take. MemoryError where that is too little; whatever CuPy raises where the device fails. `close` gives all
-    memory back.
+    `memory` is how many bytes of the device's memory it may take. MemoryError where that is too little; whatever CuPy
+    raises where the device fails. `close` gives all memory back.
     """
 
-    def __init__(
-        self,
-        cupy: Any,
-        version: Version,
-        k: int,
-        *,
-        memory: int,
-        precision: str = "float32",
-        allowed: NDArray[np.bool_] | None = None,
-    ) -> None:
+    def __init__(self, cupy: Any, version: Version, k: int, *, memory: int, precision: str = "float32") -> None:
         self._cupy = cupy
         self._version = version
         self._items = version.item_count
@@ -89,8 +79,9 @@ class GpuScorer:
         self._parts, self._compute = PRECISIONS[precision]
         # A multiple of 32 floats: the rows of the logits begin at a cache line.
         self._stride = -(-self._items // 32) * 32
-        self._filtered = allowed is not None
-        self._cold = _best_of_all(version, self._k, allowed)
+        # For whoever nothing is known of: what is popular.
+        items, values = forward.top_k(np, version.weights["item_popularity"][None, :], self._k)
+        self._cold = items[0], values[0]
         self.users = self._users_at_a_time(memory)
         self._pool = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=memory - _CUBLAS_BYTES)
@@ -106,7 +97,7 @@ class GpuScorer:
         try:
             self._function = _compiled(cupy, self._width)
             with self._allocation():
-                self._load(allowed)
+                self._load()
                 self._slots = [_Slot(self) for _ in range(_SLOTS)]
         except BaseException:
             self.close()
@@ -142,7 +133,7 @@ class GpuScorer:
         while self._slots:
             self._slots.pop().close()
         self._weights.clear()
-        self._output = self._bias = self._allowed = self._function = None
+        self._output = self._bias = self._function = None
         with contextlib.suppress(Exception):
             self._pool.free_all_blocks()
             self._pinned.free_all_blocks()
@@ -153,7 +144,7 @@ class GpuScorer:
     def _users_at_a_time(self, memory: int) -> int:
         weights = self._version.weights
         parts = self._parts
-        fixed = sum(weights[name].nbytes for name in _TENSORS) + 5 * self._stride
+        fixed = sum(weights[name].nbytes for name in _TENSORS) + 4 * self._stride
         fixed += self._items * self._width * (2 * parts if parts else 4) + (4 * _PIECE * self._width if parts else 0)
         tokens = 4 * (4 * self._version.max_history + 16)
         user = 4 * (self._stride + 4 * self._width + self._hidden + 2 * self._k) + 2 * parts * self._width + tokens
@@ -163,13 +154,12 @@ class GpuScorer:
             raise MemoryError(f"{memory >> 20} MB of GPU memory are too little, {-(-needed >> 20)} MB are needed")
         return users
 
-    def _load(self, allowed: NDArray[np.bool_] | None) -> None:
+    def _load(self) -> None:
         weights = self._version.weights
         self._weights = {name: self._copied(weights[name]) for name in _TENSORS}
         bias = np.zeros(self._stride, dtype=np.float32)
         bias[: self._items] = weights["output_bias"]
         self._bias = self._copied(bias)
-        self._allowed = self._copied((np.ones(1) if allowed is None else allowed).astype(np.uint8))
         output = weights["output_weight"]
         self._alpha = np.ones(1, dtype=np.float32)
         if self._parts:
@@ -280,7 +270,7 @@ class GpuScorer:
             *("rank_items", users, np.int32(self._items), np.int32(self._stride), np.int32(self._k), slot.logits),
             *(self._bias, token_start, token_item, slot.scratch(len(token_item), np.int32)),
             *(w["shortcut_start"], w["shortcut_item"], w["shortcut_weight"], seen_start, seen_item),
-            *(slot.scratch(len(seen_item), np.float32), np.int32(self._filtered), self._allowed),
+            slot.scratch(len(seen_item), np.float32),
             *(slot.best[:half], slot.best[half : 2 * half].view(np.float32)),
         )
 
@@ -461,15 +451,6 @@ def _compiled(cupy: Any, width: int) -> Callable[[str], Any]:
         else:
             os.environ["CUPY_CACHE_IN_MEMORY"] = before
     return {name: module.get_function(name) for name in kernels.KERNELS}.__getitem__
-
-
-def _best_of_all(version: Version, k: int, allowed: NDArray[np.bool_] | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Gives the items and scores for whoever nothing is known of: what is popular."""
-    popularity = np.array(version.weights["item_popularity"], dtype=np.float32)[None, :]
-    if allowed is not None:
-        popularity[:, ~allowed] = -1.0
-    items, values = forward.top_k(np, popularity, k)
-    return items[0], values[0]
 
 
 def _chunks(history: History, size: int) -> Iterator[History]:
