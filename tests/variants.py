@@ -143,7 +143,7 @@ def torch_scores(network: AttentionVae, links: Links, history: History, max_hist
         linked, weight = torch.from_numpy(links.item.astype(np.int64)), torch.from_numpy(links.weight).double()
         dense.index_put_((owner, linked), weight, accumulate=True)
         held = torch.zeros(tokens.user_count, len(cold), dtype=torch.float64)
-        user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+        user = tokens.users()
         held[torch.from_numpy(user), torch.from_numpy(tokens.item)] = 1.0
         # An item counts once, and a user with more items no more than one with fewer.
         held /= held.sum(dim=1, keepdim=True).clamp_min(1.0).sqrt()

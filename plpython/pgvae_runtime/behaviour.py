@@ -84,15 +84,15 @@ def behaviour(
     user = history.users()
     age = np.maximum(as_of[user] - history.occurred_at, 0.0) / _DAY
     bought = np.isin(history.event_type, targets)
-    tenure = _latest(-age, history.counts, empty=0.0) * -1.0
-    since = _latest(age, history.counts, empty=0.0)
+    tenure = _latest(-age, history.counts) * -1.0
+    since = _latest(age, history.counts)
     # Who never bought counts as somebody whose last purchase was before the first event.
-    since_purchase = np.minimum(_latest(np.where(bought, age, np.inf), history.counts, empty=0.0), tenure + horizon)
+    since_purchase = np.minimum(_latest(np.where(bought, age, np.inf), history.counts), tenure + horizon)
     day_user, day_age = _days(user, age)
     buy_user, buy_age = _days(user[bought], age[bought])
     purchases = np.bincount(user[bought], minlength=users)
     buying_days = np.bincount(buy_user, minlength=users)
-    first_purchase = _latest(np.where(bought, -age, np.inf), history.counts, empty=0.0)
+    first_purchase = _latest(np.where(bought, -age, np.inf), history.counts)
     first_purchase = np.where(np.isfinite(first_purchase), -first_purchase, 0.0)
     gap = np.where(
         buying_days > 1, (first_purchase - since_purchase) / np.maximum(buying_days - 1, 1), tenure + horizon
@@ -130,7 +130,7 @@ def behaviour(
     ]
     for kind in range(types):
         own = history.event_type == kind
-        last = _latest(np.where(own, age, np.inf), history.counts, empty=0.0)
+        last = _latest(np.where(own, age, np.inf), history.counts)
         columns += [
             np.log1p(np.bincount(user[own], minlength=users)),
             recent(user[own], age[own], 1.0),
@@ -141,9 +141,9 @@ def behaviour(
     return matrix
 
 
-def _latest(values: NDArray[np.float64], counts: NDArray[np.int64], *, empty: float) -> NDArray[np.float64]:
-    """Gives the least of each user's values, [U]; `empty` for a user without any."""
-    least = np.full(len(counts), empty)
+def _latest(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Gives the least of each user's values, [U]; 0 for a user without any."""
+    least = np.zeros(len(counts))
     filled = counts > 0
     if filled.any():
         starts = np.cumsum(counts) - counts

@@ -256,7 +256,7 @@ class CpuScorer:
         for name in ("event_type", "age", "order"):
             gates += self._gates[name][getattr(tokens, name)]
         gates = 0.5 * (1.0 + np.tanh(0.5 * gates))
-        user = np.repeat(np.arange(users), np.diff(tokens.start))
+        user = tokens.users()
         pooled = np.zeros((users, width), dtype=np.float32)
         for first, last in pieces(tokens.start[1:], _TOKENS_AT_ONCE):
             begin, end = tokens.start[first], tokens.start[last]
@@ -277,7 +277,7 @@ class CpuScorer:
 
     def _links_of(self, tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
         """Gives the user, item and share of each different (user, item) pair."""
-        user = np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
+        user = tokens.users()
         known = len(self._weights["item_embedding"])
         user, item = np.divmod(np.unique(user * known + tokens.item), known)
         count = np.bincount(user, minlength=tokens.user_count)

@@ -31,3 +31,12 @@ class ScoringError(Exception):
         self.message = message
         self.sqlstate = sqlstate
         self.hint = hint
+
+
+def corrupt_weights(message: str) -> ScoringError:
+    """Gives the refusal of weights that are damaged, or do not fit together."""
+    return ScoringError(
+        message,
+        sqlstate=CORRUPT_WEIGHTS,
+        hint="activate another version with vae.activate or vae.rollback, then train again",
+    )

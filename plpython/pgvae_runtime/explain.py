@@ -65,7 +65,7 @@ class Groups:
     @staticmethod
     def by_item(tokens: Tokens, items: int) -> Groups:
         """Makes a group of all tokens of a user and an item; `items` is the size of the catalogue."""
-        pairs = _users(tokens) * items + tokens.item
+        pairs = tokens.users() * items + tokens.item
         return Groups._of(tokens, np.unique(pairs, return_inverse=True)[1])
 
     @staticmethod
@@ -73,7 +73,7 @@ class Groups:
         size = np.bincount(group)
         last = np.zeros(len(size), dtype=np.int64)
         np.maximum.at(last, group, np.arange(len(group)))
-        return Groups(of=group, size=size, user=_users(tokens)[last], last=last)
+        return Groups(of=group, size=size, user=tokens.users()[last], last=last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ def _moved(
 def _shortcut(weights: Weights, tokens: Tokens, groups: Groups, target: Integers) -> tuple[Doubles, Doubles, Doubles]:
     """Gives the shortcut's part of the logits, [U], what is left of it without each group, [G], and by token, [N]."""
     known = len(weights["shortcut_start"]) - 1
-    pairs, place, times = np.unique(_users(tokens) * known + tokens.item, return_inverse=True, return_counts=True)
+    pairs, place, times = np.unique(tokens.users() * known + tokens.item, return_inverse=True, return_counts=True)
     user, item = np.divmod(pairs, known)
     weight = _links(weights, item, target[user])
     count = np.maximum(np.bincount(user, minlength=tokens.user_count), 1)
@@ -282,7 +282,7 @@ def _shortcut(weights: Weights, tokens: Tokens, groups: Groups, target: Integers
     own, pair = groups.user, place[groups.last]
     is_gone = groups.size == times[pair]
     left = (total[own] - np.where(is_gone, weight[pair], 0.0)) / np.sqrt(np.maximum(count[own] - is_gone, 1))
-    by_token = (weight / times)[place] / np.sqrt(count[_users(tokens)])
+    by_token = (weight / times)[place] / np.sqrt(count[tokens.users()])
     return total / np.sqrt(count), left, by_token
 
 
@@ -326,10 +326,6 @@ def _slope(u: Floats) -> Floats:
     """Gives tanh(u) / u, 1 at 0."""
     small = np.abs(u) < 1e-4
     return np.where(small, np.float32(1.0), np.tanh(u) / np.where(small, np.float32(1.0), u))
-
-
-def _users(tokens: Tokens) -> Integers:
-    return np.repeat(np.arange(tokens.user_count), np.diff(tokens.start))
 
 
 def _blocks(sizes: Integers) -> Iterator[tuple[int, int]]:

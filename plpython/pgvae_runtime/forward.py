@@ -144,12 +144,12 @@ def decode_direction(xp: Any, weights: Weights, z: Array) -> Array:
     return r / xp.maximum(xp.sqrt((r * r).sum(axis=1, keepdims=True)), _TINY)
 
 
-def decode(xp: Any, weights: Weights, z: Array, out: Array | None = None) -> Array:
-    """Gives the decoder's logits of the multinomial over the catalogue, shape [U, I], into `out` if it is given.
+def decode(xp: Any, weights: Weights, z: Array) -> Array:
+    """Gives the decoder's logits of the multinomial over the catalogue, shape [U, I].
 
     The rows of output_weight are the items' directions over the temperature: a logit is cos(r, o_j) / tau + b_j.
     """
-    logits = xp.matmul(decode_direction(xp, weights, z), weights["output_weight"].T, out=out)
+    logits = decode_direction(xp, weights, z) @ weights["output_weight"].T
     logits += weights["output_bias"]
     return logits
 
@@ -169,7 +169,7 @@ def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, logits: Array) -> No
         return
     # The catalogue may be larger than what is ranked.
     items, known = logits.shape[1], len(start) - 1
-    pairs = np.unique(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)) * known + tokens.item)
+    pairs = np.unique(tokens.users() * known + tokens.item)
     user, item = pairs // known, xp.asarray(pairs % known)
     share = xp.asarray((np.bincount(user)[user] ** -0.5).astype(np.float32))
     counts = start[item + 1] - start[item]

@@ -21,7 +21,7 @@ from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 from .history import item_indexes, item_keys, item_type, keys_of_items, not_in_catalogue, unknown_items
 from .literals import array_element
 from .scoring import score_users
-from .session import default_type
+from .session import default_type, null_in_array
 from .store import Version, execute
 from .tokens import History
 
@@ -109,11 +109,7 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
         )
     texts = [key for key in keys if key is not None]
     if len(texts) < len(keys):
-        raise ScoringError(
-            f"{name}[{keys.index(None) + 1}] is null",
-            sqlstate=INVALID_PARAMETER,
-            hint="leave it out, as array_remove does",
-        )
+        raise null_in_array(name, keys.index(None))
     known = item_indexes(plpy, version, texts)
     unknown = [key for key in texts if key not in known]
     if not known:

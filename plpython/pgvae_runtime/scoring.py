@@ -14,9 +14,7 @@ from .store import Version
 from .tokens import History
 
 
-def score_users(
-    xp: Any, weights: Weights, history: History, *, max_history: int, out: Array | None = None
-) -> tuple[Array, Array]:
+def score_users(xp: Any, weights: Weights, history: History, *, max_history: int) -> tuple[Array, Array]:
     """Gives the scores of every item for U users, shape [U, I], and which users are cold starts, shape [U].
 
     A score is the item's share of the probability that the multinomial likelihood spreads over the catalogue:
@@ -24,7 +22,7 @@ def score_users(
     else by each item's share of the catalogue's popularity.
     """
     tokens = history.tokens(max_history)
-    logits = forward.decode(xp, weights, forward.encode(xp, weights, tokens), out=out)
+    logits = forward.decode(xp, weights, forward.encode(xp, weights, tokens))
     forward.add_shortcut(xp, weights, tokens, logits)
     scores = forward.softmax(xp, logits)
     scores[xp.asarray(unknown_users(history))] = weights["item_popularity"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import batch, blas, forward, limits, runs
-from .errors import CORRUPT_WEIGHTS, NO_SEGMENTS, ScoringError
+from .errors import NO_SEGMENTS, ScoringError, corrupt_weights
 from .forward import Array, Weights
 from .history import read_histories, read_history
 from .store import Version, execute
@@ -92,10 +92,8 @@ def _names(plpy: Any, version: Version) -> list[tuple[int, str]]:
         [version.version_id],
     )
     if len(rows) != len(version.weights[CENTROIDS]):
-        raise ScoringError(
+        raise corrupt_weights(
             f"version {version.version} of model {version.model} has {len(version.weights[CENTROIDS])} segments and"
-            f" {len(rows)} names",
-            sqlstate=CORRUPT_WEIGHTS,
-            hint="activate another version with vae.activate or vae.rollback, then train again",
+            f" {len(rows)} names"
         )
     return [(row["segment"], row["name"]) for row in rows]

@@ -96,7 +96,7 @@ def events_from_arrays(
     events = []
     for place, key in enumerate(item_keys):
         if key is None:
-            raise _null_item("item_ids", place)
+            raise null_in_array("item_ids", place)
         events.append(
             GivenEvent(
                 name=f"item_ids[{place + 1}]",
@@ -108,7 +108,8 @@ def events_from_arrays(
     return events
 
 
-def _null_item(name: str, place: int) -> ScoringError:
+def null_in_array(name: str, place: int) -> ScoringError:
+    """Gives the refusal of an array of items whose element at `place`, from 0, is null."""
     return ScoringError(
         f"{name}[{place + 1}] is null", sqlstate=INVALID_PARAMETER, hint="leave it out, as array_remove does"
     )
@@ -135,7 +136,7 @@ def read_session(
     An event without a time happens now, after those before it in the list. Items outside the catalogue, and standard
     event types that the version does not know, do not count, as in a history; a NOTICE names such items.
     """
-    indexes = _known_items(plpy, version, [event.name for event in events], [event.item_key for event in events])
+    indexes = _known_items(plpy, version, events)
     types = _event_types(plpy, version, events)
     times = _times(plpy, events)
     rows = sorted(
@@ -155,24 +156,20 @@ def read_session(
     )
 
 
-def _known_items(plpy: Any, version: Version, names: Sequence[str], keys: Sequence[str]) -> list[int | None]:
-    """Gives the row of each item in the tensors, None outside the catalogue, where a NOTICE names it."""
-    rows = _item_rows(plpy, version, names, keys)
-    if unknown := [key for index, key in rows if index is None]:
-        plpy.notice(f"{not_in_catalogue(version, unknown)}: left out")
-    return [index for index, _ in rows]
-
-
-def _item_rows(plpy: Any, version: Version, names: Sequence[str], keys: Sequence[str]) -> list[tuple[int | None, str]]:
+def _known_items(plpy: Any, version: Version, events: Sequence[GivenEvent]) -> list[int | None]:
+    """Gives the row of each event's item in the tensors, None outside the catalogue, where a NOTICE names it."""
     key_type = item_type(plpy, version)
     query = _KEYS.format(key_type=key_type)
 
     def read(some: Sequence[str]) -> list[str]:
         return [row["item_key"] for row in execute(plpy, query, ["text[]"], [list(some)])]
 
+    names, keys = [event.name for event in events], [event.item_key for event in events]
     spelled = _read_each(plpy, read, names, keys, f"give keys of the type {key_type}")
     indexes = item_indexes(plpy, version, set(spelled))
-    return [(indexes.get(key), key) for key in spelled]
+    if unknown := [key for key in spelled if key not in indexes]:
+        plpy.notice(f"{not_in_catalogue(version, unknown)}: left out")
+    return [indexes.get(key) for key in spelled]
 
 
 def _times(plpy: Any, events: Sequence[GivenEvent]) -> list[float]:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from . import behaviour, mapping, outcomes, uplift
 from .errors import (
-    CORRUPT_WEIGHTS,
     INCOMPATIBLE_VERSION,
     INSUFFICIENT_PRIVILEGE,
     NO_ACTIVE_VERSION,
     UNDEFINED_SCHEMA,
     UNKNOWN_MODEL,
     ScoringError,
+    corrupt_weights,
 )
 from .features import NO_FEATURES, FeaturePipeline
 from .forward import FORMAT, INTEGERS, SHAPES
@@ -267,24 +267,12 @@ def check_shapes(weights: dict[str, Any], *, types: int, features: int = 0) -> N
             and all(sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=True))
         )
         if not fits:
-            raise ScoringError(
-                f"tensor {name!r} is missing or has the wrong shape: {shape}",
-                sqlstate=CORRUPT_WEIGHTS,
-                hint="activate another version with vae.activate or vae.rollback, then train again",
-            )
+            raise corrupt_weights(f"tensor {name!r} is missing or has the wrong shape: {shape}")
     centroids = weights.get("segment_centroids")
     if centroids is not None and (centroids.dtype != "<f4" or centroids.shape != (len(centroids), sizes["Z"])):
-        raise ScoringError(
-            f"tensor 'segment_centroids' has the wrong shape: {centroids.shape}",
-            sqlstate=CORRUPT_WEIGHTS,
-            hint="activate another version with vae.activate or vae.rollback, then train again",
-        )
+        raise corrupt_weights(f"tensor 'segment_centroids' has the wrong shape: {centroids.shape}")
     start, linked = weights["shortcut_start"], weights["shortcut_item"]
     items = len(weights["item_popularity"])
     in_order = len(start) == items + 1 and start[0] == 0 and start[-1] == len(linked) and (np.diff(start) >= 0).all()
     if not in_order or (linked.size and not 0 <= linked.min() <= linked.max() < items):
-        raise ScoringError(
-            f"the shortcut's links do not fit {items} items",
-            sqlstate=CORRUPT_WEIGHTS,
-            hint="activate another version with vae.activate or vae.rollback, then train again",
-        )
+        raise corrupt_weights(f"the shortcut's links do not fit {items} items")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CORRUPT_WEIGHTS, ScoringError
+from .errors import ScoringError, corrupt_weights
 
 # Far under PostgreSQL's limit of 1 GB per value, large enough that the cost per row does not count.
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -68,8 +68,4 @@ class Assembler:
 
 
 def _corrupt(name: str, why: str) -> ScoringError:
-    return ScoringError(
-        f"tensor {name!r} is corrupt: {why}",
-        sqlstate=CORRUPT_WEIGHTS,
-        hint="activate another version with vae.activate or vae.rollback, then train again",
-    )
+    return corrupt_weights(f"tensor {name!r} is corrupt: {why}")

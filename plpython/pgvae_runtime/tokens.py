@@ -38,6 +38,10 @@ class Tokens:
         """The number of users, those without tokens included."""
         return len(self.start) - 1
 
+    def users(self) -> NDArray[np.int64]:
+        """Gives the user's number of each token, shape [N]."""
+        return np.repeat(np.arange(self.user_count), np.diff(self.start))
+
 
 def age_bucket(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Gives floor(log2(1 + age in days)), at most AGE_BUCKETS - 1, for ages in seconds, shape [N]."""

@@ -99,7 +99,7 @@ class AttentionVae(nn.Module):
             + self.age_gate[self._tensor(tokens.age)]
             + self.order_gate[self._tensor(tokens.order)]
         )
-        user = self._tensor(np.repeat(np.arange(tokens.user_count), np.diff(tokens.start)))
+        user = self._tensor(tokens.users())
         squares = gates.new_zeros(tokens.user_count).index_add(0, user, gates * gates)
         sums = embedded.new_zeros((tokens.user_count, embedded.shape[1]))
         pooled = sums.index_add(0, user, gates[:, None] * embedded) / squares.clamp_min(1e-24).sqrt()[:, None]
