@@ -31,8 +31,9 @@ cross join lateral (values
     (10, 'materialized view', 'churn_materialized', false, 'what churn reads: a row per user'),
     (11, 'materialized view', 'recommendations_materialized', false, 'the best items as of the last refresh that stored all users, a row per user'),
     (12, 'materialized view', 'recommendations_changed', false, 'users scored since, who take the place of their row in recommendations_materialized'),
-    (13, 'view', 'stored_digests', false, 'the digests that the stored recommendations were scored with, without users who are gone'),
-    (13, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
+    (13, 'view', 'stored_recommendations', false, 'the stored row of every user: of recommendations_changed, else of recommendations_materialized'),
+    (14, 'view', 'stored_digests', false, 'the digests that the stored recommendations were scored with, without users who are gone'),
+    (14, 'view', 'recommendations', true, 'the best items for every user, as of the last vae.refresh'),
     (29, 'materialized view', 'offer_responses_materialized', false, 'what offer_responses reads: a row per offer and user'),
     (30, 'view', 'churn', true, 'who is leaving and who will buy: every user, as of the last vae.refresh'),
     (31, 'function', format('churn(%s)', m.user_id_type), true, 'whether one user will buy anything within the horizon, from now on'),
@@ -493,7 +494,7 @@ begin
         select from vae_private.model_objects(m.model_id) o
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is null
             -- What reads a materialized view hangs on no table of the shop.
-            and o.object not in ('stored_digests', 'demand_deviations')
+            and o.object not in ('stored_recommendations', 'stored_digests', 'demand_deviations')
             and o.object || '_materialized' not in (select p.object from vae_private.model_objects(m.model_id) p)
     ) then
         raise exception 'the views of model % are gone', m.name
@@ -718,7 +719,8 @@ begin
     for made in
         select * from vae_private.model_objects(m.model_id) o
         -- What lies beneath the views is the owner's alone: the views hide digests, who is gone, and what is revoked on them.
-        where o.kind = 'function' or o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
+        where o.kind = 'function'
+            or o.kind = 'view' and o.object <> 'stored_recommendations' and to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
         if made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);

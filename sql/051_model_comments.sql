@@ -142,22 +142,6 @@ values
     ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
     ('item_features', 'item_id', 'Key of the item.'),
     ('item_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
-    ('recommendations_materialized', 'user_id', 'Key of the user.'),
-    ('recommendations_materialized', 'item_ids', 'Keys of the items, best first.'),
-    ('recommendations_materialized', 'scores', 'Scores of the items, in the same order.'),
-    ('recommendations_materialized', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-    ('recommendations_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
-    ('recommendations_materialized', 'scored_at', 'When the row was scored.'),
-    ('recommendations_materialized', 'digest', 'What refresh_digests gave for the user when the row was scored.'),
-    ('recommendations_materialized', 'context', 'Hash of version, code and options that the row was scored with.'),
-    ('recommendations_changed', 'user_id', 'Key of the user.'),
-    ('recommendations_changed', 'item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
-    ('recommendations_changed', 'scores', 'Scores of the items, in the same order.'),
-    ('recommendations_changed', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-    ('recommendations_changed', 'model_version', 'Version that scored the row, see vae.versions.'),
-    ('recommendations_changed', 'scored_at', 'When the row was scored.'),
-    ('recommendations_changed', 'digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
-    ('recommendations_changed', 'context', 'Hash of version, code and options that the row was scored with.'),
     ('stored_digests', 'user_id', 'Key of the user.'),
     ('stored_digests', 'digest', 'What refresh_digests gave for the user when the recommendations were scored.'),
     ('recommendations', 'user_id', 'Key of the user.'),
@@ -168,6 +152,21 @@ values
     ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
     ('recommendations', 'scored_at', 'When the row was scored.'),
     ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a cold start, where the version has no probabilities, and where refreshes rank candidates only.')
+union all
+select r.relation, c.column_name, c.comment
+from (values ('recommendations_materialized'), ('recommendations_changed'), ('stored_recommendations')) as r (relation)
+cross join (values
+    ('user_id', 'Key of the user.'),
+    ('item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
+    ('scores', 'Scores of the items, in the same order.'),
+    ('is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
+    ('model_version', 'Version that scored the row, see vae.versions.'),
+    ('scored_at', 'When the row was scored.'),
+    ('digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
+    ('context', 'Hash of version, code and options that the row was scored with.')
+) as c (column_name, comment)
+union all
+values ('stored_recommendations', 'is_changed', 'Whether the row is one of recommendations_changed.')
 $$;
 
 comment on function vae_private.event_comments() is

@@ -110,7 +110,7 @@ begin
             '\n    e.event_counts::integer[] as event_counts, e.contributions::real[] as contributions, e.shares::real[] as shares,'
             '\n    e.model_version, now() as scored_at'
             '\nfrom vae_private.explain_all(%4$s) e'
-            '\nwhere true or exists (select from %1$I.recommendations_materialized) or exists (select from %1$I.recommendations_changed)'
+            '\nwhere true or exists (select from %1$I.stored_recommendations)'
             '\nwith no data',
             m.name, u, i, m.model_id);
         execute format('create unique index explanations_user_id on %I.explanations_materialized (user_id)', m.name);

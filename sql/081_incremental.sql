@@ -184,9 +184,7 @@ begin
     k := (m.options ->> 'recommendations')::integer;
     -- The refresh puts the setting back.
     perform vae_private.raise_work_mem();
-    stored := format(
-        '(select * from %1$I.recommendations_changed union all select b.* from %1$I.recommendations_materialized b'
-        ' where not exists (select from %1$I.recommendations_changed c where c.user_id = b.user_id))', m.name);
+    stored := format('%I.stored_recommendations', m.name);
 
     if mode in ('incremental', 'merge') then
         is_ready := (
@@ -224,12 +222,7 @@ begin
             ' count(s.user_id) as stored_count,'
             ' count(d.user_id) as user_count'
             ' from %1$I.refresh_digests d'
-            ' full join ('
-            ' select c.user_id, c.digest, true as is_changed from %1$I.recommendations_changed c'
-            ' union all'
-            ' select b.user_id, b.digest, false from %1$I.recommendations_materialized b'
-            ' where not exists (select from %1$I.recommendations_changed c where c.user_id = b.user_id)'
-            ') s using (user_id)', m.name)
+            ' full join %1$I.stored_recommendations s using (user_id)', m.name)
         into users, gone, kept_count, stored_count, user_count;
     end if;
     if mode = 'incremental' and (
@@ -325,11 +318,14 @@ begin
         end if;
     end loop;
     execute format(
-        E'create or replace view %1$I.stored_digests as'
-        '\nselect c.user_id, c.digest from %1$I.recommendations_changed c where c.digest is not null'
+        E'create or replace view %1$I.stored_recommendations as'
+        '\nselect c.*, true as is_changed from %1$I.recommendations_changed c'
         '\nunion all'
-        '\nselect m.user_id, m.digest from %1$I.recommendations_materialized m'
-        '\nwhere m.digest is not null and not exists (select from %1$I.recommendations_changed c where c.user_id = m.user_id)', m.name);
+        '\nselect m.*, false from %1$I.recommendations_materialized m'
+        '\nwhere not exists (select from %1$I.recommendations_changed c where c.user_id = m.user_id)', m.name);
+    execute format(
+        E'create or replace view %1$I.stored_digests as'
+        '\nselect r.user_id, r.digest from %1$I.stored_recommendations r where r.digest is not null', m.name);
     -- Unnested in the select list, which hands on row by row: as functions in "from" the same took three times as long, since
     -- each user's list was stored first. And unnested numbers, as the planner takes a series for a thousand of each user.
     execute format(
@@ -343,14 +339,7 @@ begin
         '\n        unnest(array_positions(array_fill(true, array[cardinality(r.item_ids)]), true)) as rank,'
         '\n        unnest(r.item_ids) as item_id, unnest(r.scores) as score,'
         '\n        r.is_cold_start, r.model_version, r.scored_at'
-        '\n    from ('
-        '\n        select c.user_id, c.item_ids, c.scores, c.is_cold_start, c.model_version, c.scored_at'
-        '\n        from %1$I.recommendations_changed c'
-        '\n        union all'
-        '\n        select m.user_id, m.item_ids, m.scores, m.is_cold_start, m.model_version, m.scored_at'
-        '\n        from %1$I.recommendations_materialized m'
-        '\n        where not exists (select from %1$I.recommendations_changed c where c.user_id = m.user_id)'
-        '\n    ) r'
+        '\n    from %1$I.stored_recommendations r'
         '\n) l'
         -- Scores among the candidates of a refresh are no shares of the catalogue. Outside: a subquery with such a test is
         -- joined by the leader alone where the rest runs in parallel.

@@ -47,17 +47,8 @@ _DEEDS = {
 }
 _BEST = """
 select r.user_id::text as user_key, r.item_ids[1]::text as item_key, r.model_version
-from (
-    select c.user_id, c.item_ids, c.model_version
-    from {schema}.recommendations_changed c
-    where c.user_id = any ($1::{key_type}[])
-    union all
-    select m.user_id, m.item_ids, m.model_version
-    from {schema}.recommendations_materialized m
-    where m.user_id = any ($1::{key_type}[])
-        and not exists (select from {schema}.recommendations_changed c where c.user_id = m.user_id)
-) r
-where r.item_ids[1] is not null
+from {schema}.stored_recommendations r
+where r.user_id = any ($1::{key_type}[]) and r.item_ids[1] is not null
 """
 _IS_READY = "select c.relispopulated as is_ready from pg_catalog.pg_class c where c.oid = pg_catalog.to_regclass($1)"
 _TITLES = "select t.item_id::text as item_key, t.title from {schema}.item_titles($1::{key_type}[]) t"
