@@ -97,8 +97,8 @@ def random_history(size: Size, users: int, seed: int) -> History:
 
 def cpu_scores(version: Version, history: History) -> Any:
     """Gives the CPU's scores, seen items masked, [U, I]."""
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
-    mask_seen(np, scores, history, version.targets)
+    scores, _ = score_users(version.weights, history, max_history=version.max_history)
+    mask_seen(scores, history, version.targets)
     return scores
 
 
@@ -240,7 +240,7 @@ def _cpu_costs(version: Version, size: Size, rounds: int) -> dict[str, float]:
     logits = np.empty((users, size.items), dtype=np.float32)
     nothing: Callable[[], None] = lambda: None  # noqa: E731
     product = seconds(nothing, lambda: np.matmul(direction, output.T, out=logits), rounds)
-    whole = seconds(nothing, lambda: forward.top_k(np, cpu_scores(version, history), size.k), rounds)
+    whole = seconds(nothing, lambda: forward.top_k(cpu_scores(version, history), size.k), rounds)
     return {
         "cpu_flops": 2 * users * size.items * size.width / product,
         "cpu_seconds_per_logit": max(1e-13, (whole - product) / (users * size.items)),

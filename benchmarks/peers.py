@@ -64,9 +64,9 @@ def outside(connection: psycopg.Connection, k: int, max_history: int) -> float:
         for first in range(0, len(users), _BATCH):
             history = histories(first, min(first + _BATCH, len(users)))
             tokens = history.tokens(max_history)
-            direction = forward.decode_direction(np, weights, forward.encode(np, weights, tokens))
+            direction = forward.decode_direction(weights, forward.encode(weights, tokens))
             logits = torch.addmm(bias, torch.from_numpy(direction), output)
-            forward.add_shortcut(np, weights, tokens, logits.numpy())
+            forward.add_shortcut(weights, tokens, logits.numpy())
             scores = torch.softmax(logits, dim=1)
             seen_user, seen_item = history.seen((0,))
             scores[torch.from_numpy(seen_user), torch.from_numpy(seen_item)] = -1.0

@@ -1,8 +1,8 @@
 """Stands in for CuPy where there is no GPU: the same names, strict about what is on the device and what is not.
 
-Its arrays refuse to become NumPy arrays and to meet them in one expression, as CuPy's do, so that code which runs on it
-moves data only where it says so. It has the names that the runtime needs and that CuPy 13 and 14 were seen to have: a
-new one belongs here only after a look at CuPy's own documentation. The text of this module also runs inside PostgreSQL.
+Its arrays refuse to become NumPy arrays, as CuPy's do, so that code which runs on it moves data only where it says so.
+It has the names that the runtime needs and that CuPy 13 and 14 were seen to have: a new one belongs here only after a
+look at CuPy's own documentation. The text of this module also runs inside PostgreSQL.
 
 Kernels run too, on one core: a RawModule is a library that cuda_on_cpu.py has compiled from the same source. What is
 queued on a stream happens when the stream is waited for, not before, so that whoever does not wait sees it.
@@ -63,15 +63,9 @@ class ndarray:
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array does not turn into a NumPy array by itself: use asnumpy")
 
-    def __iter__(self):
-        raise TypeError("iterating over a device array copies it element by element")
-
     def __getitem__(self, key):
-        found = self._host[_unwrap(key)]
-        return ndarray(found, self._memory) if isinstance(key, slice) else _wrap(found)
-
-    def __setitem__(self, key, value):
-        self._host[_unwrap(key)] = _unwrap(value)
+        assert isinstance(key, slice)
+        return ndarray(self._host[key], self._memory)
 
     def __len__(self):
         return len(self._host)
@@ -84,43 +78,6 @@ class ndarray:
     def dtype(self):
         return self._host.dtype
 
-    @property
-    def T(self):
-        return _wrap(self._host.T)
-
-    def ravel(self):
-        return _wrap(self._host.ravel())
-
-    def reshape(self, *shape):
-        return _wrap(self._host.reshape(*shape))
-
-    def astype(self, dtype):
-        return _wrap(self._host.astype(dtype))
-
-    def max(self, axis=None, keepdims=False):
-        return _wrap(self._host.max(axis=axis, keepdims=keepdims))
-
-    def sum(self, axis=None, keepdims=False):
-        return _wrap(self._host.sum(axis=axis, keepdims=keepdims))
-
-
-def _operator(name):
-    def operate(self, *others):
-        result = getattr(self._host, name)(*(_unwrap(other) for other in others))
-        if result is NotImplemented:
-            return result
-        return self if result is self._host else _wrap(result)
-
-    return operate
-
-
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul")
-for _name in (
-    *("neg", "eq", "ne", "lt", "le", "gt", "ge"),
-    *(prefix + name for prefix in ("", "r", "i") for name in _ARITHMETIC),
-):
-    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
-
 
 def _compute():
     state.computations += 1
@@ -131,74 +88,16 @@ def _compute():
             raise type(state.failure)(*state.failure.args)
 
 
-def _wrap(host):
-    _compute()
-    return ndarray(host) if isinstance(host, np.ndarray) else ndarray(np.asarray(host))
-
-
-def _unwrap(value):
-    if isinstance(value, ndarray):
-        return value._host
-    if isinstance(value, np.ndarray):
-        raise TypeError("a NumPy array is not on the device: use asarray")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_unwrap(each) for each in value)
-    return value
-
-
-def _on_device(function):
-    def call(*args, **kwargs):
-        return _wrap(function(*_unwrap(args), **{name: _unwrap(value) for name, value in kwargs.items()}))
-
-    return call
-
-
 __version__ = "14.2.0"
-float32 = np.float32
-zeros, arange, broadcast_to = (_on_device(f) for f in (np.zeros, np.arange, np.broadcast_to))
-sort, argpartition, take_along_axis = (_on_device(f) for f in (np.sort, np.argpartition, np.take_along_axis))
-cumsum, searchsorted = _on_device(np.cumsum), _on_device(np.searchsorted)
-exp, sqrt, tanh, maximum, matmul = (_on_device(f) for f in (np.exp, np.sqrt, np.tanh, np.maximum, np.matmul))
-
-
-def argsort(a, axis=-1, kind=None):
-    if kind not in (None, "stable"):
-        raise ValueError("kind can only be None or 'stable'")
-    return _on_device(np.argsort)(a, axis=axis, kind="stable")
-
-
-def bincount(x, weights=None, minlength=None):
-    """Refuses an empty array, as CuPy does, whose size it takes from its maximum."""
-    if not x.shape[0]:
-        raise ValueError("zero-size array to reduction operation cupy_max which has no identity")
-    return _on_device(np.bincount)(x, weights=weights, minlength=minlength or 0)
 
 
 def asarray(a):
-    return a if isinstance(a, ndarray) else _wrap(np.array(a))
+    _compute()
+    return ndarray(np.array(a))
 
 
 def asnumpy(a):
     return a._host.copy()
-
-
-class _Add:
-    __call__ = staticmethod(_on_device(np.add))
-
-    @staticmethod
-    def at(a, indices, b):
-        np.add.at(*_unwrap((a, indices, b)))
-
-    @staticmethod
-    def reduceat(array, indices, axis=0):
-        """Gives differences of one running sum, as CuPy does: fast there, and inexact."""
-        assert axis == 0
-        values, starts = _unwrap((array, indices))
-        running = np.concatenate((np.zeros_like(values[:1]), np.cumsum(values, axis=0, dtype=values.dtype)))
-        return _wrap(running[np.append(starts[1:], len(values))] - running[starts])
-
-
-add = _Add()
 
 
 # Memory

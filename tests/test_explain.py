@@ -126,10 +126,10 @@ def test_explanations_of_simulated_users_are_faithful(database: str) -> None:
     config = TrainingConfig(epochs=5, hidden=32, latent=32)
     weights = fit(dataset, config, max_history=100, phase="test", epochs=5).weights
     history = dataset.history(np.arange(dataset.user_count)).distinct()
-    scores, _ = score_users(np, weights, history, max_history=100)
+    scores, _ = score_users(weights, history, max_history=100)
     users = np.arange(len(scores))
     unseen = scores.copy()
-    mask_seen(np, unseen, history, [dataset.event_types.index("purchase")])
+    mask_seen(unseen, history, [dataset.event_types.index("purchase")])
     best = unseen.argmax(axis=1)
     tokens, at = latest(history, 100)
     groups = Groups.by_item(tokens, len(dataset.item_keys))
@@ -149,7 +149,7 @@ def test_explanations_of_simulated_users_are_faithful(database: str) -> None:
             event_type=tokens.event_type[kept],
             occurred_at=at[kept],
         )
-        left, _ = score_users(np, weights, rest, max_history=100)
+        left, _ = score_users(weights, rest, max_history=100)
         return np.log(scores[users, best] / np.maximum(left[users, best], 1e-30))[several]
 
     named, newest = fall_without_two(-found.of_group), fall_without_two(-at[groups.last])

@@ -441,14 +441,14 @@ def test_a_restricted_version_gives_the_shares_among_the_candidates() -> None:
         occurred_at=random.uniform(0, 1e7, size=18),
     )
     candidates = Candidates(name="few", items=np.array([1, 5, 6, 30, 39]))
-    whole, cold = scoring.score_users(np, weights, history, max_history=9)
+    whole, cold = scoring.score_users(weights, history, max_history=9)
     small = filters.restricted(version, candidates)
-    few, cold_of_few = scoring.score_users(np, small.weights, history, max_history=9)
+    few, cold_of_few = scoring.score_users(small.weights, history, max_history=9)
     assert small.item_count == 5
     assert Work.of(1, small.weights).items == 5
     assert cold.tolist() == cold_of_few.tolist() == [False, True, False]
-    scoring.mask_seen(np, few, history, [1], small.columns)
+    scoring.mask_seen(few, history, [1], small.columns)
     filters.keep_candidates(whole, candidates)
-    scoring.mask_seen(np, whole, history, [1])
+    scoring.mask_seen(whole, history, [1])
     np.testing.assert_allclose(few, whole[:, candidates.items], rtol=1e-5)
     assert (np.delete(whole, candidates.items, axis=1) == -1).all()

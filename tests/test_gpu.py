@@ -43,8 +43,8 @@ Kernel = Callable[[tuple[int], tuple[int], Sequence[Any]], None]
 
 def cpu_scores(shop: Any, history: History) -> NDArray[np.float32]:
     """Gives the CPU's scores, seen items masked, [U, I]."""
-    scores, _ = score_users(np, shop.weights, history, max_history=shop.max_history)
-    mask_seen(np, scores, history, shop.targets)
+    scores, _ = score_users(shop.weights, history, max_history=shop.max_history)
+    mask_seen(scores, history, shop.targets)
     return scores
 
 
@@ -228,14 +228,14 @@ def test_the_gpu_ranks_as_pytorch_does_whatever_the_weights_and_histories(
     known = (history.counts > 0) | (dataset.user_features.counts() > 0)
     expected = torch_scores(network, links, history, MAX_HISTORY)
     expected[~known] = dataset.popularity()
-    mask_seen(np, expected, history, shop.targets)
+    mask_seen(expected, history, shop.targets)
     scorer = GpuScorer(cupy, shop, k, memory=MEMORY)
     best, scores, cold = scorer(history)
     scorer.close()
     assert_same_but_for_ties(best, scores, expected)
     np.testing.assert_array_equal(cold, history.counts == 0)
     # Of whom nothing is known, the very list of the CPU.
-    np.testing.assert_array_equal(best[~known], forward.top_k(np, expected[~known], k)[0])
+    np.testing.assert_array_equal(best[~known], forward.top_k(expected[~known], k)[0])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -268,8 +268,8 @@ def test_the_precision_of_the_product_keeps_its_bound(cupy: ModuleType, precisio
 def test_a_version_of_some_candidates_ranks_as_on_the_cpu(cupy: ModuleType) -> None:
     shop, history = version(random_weights()), random_history(np.random.default_rng(2), 30, 9)
     few = restricted(shop, Candidates(name="few", items=np.array([2, 3, 11, 17])))
-    expected, _ = score_users(np, few.weights, history, max_history=few.max_history)
-    mask_seen(np, expected, history, few.targets, few.columns)
+    expected, _ = score_users(few.weights, history, max_history=few.max_history)
+    mask_seen(expected, history, few.targets, few.columns)
     scorer = GpuScorer(cupy, few, 4, memory=MEMORY)
     best, scores, _ = scorer(history)
     scorer.close()

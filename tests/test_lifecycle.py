@@ -179,7 +179,7 @@ def test_damaged_weights_fail_with_what_is_wrong(trained: Connection) -> None:
 
 
 def test_other_code_does_not_pass(trained_database: str) -> None:
-    install_variant(trained_database, "forward", ("xp.tanh(0.5 * x)", "xp.tanh(0.501 * x)"))
+    install_variant(trained_database, "forward", ("np.tanh(0.5 * x)", "np.tanh(0.501 * x)"))
     with psycopg.connect(trained_database, autocommit=True) as connection:
         row = verify(connection)
         assert not row["passed"]

@@ -27,7 +27,7 @@ from pgvae.loop import _losses
 from pgvae.model import AttentionVae
 from pgvae.server import Server
 from pgvae.shortcut import Links
-from pgvae_runtime import device, explain, forward
+from pgvae_runtime import explain, forward
 from pgvae_runtime.features import FeatureBag
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
@@ -95,7 +95,7 @@ def assert_same_ranking(columns: Any, expected: Any) -> None:
     [(TINY, 40), (TrainingConfig(hidden=1, latent=1), 2), (TrainingConfig(), 3000)],
     ids=["tiny", "of width one", "of default size"],
 )
-def test_numpy_and_a_device_score_as_pytorch_does_whatever_the_weights_and_histories(
+def test_numpy_scores_as_pytorch_does_whatever_the_weights_and_histories(
     config: TrainingConfig, items: int, seed: int
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -110,23 +110,21 @@ def test_numpy_and_a_device_score_as_pytorch_does_whatever_the_weights_and_histo
     cold_items = ~dataset.trained_items
     with torch.no_grad():
         mean = network.encode(tokens, alone=cold_items[tokens.item])[0].numpy()
-    assert np.abs(forward.encode(np, weights, tokens) - mean).max() <= 1e-5 * np.abs(mean).max()
+    assert np.abs(forward.encode(weights, tokens) - mean).max() <= 1e-5 * np.abs(mean).max()
     known = (history.counts > 0) | (dataset.user_features.counts() > 0)
     assert 0 < np.count_nonzero(known & (history.counts == 0)) < np.count_nonzero(history.counts == 0)
-    for xp in (np, fake_cupy):
-        on_device = device.to_device(xp, weights)
-        scores = device.to_host(xp, score_users(xp, on_device, history, max_history=MAX_HISTORY)[0])
-        np.testing.assert_allclose(scores[known], expected[known], rtol=1e-5)
-        np.testing.assert_array_equal(scores[~known], np.tile(dataset.popularity(), ((~known).sum(), 1)))
-        columns, _ = forward.top_k(np, scores[known], 20)
-        assert_same_ranking(columns, expected[known])
+    scores, _ = score_users(weights, history, max_history=MAX_HISTORY)
+    np.testing.assert_allclose(scores[known], expected[known], rtol=1e-5)
+    np.testing.assert_array_equal(scores[~known], np.tile(dataset.popularity(), ((~known).sum(), 1)))
+    columns, _ = forward.top_k(scores[known], 20)
+    assert_same_ranking(columns, expected[known])
 
 
 def test_one_item_again_and_again_is_scored_as_pytorch_does() -> None:
     dataset, history = random_dataset(np.random.default_rng(0), [3, 12, 40], ITEMS)
     history.item[:] = 7
     network, links = random_network(dataset, TINY, 0), random_links(dataset, 0)
-    scores, _ = score_users(np, network.weights() | links.tensors(), history, max_history=12)
+    scores, _ = score_users(network.weights() | links.tensors(), history, max_history=12)
     np.testing.assert_allclose(scores, torch_scores(network, links, history, 12), rtol=1e-5)
 
 
@@ -155,8 +153,8 @@ def test_what_users_lose_without_an_item_is_what_scoring_without_it_gives(
         if not len(kept) and (features is None or not features.counts()[0]):
             return 0.0
         own_tokens = own.tokens(MAX_HISTORY)
-        logits = forward.decode(np, weights, forward.encode(np, weights, own_tokens))
-        forward.add_shortcut(np, weights, own_tokens, logits)
+        logits = forward.decode(weights, forward.encode(weights, own_tokens))
+        forward.add_shortcut(weights, own_tokens, logits)
         return float(logits[0, target[user]] - weights["output_bias"][target[user]])
 
     expected = []

@@ -243,5 +243,5 @@ def test_the_view_of_related_items_holds_what_related_gives(shared_trained: psyc
 def test_the_mean_lift_over_the_events_of_the_shop_is_one() -> None:
     shares = np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], dtype=np.float32)
     base = shares.mean(axis=0)
-    assert related.chosen_order(np, "lift", shares, base).mean(axis=0) == pytest.approx(np.ones(3))
-    assert related.chosen_order(np, "balanced", shares, base) == pytest.approx(shares**2 / base)
+    assert related.chosen_order("lift", shares, base).mean(axis=0) == pytest.approx(np.ones(3))
+    assert related.chosen_order("balanced", shares, base) == pytest.approx(shares**2 / base)

@@ -202,9 +202,9 @@ def test_a_gate_that_favours_purchases_is_seen(measured_dsn: str, report: Report
         return np.where(tokens.event_type == favoured, 0.9, 0.1).astype(np.float32)
 
     with psycopg.connect(measured_dsn) as connection, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "embed", lambda xp, weights, tokens: tokens)
+        patch.setattr(forward, "embed", lambda weights, tokens: tokens)
         patch.setattr(forward, "encoder_gates", gates)
-        patch.setattr(forward, "encode", lambda xp, weights, tokens: np.eye(tokens.user_count, 3))
+        patch.setattr(forward, "encode", lambda weights, tokens: np.eye(tokens.user_count, 3))
         patch.setattr("pgvae.report.insight._since", lambda *arguments: None)
         insight = look_into(connection, report.version)
     means = {gate.label: round(gate.mean, 3) for gate in insight.by_event_type}

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import fake_cupy
-from pgvae_runtime import batch, blas, device, forward, tensors
+from pgvae_runtime import batch, blas, forward, tensors
 from pgvae_runtime.cpu import CpuScorer
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
@@ -199,7 +198,7 @@ def reference_scores(weights: dict[str, Any], tokens: Tokens, user: int) -> np.n
 @given(users.filter(bool), st.integers(0, 5), st.integers(1, 10))
 def test_scores_follow_the_formulas(users: list[list[Event]], seed: int, max_history: int) -> None:
     weights, history = random_weights(seed), history_of(users)
-    scores, cold = score_users(np, weights, history, max_history=max_history)
+    scores, cold = score_users(weights, history, max_history=max_history)
     tokens = history.tokens(max_history)
     assert scores.dtype == np.float32
     assert cold.tolist() == [not user for user in users]
@@ -214,7 +213,7 @@ def test_scores_with_features_follow_the_formulas_also_of_a_user_without_events(
 ) -> None:
     weights = random_weights(seed, links)
     history = history_of([user for user, _ in users], [own for _, own in users])
-    scores, cold = score_users(np, weights, history, max_history=6)
+    scores, cold = score_users(weights, history, max_history=6)
     tokens = history.tokens(6)
     assert cold.tolist() == [not user for user, _ in users]
     for number, (user, own) in enumerate(users):
@@ -237,30 +236,30 @@ def test_the_shortcut_adds_up_the_same_in_blocks_of_any_size(monkeypatch: pytest
                     float(weights["shortcut_weight"][link]) / len(different) ** 0.5
                 )
     monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", block)
-    forward.add_shortcut(np, weights, tokens, logits)
+    forward.add_shortcut(weights, tokens, logits)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(users.filter(bool))
 def test_a_user_gets_the_same_scores_alone_as_among_others(users: list[list[Event]]) -> None:
     weights = random_weights()
-    together, _ = score_users(np, weights, history_of(users), max_history=5)
+    together, _ = score_users(weights, history_of(users), max_history=5)
     for number, user in enumerate(users):
-        alone, _ = score_users(np, weights, history_of([user]), max_history=5)
+        alone, _ = score_users(weights, history_of([user]), max_history=5)
         np.testing.assert_allclose(alone[0], together[number], rtol=1e-5)
 
 
 @given(users)
 def test_scores_of_a_user_are_shares_of_one(users: list[list[Event]]) -> None:
-    scores, _ = score_users(np, random_weights(), history_of(users), max_history=5)
+    scores, _ = score_users(random_weights(), history_of(users), max_history=5)
     assert (scores >= 0).all()
     np.testing.assert_allclose(scores.sum(axis=1), np.ones(len(users)), rtol=1e-5)
 
 
 def test_an_empty_batch_and_a_batch_of_empty_users_are_scored() -> None:
     weights = random_weights()
-    assert score_users(np, weights, history_of([]), max_history=5)[0].shape == (0, ITEMS)
-    scores, cold = score_users(np, weights, history_of([[], [], []]), max_history=5)
+    assert score_users(weights, history_of([]), max_history=5)[0].shape == (0, ITEMS)
+    scores, cold = score_users(weights, history_of([[], [], []]), max_history=5)
     np.testing.assert_array_equal(scores, np.tile(weights["item_popularity"], (3, 1)))
     assert cold.all()
 
@@ -268,7 +267,7 @@ def test_an_empty_batch_and_a_batch_of_empty_users_are_scored() -> None:
 def test_absurd_logits_give_shares_all_the_same() -> None:
     weights = random_weights()
     weights["output_weight"] *= 1e4
-    scores, _ = score_users(np, weights, random_history(np.random.default_rng(1), 50, 20), max_history=10)
+    scores, _ = score_users(weights, random_history(np.random.default_rng(1), 50, 20), max_history=10)
     assert np.isfinite(scores).all()
     np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
 
@@ -276,7 +275,7 @@ def test_absurd_logits_give_shares_all_the_same() -> None:
 @given(hnp.arrays(np.float32, 5, elements=st.floats(-(2.0**100), 2.0**100, width=32)))
 def test_the_sigmoid_is_that_of_double_precision(x: np.ndarray[Any, Any]) -> None:
     with np.errstate(all="raise", under="ignore"):
-        actual = forward.sigmoid(np, x)
+        actual = forward.sigmoid(x)
     np.testing.assert_allclose(actual, 1 / (1 + np.exp(-np.clip(x.astype(np.float64), -500, 500))), atol=1e-7)
 
 
@@ -288,7 +287,7 @@ def test_the_sigmoid_is_that_of_double_precision(x: np.ndarray[Any, Any]) -> Non
     st.integers(1, 15),
 )
 def test_top_k_gives_the_largest_in_order_whatever_the_ties(scores: np.ndarray[Any, Any], k: int) -> None:
-    columns, values = forward.top_k(np, scores, k)
+    columns, values = forward.top_k(scores, k)
     assert columns.shape == values.shape == (scores.shape[0], min(k, scores.shape[1]))
     for row, row_columns, row_values in zip(scores, columns.tolist(), values.tolist(), strict=True):
         assert row_values == sorted(row.tolist(), reverse=True)[:k]
@@ -305,81 +304,15 @@ def test_top_k_gives_the_largest_in_order_whatever_the_ties(scores: np.ndarray[A
     st.integers(1, 40),
 )
 def test_top_k_without_ties_is_that_of_a_full_sort(scores: np.ndarray[Any, Any], k: int) -> None:
-    columns, _ = forward.top_k(np, scores, k)
+    columns, _ = forward.top_k(scores, k)
     np.testing.assert_array_equal(columns, np.argsort(-scores, axis=1, kind="stable")[:, :k])
 
 
 def test_seen_items_stand_behind_all_others() -> None:
     history = history_of([[(4, 1, 0.0), (7, 2, 0.0)], [], [(4, 2, 0.0)]])
     scores = np.full((3, ITEMS), 0.5, dtype=np.float32)
-    mask_seen(np, scores, history, targets=[2])
+    mask_seen(scores, history, targets=[2])
     assert np.argwhere(scores < 0).tolist() == [[0, 7], [2, 4]]
-
-
-# The array module is a parameter
-
-
-@pytest.fixture(autouse=True)
-def working_device() -> None:
-    fake_cupy.state.failure = None
-
-
-def to_fake_device(weights: dict[str, Any]) -> dict[str, Any]:
-    return device.to_device(fake_cupy, weights)
-
-
-def test_the_stand_in_refuses_what_cupy_refuses() -> None:
-    host, on_device = np.ones(3), fake_cupy.asarray(np.ones(3))
-    for mix in (
-        lambda: host + on_device,
-        lambda: on_device + host,
-        lambda: on_device[np.array([1])],
-        lambda: host[on_device],
-        lambda: np.exp(on_device),
-        lambda: np.asarray(on_device),
-        lambda: fake_cupy.exp(host),
-        lambda: fake_cupy.add.at(on_device, np.array([0]), on_device),
-    ):
-        with pytest.raises((TypeError, IndexError)):
-            mix()
-    on_device[fake_cupy.asarray(np.array([0]))] = 5.0
-    assert fake_cupy.asnumpy(on_device * 2.0).tolist() == [10.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize("longest", [0, 1, 12])
-def test_scoring_on_a_device_mixes_nothing_with_the_host_and_gives_its_scores(
-    monkeypatch: pytest.MonkeyPatch, longest: int
-) -> None:
-    weights, history = random_weights(), random_history(np.random.default_rng(longest), 40, longest)
-    expected, expected_cold = score_users(np, weights, history, max_history=7)
-    scores, cold = score_users(fake_cupy, to_fake_device(weights), history, max_history=7)
-    assert isinstance(scores, fake_cupy.ndarray)
-    np.testing.assert_allclose(device.to_host(fake_cupy, scores), expected, rtol=1e-5)
-    np.testing.assert_array_equal(device.to_host(fake_cupy, cold), expected_cold)
-    assert expected_cold.any()
-    # In small blocks, some of them of users without events.
-    monkeypatch.setattr(forward, "_SHORTCUT_BLOCK", 1)
-    blocks, _ = score_users(fake_cupy, to_fake_device(weights), history, max_history=7)
-    np.testing.assert_allclose(device.to_host(fake_cupy, blocks), expected, rtol=1e-5)
-    mask_seen(np, expected, history, [1])
-    mask_seen(fake_cupy, scores, history, [1])
-    for k in (1, 10, ITEMS, ITEMS + 1):
-        columns, values = (device.to_host(fake_cupy, array) for array in forward.top_k(fake_cupy, scores, k))
-        np.testing.assert_array_equal(columns, forward.top_k(np, expected, k)[0])
-        np.testing.assert_allclose(values, forward.top_k(np, expected, k)[1], rtol=1e-5)
-
-
-def test_the_sums_of_a_large_batch_are_as_exact_on_a_device() -> None:
-    # Differences of a running sum, which is what CuPy's add.reduceat gives, are off by 1e-3 here.
-    generator = np.random.default_rng(0)
-    history = random_history(generator, 2000, 80)
-    tokens = history.tokens(80)
-    values = generator.normal(0.05, 0.1, (len(tokens.item), 8)).astype(np.float32)
-    parts = np.split(values.astype(np.float64), tokens.start[1:-1])
-    expected = np.stack([part.sum(axis=0) for part in parts])
-    for xp in (np, fake_cupy):
-        sums = device.to_host(xp, forward.sum_rows(xp, tokens.start, xp.asarray(values)))
-        np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
 
 
 # Batches
@@ -448,9 +381,9 @@ def test_a_batch_run_gives_each_user_the_list_of_a_single_call(histories: list[t
     assert [row[0] for row in rows] == expected
     numbers = iter(rows)
     for keys, history in histories:
-        scores, cold = score_users(np, weights, history, max_history=7)
-        mask_seen(np, scores, history, (2,))
-        columns, values = forward.top_k(np, scores, 8)
+        scores, cold = score_users(weights, history, max_history=7)
+        mask_seen(scores, history, (2,))
+        columns, values = forward.top_k(scores, 8)
         for number in range(len(keys)):
             _, items, row_scores, is_cold, model_version = next(numbers)
             assert items == [f"item {i}" for i in columns[number]]
@@ -509,9 +442,9 @@ def test_a_product_is_added_to_the_columns_that_are_asked_for(
 def test_the_best_of_several_panels_are_those_of_a_full_sort(items: int, k: int) -> None:
     weights = random_weights(I=items)
     history = random_history(np.random.default_rng(items + k), 30, 6)
-    scores, cold = score_users(np, weights, history, max_history=7)
-    mask_seen(np, scores, history, (2,))
-    expected_items, expected = forward.top_k(np, scores, k)
+    scores, cold = score_users(weights, history, max_history=7)
+    mask_seen(scores, history, (2,))
+    expected_items, expected = forward.top_k(scores, k)
     found_items, found, found_cold = CpuScorer(version(weights), k)(history)
     np.testing.assert_array_equal(found_items, expected_items)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -521,9 +454,9 @@ def test_the_best_of_several_panels_are_those_of_a_full_sort(items: int, k: int)
 def test_of_many_hundreds_only_those_change_places_that_float32_hardly_tells_apart() -> None:
     weights = random_weights(I=7000)
     history = random_history(np.random.default_rng(7700), 30, 6)
-    scores, _ = score_users(np, weights, history, max_history=7)
-    mask_seen(np, scores, history, (2,))
-    expected_items, expected = forward.top_k(np, scores, 700)
+    scores, _ = score_users(weights, history, max_history=7)
+    mask_seen(scores, history, (2,))
+    expected_items, expected = forward.top_k(scores, 700)
     found_items, _, _ = CpuScorer(version(weights), 700)(history)
     np.testing.assert_array_equal(np.sort(found_items), np.sort(expected_items))
     np.testing.assert_allclose(np.take_along_axis(scores, found_items, axis=1), expected, rtol=1e-6)
@@ -540,9 +473,9 @@ def test_the_best_are_found_where_exponentials_overflow_or_vanish(bias: str) -> 
     else:
         weights["output_bias"] += 300.0 if bias == "above all" else -300.0
     history = random_history(np.random.default_rng(3), 30, 6)
-    scores, _ = score_users(np, weights, history, max_history=7)
-    mask_seen(np, scores, history, (2,))
-    expected_items, expected = forward.top_k(np, scores, 20)
+    scores, _ = score_users(weights, history, max_history=7)
+    mask_seen(scores, history, (2,))
+    expected_items, expected = forward.top_k(scores, 20)
     found_items, found, _ = CpuScorer(version(weights), 20)(history)
     np.testing.assert_array_equal(found_items, expected_items)
     # Logits of 300 are known to 3e-5.
@@ -564,7 +497,7 @@ def test_scores_of_pairs_are_those_among_all_scores(items: int, bias: float | st
     user = np.sort(generator.integers(0, 400, 1000))
     item = np.where(np.arange(1000) % 9, generator.integers(0, items, 1000), 7)
     user, item = np.append(user, user[-1]), np.append(item, item[-1])
-    scores, _ = score_users(np, weights, history, max_history=7)
+    scores, _ = score_users(weights, history, max_history=7)
     assert (history.counts == 0).any()
     found = CpuScorer(version(weights), 1).of_pairs(history, user, item)
     # Logits of 300 are known to 3e-5.

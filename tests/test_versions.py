@@ -409,9 +409,9 @@ def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_sh
     heavy = with_links(own, links, 128.0)
     scores = scorer(heavy, 20)(history)
     assert (scores > 0).all()
-    logits = forward.decode(np, own, forward.encode(np, own, history.tokens(20))).astype(np.float64)
+    logits = forward.decode(own, forward.encode(own, history.tokens(20))).astype(np.float64)
     sums = np.zeros_like(logits, dtype=np.float32)
-    forward.add_shortcut(np, links.tensors(), history.tokens(20), sums)
+    forward.add_shortcut(links.tensors(), history.tokens(20), sums)
     logits += 128.0 * sums
     # The same order: logarithms of the shares are an eighth of the sums, but for a constant of each user.
     apart = np.log(scores) - logits / 8
@@ -428,7 +428,7 @@ def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_sh
             event_type=np.concatenate([user.event_types for user in known]),
             occurred_at=np.concatenate([user.occurred_at for user in known]),
         )
-        scores, _ = score_users(np, weights, asked, max_history=20)
+        scores, _ = score_users(weights, asked, max_history=20)
         for user, row in zip(known, scores, strict=True):
             np.testing.assert_allclose(row[user.top_items], user.top_scores, rtol=1e-5)
 

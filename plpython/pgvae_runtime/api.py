@@ -8,8 +8,6 @@ from functools import wraps
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
 from . import audience as audiences
 from . import batch, blas, churn, device, explanations, forward, outcomes, pairs, runs, sales, segments
 from .errors import (
@@ -139,14 +137,14 @@ def _best(
     """Gives the best items for the history of one user, the rows of `recommend` about them, without the probability,
     and the shares of the whole catalogue, [1, I]; of items that are left out they may be -1.
     """
-    scores, cold = score_users(np, version.weights, history, max_history=version.max_history)
+    scores, cold = score_users(version.weights, history, max_history=version.max_history)
     shares = scores.copy() if filters.candidates is not None else scores
     if filters.candidates is not None:
         candidates = read_candidates(plpy, version, filters.candidates)
         assert candidates is not None  # A name gives a set, or an error.
         keep_candidates(scores, candidates)
     if filters.exclude_seen:
-        mask_seen(np, scores, history, version.targets)
+        mask_seen(scores, history, version.targets)
     best = best_items(plpy, version, scores, k, filters)
     items = [item for item, _ in best]
     keys = keys_of_items(plpy, version, items)
@@ -331,7 +329,7 @@ def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | N
     history = read_history(plpy, version, user_key)
     if not history.counts[0]:
         return None
-    mean: list[float] = forward.encode(np, version.weights, history.tokens(version.max_history))[0].tolist()
+    mean: list[float] = forward.encode(version.weights, history.tokens(version.max_history))[0].tolist()
     return mean
 
 

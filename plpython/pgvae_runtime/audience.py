@@ -230,7 +230,7 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
 
 
 def _answers_of_one(version: Version, history: History, items: NDArray[np.int64]) -> _Answers:
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    scores, _ = score_users(version.weights, history, max_history=version.max_history)
     return _answers(version, history, scores[:, items], [items], time.time())
 
 

@@ -240,7 +240,7 @@ class CpuScorer:
     def _encode(self, history: History) -> tuple[Floats, Any]:
         """Gives the directions of U users whose events do not repeat, [U, Z], and what of the shortcut is theirs."""
         tokens = history.tokens(self._version.max_history)
-        direction = decode_direction(np, self._weights, mean_of_latent(np, self._weights, self._pool(tokens)))
+        direction = decode_direction(self._weights, mean_of_latent(self._weights, self._pool(tokens)))
         return direction, self._links_of(tokens) if self._links is not None else None
 
     def _tiles(self, users: int) -> Iterator[tuple[int, int]]:
@@ -271,7 +271,7 @@ class CpuScorer:
         norms = np.sqrt(np.bincount(user, weights=gates * gates, minlength=users)).astype(np.float32)
         pooled /= np.maximum(norms, np.float32(1e-12))[:, None]
         if tokens.features is not None:
-            pooled += mean_of_features(np, weights["user_feature_embedding"], tokens.features)
+            pooled += mean_of_features(weights["user_feature_embedding"], tokens.features)
         pooled *= np.float32(np.sqrt(width))
         return pooled
 
@@ -355,13 +355,13 @@ class CpuScorer:
         """Gives the same of one user by forward.softmax, which no size of the logits troubles."""
         scores = self._scores_of_one(direction, logits)
         scores[0, seen_item] = -1.0
-        best, values = top_k(np, scores, self._k)
+        best, values = top_k(scores, self._k)
         return best[0], values[0]
 
     def _scores_of_one(self, direction: Floats, logits: Floats) -> Floats:
         """Gives the scores of one user, [1, I]."""
         whole = logits[:, : self._items] + direction @ self._weights["output_weight"].T
-        scores: Floats = softmax(np, whole)
+        scores: Floats = softmax(whole)
         return scores
 
     def _exponentials(self, direction: Floats, logits: Floats) -> NDArray[np.float64]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .cuda_kernels import MAX_K
 from .errors import INVALID_PARAMETER, ScoringError
 from .gpu_costs import Costs, Work
@@ -71,13 +69,3 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
             f"vae.{name} is {value!r}", sqlstate=INVALID_PARAMETER, hint=f"set it to one of {', '.join(known)}"
         )
     return value
-
-
-def to_host(xp: Any, array: Any) -> Any:
-    """Gives the array as a NumPy array."""
-    return array if xp is np else xp.asnumpy(array)
-
-
-def to_device(xp: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """Gives the weights as arrays of `xp`."""
-    return weights if xp is np else {name: xp.asarray(array) for name, array in weights.items()}

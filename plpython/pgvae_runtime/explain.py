@@ -122,16 +122,16 @@ def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target
     that is a few thousand tokens, not a quarter of a million. Memory is bounded by the tokens, whatever their groups.
     """
     users = tokens.user_count
-    embedded = forward.embed(np, weights, tokens)
+    embedded = forward.embed(weights, tokens)
     values = _gated(weights, tokens, embedded)
-    totals = forward.sum_rows(np, tokens.start, values)
+    totals = forward.sum_rows(tokens.start, values)
     removed = _sums(values, groups)
     features = tokens.features
     own = np.zeros((users, embedded.shape[1]), dtype=np.float32)
     has_features = np.zeros(users, dtype=bool)
     if features is not None:
         own, has_features = (
-            forward.mean_of_features(np, weights["user_feature_embedding"], features),
+            forward.mean_of_features(weights["user_feature_embedding"], features),
             features.counts() > 0,
         )
     counts = np.diff(tokens.start)
@@ -165,7 +165,7 @@ def explain_item(weights: Weights, history: History, target: int, *, max_history
     found = losses(weights, tokens, at, groups, np.array([target]))
     relevance, of_features = _relevance(weights, tokens, target)
     parts = relevance + found.shortcut_of
-    gates = forward.encoder_gates(np, weights, tokens, forward.embed(np, weights, tokens))
+    gates = forward.encoder_gates(weights, tokens, forward.embed(weights, tokens))
     bias = float(weights["output_bias"][target])
     count = len(groups.size)
     rows = [
@@ -211,7 +211,7 @@ def log_popularity(weights: Weights, item: int) -> float:
 
 def _gated(weights: Weights, tokens: Tokens, embedded: Floats) -> Floats:
     """Gives a_i h_i and a_i^2 of each token, [N, Z + 1]."""
-    gates = forward.encoder_gates(np, weights, tokens, embedded)
+    gates = forward.encoder_gates(weights, tokens, embedded)
     return np.concatenate((gates[:, None] * embedded, (gates * gates)[:, None]), axis=1)
 
 
@@ -222,7 +222,7 @@ def _sums(values: Floats, groups: Groups) -> Floats:
     if several.any():
         own = np.flatnonzero(several[groups.of])
         own = own[np.argsort(groups.of[own], kind="stable")]
-        sums[several] = forward.sum_rows(np, starts(groups.size[several]), values[own])
+        sums[several] = forward.sum_rows(starts(groups.size[several]), values[own])
     return sums
 
 
@@ -233,7 +233,7 @@ def _cosine(weights: Weights, sums: Floats, own: Floats, known: NDArray[np.bool_
     """
     pooled = sums[:, :-1] / np.sqrt(np.maximum(sums[:, -1:], 1e-12)) + own
     pooled *= np.float32(np.sqrt(pooled.shape[1]))
-    direction = forward.decode_direction(np, weights, forward.mean_of_latent(np, weights, pooled))
+    direction = forward.decode_direction(weights, forward.mean_of_latent(weights, pooled))
     cosine = np.einsum("vz,vz->v", direction, weights["output_weight"][target])
     return np.where(known, cosine, 0.0).astype(np.float64)
 
@@ -264,9 +264,9 @@ def _moved(
         age=age[other],
         order=order[other],
     )
-    anew = _gated(weights, moved, forward.embed(np, weights, moved))
+    anew = _gated(weights, moved, forward.embed(weights, moved))
     start = np.searchsorted(variant[other], np.arange(variants + 1))
-    sums: Floats = forward.sum_rows(np, start, anew - values[token[other]])
+    sums: Floats = forward.sum_rows(start, anew - values[token[other]])
     return sums
 
 
@@ -302,15 +302,15 @@ def _links(weights: Weights, item: Integers, target: Integers) -> Doubles:
 
 def _relevance(weights: Weights, tokens: Tokens, target: int) -> tuple[Floats, float]:
     """Gives the network's part of an item's logit by token, [N], and by the features, as a linear map of both."""
-    embedded = forward.embed(np, weights, tokens)
-    gates = forward.encoder_gates(np, weights, tokens, embedded)
+    embedded = forward.embed(weights, tokens)
+    gates = forward.encoder_gates(weights, tokens, embedded)
     own = np.zeros(embedded.shape[1], dtype=np.float32)
     if tokens.features is not None:
-        own = forward.mean_of_features(np, weights["user_feature_embedding"], tokens.features)[0]
-    pooled = forward.pool(np, weights, tokens)[0]
+        own = forward.mean_of_features(weights["user_feature_embedding"], tokens.features)[0]
+    pooled = forward.pool(weights, tokens)[0]
     u1 = weights["encoder_weight"] @ pooled + weights["encoder_bias"]
     z = pooled + weights["mean_weight"] @ np.tanh(u1) + weights["mean_bias"]
-    gate = forward.sigmoid(np, weights["decoder_gate_weight"] @ z + weights["decoder_gate_bias"])
+    gate = forward.sigmoid(weights["decoder_gate_weight"] @ z + weights["decoder_gate_bias"])
     u2 = weights["decoder_weight"] @ (gate * z) + weights["decoder_bias"]
     r = gate * z + weights["decoder_output_weight"] @ np.tanh(u2)
     back = weights["output_weight"][target] / max(float(np.sqrt(r @ r)), 1e-12)

@@ -153,7 +153,7 @@ def best_items(plpy: Any, version: Version, scores: Array, k: int, filters: Filt
     least = float(np.float32(filters.min_score))
     depth = 4 * k if caps else k
     while True:
-        items, values = forward.top_k(np, scores, depth)
+        items, values = forward.top_k(scores, depth)
         ranked = [
             (item, value) for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True) if value >= least
         ]

@@ -1,8 +1,7 @@
-"""The scorer: the same mathematics as the trainer's network, on any array module.
+"""The scorer: the same mathematics as the trainer's network, and the specification of cpu.py and gpu.py.
 
-Every function takes the array module `xp` (numpy or cupy) first and computes in float32. Shapes: U users,
-N tokens, I items, Z latent width, H hidden width, F user features, L links of the shortcut, J = I + 1. Formulas:
-docs/model.md.
+Every function computes in float32. Shapes: U users, N tokens, I items, Z latent width, H hidden width, F user features,
+L links of the shortcut, J = I + 1. Formulas: docs/model.md.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .device import to_host
 from .features import FeatureBag
 from .tokens import Tokens
 
-# An array of `xp`: NumPy's type cannot name CuPy's.
-Array = Any
+Array = NDArray[Any]
 Weights = Mapping[str, Array]
 
 FORMAT = 2
@@ -57,99 +55,92 @@ INTEGERS = frozenset({"shortcut_start", "shortcut_item"})
 _TINY = np.float32(1e-12)
 
 
-def sigmoid(xp: Any, x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     """Gives 1 / (1 + exp(-x)), written with tanh, which does not overflow."""
-    return 0.5 * (1.0 + xp.tanh(0.5 * x))
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
-def embed(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+def embed(weights: Weights, tokens: Tokens) -> Array:
     """Gives the token embeddings h_i = item + event type + age + order, shape [N, Z]."""
     return (
-        weights["item_embedding"][xp.asarray(tokens.item)]
-        + weights["event_type_embedding"][xp.asarray(tokens.event_type)]
-        + weights["age_embedding"][xp.asarray(tokens.age)]
-        + weights["order_embedding"][xp.asarray(tokens.order)]
+        weights["item_embedding"][tokens.item]
+        + weights["event_type_embedding"][tokens.event_type]
+        + weights["age_embedding"][tokens.age]
+        + weights["order_embedding"][tokens.order]
     )
 
 
-def encoder_gates(xp: Any, weights: Weights, tokens: Tokens, embedded: Array) -> Array:
+def encoder_gates(weights: Weights, tokens: Tokens, embedded: Array) -> Array:
     """Gives the attention gate a_i = sigmoid(W_a h_i + b_a + type + age + order) of each token, shape [N]."""
     return sigmoid(
-        xp,
         embedded @ weights["encoder_gate_weight"]
         + weights["encoder_gate_bias"]
-        + weights["event_type_gate"][xp.asarray(tokens.event_type)]
-        + weights["age_gate"][xp.asarray(tokens.age)]
-        + weights["order_gate"][xp.asarray(tokens.order)],
+        + weights["event_type_gate"][tokens.event_type]
+        + weights["age_gate"][tokens.age]
+        + weights["order_gate"][tokens.order],
     )
 
 
-def sum_rows(xp: Any, start: Any, values: Array) -> Array:
-    """Gives the sum of the rows start[u] to start[u + 1] of `values` [N, ...], shape [U, ...]; 0 where there is none.
-
-    CuPy's add.reduceat is no way to do this: it takes differences of one running sum over all tokens, which in float32
-    was off by 5e-3 for a batch of 4096 users.
-    """
-    users = len(start) - 1
-    sums = xp.zeros((users, *values.shape[1:]), dtype=xp.float32)
+def sum_rows(start: Any, values: Array) -> Array:
+    """Gives the sum of the rows start[u] to start[u + 1] of `values` [N, ...], [U, ...]; 0 where there is none."""
+    sums = np.zeros((len(start) - 1, *values.shape[1:]), dtype=np.float32)
     filled = start[1:] > start[:-1]
-    if xp is np:
-        # Twice as fast as add.at; it would give a user without tokens its neighbour's first token.
-        if filled.any():
-            sums[filled] = np.add.reduceat(values, start[:-1][filled], axis=0)
-    else:
-        xp.add.at(sums, xp.asarray(np.repeat(np.arange(users), np.diff(start))), values)
+    # Twice as fast as add.at; it would give a user without tokens its neighbour's first token.
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, start[:-1][filled], axis=0)
     return sums
 
 
-def mean_of_features(xp: Any, embedding: Array, features: FeatureBag) -> Array:
+def mean_of_features(embedding: Array, features: FeatureBag) -> Array:
     """Gives the mean embedding of each one's feature tokens, shape [U, Z]; 0 for who has none."""
-    sums = sum_rows(xp, features.start, embedding[xp.asarray(features.token)])
-    return sums / xp.asarray(np.maximum(features.counts(), 1).astype(np.float32))[:, None]
+    sums = sum_rows(features.start, embedding[features.token])
+    return sums / np.maximum(features.counts(), 1).astype(np.float32)[:, None]
 
 
-def pool(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+def pool(weights: Weights, tokens: Tokens) -> Array:
     """Gives the pooled history of each user, [U, Z]: sqrt(Z) (sum a_i h_i / sqrt(sum a_i^2) + mean of features).
 
     The factor sqrt(Z) gives a sum of random directions the length of a draw from the prior N(0, I).
     """
-    embedded = embed(xp, weights, tokens)
-    gates = encoder_gates(xp, weights, tokens, embedded)
-    norms = xp.maximum(xp.sqrt(sum_rows(xp, tokens.start, gates * gates)), _TINY)
-    pooled = sum_rows(xp, tokens.start, gates[:, None] * embedded) / norms[:, None]
+    embedded = embed(weights, tokens)
+    gates = encoder_gates(weights, tokens, embedded)
+    norms = np.maximum(np.sqrt(sum_rows(tokens.start, gates * gates)), _TINY)
+    pooled = sum_rows(tokens.start, gates[:, None] * embedded) / norms[:, None]
     if tokens.features is not None:
-        pooled += mean_of_features(xp, weights["user_feature_embedding"], tokens.features)
-    pooled *= xp.float32(np.sqrt(pooled.shape[1]))
+        pooled += mean_of_features(weights["user_feature_embedding"], tokens.features)
+    pooled *= np.float32(np.sqrt(pooled.shape[1]))
     return pooled
 
 
-def mean_of_latent(xp: Any, weights: Weights, pooled: Array) -> Array:
+def mean_of_latent(weights: Weights, pooled: Array) -> Array:
     """Gives the mean of q(z | x), shape [U, Z]: the pooled history and what the hidden layer adds to it."""
-    hidden = xp.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
-    return pooled + hidden @ weights["mean_weight"].T + weights["mean_bias"]
+    hidden = np.tanh(pooled @ weights["encoder_weight"].T + weights["encoder_bias"])
+    mean: Array = pooled + hidden @ weights["mean_weight"].T + weights["mean_bias"]
+    return mean
 
 
-def encode(xp: Any, weights: Weights, tokens: Tokens) -> Array:
+def encode(weights: Weights, tokens: Tokens) -> Array:
     """Gives the mean of q(z | x) of each user, shape [U, Z]; a user without tokens gets that of an empty history."""
-    return mean_of_latent(xp, weights, pool(xp, weights, tokens))
+    return mean_of_latent(weights, pool(weights, tokens))
 
 
-def decode_direction(xp: Any, weights: Weights, z: Array) -> Array:
+def decode_direction(weights: Weights, z: Array) -> Array:
     """Gives the decoder's direction r / |r|, shape [U, Z]: r = b * z + what the hidden layer adds to it, and
     b = sigmoid(W_b z + b_b) is the gate of each latent dimension.
     """
-    gated = sigmoid(xp, z @ weights["decoder_gate_weight"].T + weights["decoder_gate_bias"]) * z
-    hidden = xp.tanh(gated @ weights["decoder_weight"].T + weights["decoder_bias"])
+    gated = sigmoid(z @ weights["decoder_gate_weight"].T + weights["decoder_gate_bias"]) * z
+    hidden = np.tanh(gated @ weights["decoder_weight"].T + weights["decoder_bias"])
     r = gated + hidden @ weights["decoder_output_weight"].T
-    return r / xp.maximum(xp.sqrt((r * r).sum(axis=1, keepdims=True)), _TINY)
+    direction: Array = r / np.maximum(np.sqrt((r * r).sum(axis=1, keepdims=True)), _TINY)
+    return direction
 
 
-def decode(xp: Any, weights: Weights, z: Array) -> Array:
+def decode(weights: Weights, z: Array) -> Array:
     """Gives the decoder's logits of the multinomial over the catalogue, shape [U, I].
 
     The rows of output_weight are the items' directions over the temperature: a logit is cos(r, o_j) / tau + b_j.
     """
-    logits = decode_direction(xp, weights, z) @ weights["output_weight"].T
+    logits = decode_direction(weights, z) @ weights["output_weight"].T
     logits += weights["output_bias"]
     return logits
 
@@ -158,7 +149,7 @@ def decode(xp: Any, weights: Weights, z: Array) -> Array:
 _SHORTCUT_BLOCK = 1_000_000
 
 
-def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, logits: Array) -> None:
+def add_shortcut(weights: Weights, tokens: Tokens, logits: Array) -> None:
     """Adds to the logits, [U, I], in place, the sum of S[i, j] over the n different items i of a history, over sqrt(n).
 
     An item counts once: three purchases of it do not foretell three times as much. Item i's links are shortcut_start[i]
@@ -170,43 +161,34 @@ def add_shortcut(xp: Any, weights: Weights, tokens: Tokens, logits: Array) -> No
     # The catalogue may be larger than what is ranked.
     items, known = logits.shape[1], len(start) - 1
     pairs = np.unique(tokens.users() * known + tokens.item)
-    user, item = pairs // known, xp.asarray(pairs % known)
-    share = xp.asarray((np.bincount(user)[user] ** -0.5).astype(np.float32))
+    user, item = pairs // known, pairs % known
+    share = (np.bincount(user)[user] ** -0.5).astype(np.float32)
     counts = start[item + 1] - start[item]
-    on_host = to_host(xp, counts)
     # Blocks of items, not of users: a best seller can have a link to every item.
-    work = np.cumsum(on_host + items * np.diff(user, prepend=user[0] - 1))
+    work = np.cumsum(counts + items * np.diff(user, prepend=user[0] - 1))
     cuts = np.flatnonzero(np.diff(work // _SHORTCUT_BLOCK)) + 1
     for first, last in pairwise((0, *cuts.tolist(), len(user))):
-        total = int(on_host[first:last].sum())
-        # CuPy's bincount refuses an empty array.
-        if not total:
-            continue
-        end = xp.cumsum(counts[first:last])
-        # The place of each link's item. CuPy's repeat takes no array of counts.
-        place = (
-            np.repeat(np.arange(last - first), on_host[first:last])
-            if xp is np
-            else xp.searchsorted(end, xp.arange(total), side="right")
-        )
-        link = xp.arange(total) + (start[item[first:last] + 1] - end)[place]
+        end = np.cumsum(counts[first:last])
+        # The place of each link's item.
+        place = np.repeat(np.arange(last - first), counts[first:last])
+        link = np.arange(len(place)) + (start[item[first:last] + 1] - end)[place]
         users = slice(int(user[first]), int(user[last - 1]) + 1)
-        row = xp.asarray(user[first:last] - user[first])
-        sums = xp.bincount(
+        row = user[first:last] - user[first]
+        sums = np.bincount(
             row[place] * items + linked[link],
             weights=share[first:last][place] * weight[link],
             minlength=(users.stop - users.start) * items,
         )
-        logits[users] += sums.reshape(users.stop - users.start, items).astype(xp.float32)
+        logits[users] += sums.reshape(users.stop - users.start, items).astype(np.float32)
 
 
-def softmax(xp: Any, logits: Array) -> Array:
+def softmax(logits: Array) -> Array:
     """Turns logits, shape [U, I], into the probabilities of each row, in place.
 
     The peak is taken off first: subtracting log sum exp from large logits in float32 would leave sums of 1.0003.
     """
     logits -= logits.max(axis=1, keepdims=True)
-    xp.exp(logits, out=logits)
+    np.exp(logits, out=logits)
     logits /= logits.sum(axis=1, keepdims=True)
     return logits
 
@@ -215,7 +197,7 @@ def softmax(xp: Any, logits: Array) -> Array:
 _GROUP = 16
 
 
-def top_k(xp: Any, scores: Array, k: int) -> tuple[Array, Array]:
+def top_k(scores: Array, k: int) -> tuple[Array, Array]:
     """Gives the columns and values of the k largest entries of each row, largest first, both of shape [U, k].
 
     Equal values come in the order of their columns. The k largest entries lie in the k groups of columns with the
@@ -223,26 +205,26 @@ def top_k(xp: Any, scores: Array, k: int) -> tuple[Array, Array]:
     """
     items = scores.shape[1]
     k = min(k, items)
-    columns = _candidates(xp, scores, k)
+    columns = _candidates(scores, k)
     if k < columns.shape[1]:
-        values = xp.take_along_axis(scores, columns, axis=1)
-        best = xp.argpartition(values, columns.shape[1] - k, axis=1)[:, -k:]
-        columns = xp.take_along_axis(columns, best, axis=1)
-    columns = xp.sort(columns, axis=1)
-    values = xp.take_along_axis(scores, columns, axis=1)
-    order = xp.argsort(-values, axis=1, kind="stable")
-    return xp.take_along_axis(columns, order, axis=1), xp.take_along_axis(values, order, axis=1)
+        values = np.take_along_axis(scores, columns, axis=1)
+        best = np.argpartition(values, columns.shape[1] - k, axis=1)[:, -k:]
+        columns = np.take_along_axis(columns, best, axis=1)
+    columns = np.sort(columns, axis=1)
+    values = np.take_along_axis(scores, columns, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
-def _candidates(xp: Any, scores: Array, k: int) -> Array:
+def _candidates(scores: Array, k: int) -> Array:
     """Gives columns among which are those of the k largest entries of each row, [U, at least k]."""
     users, items = scores.shape
     groups = items // _GROUP
     if groups <= 2 * k:
-        return xp.broadcast_to(xp.arange(items), scores.shape)
+        return np.broadcast_to(np.arange(items), scores.shape)
     # Group g holds the columns g, g + groups, g + 2 groups …: the maxima are then taken over long runs of memory.
     maxima = scores[:, : groups * _GROUP].reshape(users, _GROUP, groups).max(axis=1)
-    best = xp.argpartition(maxima, groups - k, axis=1)[:, -k:]
-    within = (best[:, None, :] + (xp.arange(_GROUP) * groups)[None, :, None]).reshape(users, -1)
-    rest = xp.broadcast_to(xp.arange(groups * _GROUP, items), (users, items - groups * _GROUP))
-    return xp.concatenate((within, rest), axis=1)
+    best = np.argpartition(maxima, groups - k, axis=1)[:, -k:]
+    within = (best[:, None, :] + (np.arange(_GROUP) * groups)[None, :, None]).reshape(users, -1)
+    rest = np.broadcast_to(np.arange(groups * _GROUP, items), (users, items - groups * _GROUP))
+    return np.concatenate((within, rest), axis=1)

@@ -80,7 +80,7 @@ class GpuScorer:
         # A multiple of 32 floats: the rows of the logits begin at a cache line.
         self._stride = -(-self._items // 32) * 32
         # For whoever nothing is known of: what is popular.
-        items, values = forward.top_k(np, version.weights["item_popularity"][None, :], self._k)
+        items, values = forward.top_k(version.weights["item_popularity"][None, :], self._k)
         self._cold = items[0], values[0]
         self.users = self._users_at_a_time(memory)
         self._pool = cupy.cuda.MemoryPool()

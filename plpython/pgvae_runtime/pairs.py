@@ -105,7 +105,7 @@ def _in_batches(
             yield keys, _nothing_of(version, len(keys))
 
     def of_few(history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores, _ = score_users(np, version.weights, history.distinct(), max_history=version.max_history)
+        scores, _ = score_users(version.weights, history.distinct(), max_history=version.max_history)
         found: NDArray[np.float32] = scores[user, item]
         return found
 

@@ -70,7 +70,7 @@ def baseline(version: Version) -> Floats:
     items = np.minimum(np.searchsorted(cumulated, places), version.item_count - 1)
     total = np.zeros(version.item_count, dtype=np.float64)
     for first in range(0, _SAMPLE, _SAMPLE_BATCH):
-        total += _shares(np, version, version.weights, items[first : first + _SAMPLE_BATCH]).sum(axis=0)
+        total += _shares(version, items[first : first + _SAMPLE_BATCH]).sum(axis=0)
     # Above what underflows: lifts are quotients.
     _baselines[version.version_id] = np.maximum(total / _SAMPLE, 1e-30).astype(np.float32)
     while len(_baselines) > _KEPT_BASELINES:
@@ -78,9 +78,9 @@ def baseline(version: Version) -> Floats:
     return _baselines[version.version_id]
 
 
-def _shares(xp: Any, version: Version, weights: forward.Weights, items: Integers) -> Any:
+def _shares(version: Version, items: Integers) -> Any:
     """Gives the shares of all items for histories of one of `items` each, [len(items), I]."""
-    scores, _ = score_users(xp, weights, _one_event_each(version, items), max_history=version.max_history)
+    scores, _ = score_users(version.weights, _one_event_each(version, items), max_history=version.max_history)
     return scores
 
 
@@ -94,7 +94,7 @@ def _one_event_each(version: Version, items: Integers) -> History:
     )
 
 
-def chosen_order(xp: Any, order: str, shares: Any, base: Any) -> Any:
+def chosen_order(order: str, shares: Any, base: Any) -> Any:
     """Gives what is ranked by, largest first, in the shape of `shares`."""
     if order == "score":
         return shares.copy()
@@ -130,12 +130,12 @@ def related(
         event_type=np.full(count, event_type),
         occurred_at=np.zeros(count),
     )
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+    scores, _ = score_users(version.weights, history, max_history=version.max_history)
     base = baseline(version)
-    ranking = chosen_order(np, order, scores, base)
+    ranking = chosen_order(order, scores, base)
     ranking[:, items] = -1.0
     wanted = max(k, _COUNTED) if min_support else k
-    best, values = forward.top_k(np, ranking, wanted)
+    best, values = forward.top_k(ranking, wanted)
     found = [item for item, value in zip(best[0].tolist(), values[0].tolist(), strict=True) if value >= 0]
     keys = keys_of_items(plpy, version, {*items, *found})
     support = _support(plpy, version, [keys[item] for item in items], [keys[item] for item in found])
@@ -174,11 +174,11 @@ def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str,
     size = limits.users_at_once(plpy, 4 * 4 * version.item_count, max(1, _SHARES_BYTES // (4 * version.item_count)))
     for first in range(0, len(keys), size):
         items = np.arange(first, min(first + size, len(keys)))
-        shares = _shares(np, version, version.weights, items)
-        ranking = chosen_order(np, ORDERS[0], shares, base)
+        shares = _shares(version, items)
+        ranking = chosen_order(ORDERS[0], shares, base)
         ranking[np.arange(len(items)), items] = -1.0
         # The item itself stands last; where it is among the k, the catalogue is no larger.
-        best, _ = forward.top_k(np, ranking, k)
+        best, _ = forward.top_k(ranking, k)
         best = best[:, : min(k, len(keys) - 1)]
         scores = np.take_along_axis(shares, best, axis=1)
         lifts = scores / base[best]

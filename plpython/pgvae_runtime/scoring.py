@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from .store import Version
 from .tokens import History
 
 
-def score_users(xp: Any, weights: Weights, history: History, *, max_history: int) -> tuple[Array, Array]:
+def score_users(weights: Weights, history: History, *, max_history: int) -> tuple[Array, Array]:
     """Gives the scores of every item for U users, shape [U, I], and which users are cold starts, shape [U].
 
     A score is the item's share of the probability that the multinomial likelihood spreads over the catalogue:
@@ -22,11 +21,11 @@ def score_users(xp: Any, weights: Weights, history: History, *, max_history: int
     else by each item's share of the catalogue's popularity.
     """
     tokens = history.tokens(max_history)
-    logits = forward.decode(xp, weights, forward.encode(xp, weights, tokens))
-    forward.add_shortcut(xp, weights, tokens, logits)
-    scores = forward.softmax(xp, logits)
-    scores[xp.asarray(unknown_users(history))] = weights["item_popularity"]
-    return scores, xp.asarray(history.counts == 0)
+    logits = forward.decode(weights, forward.encode(weights, tokens))
+    forward.add_shortcut(weights, tokens, logits)
+    scores = forward.softmax(logits)
+    scores[unknown_users(history)] = weights["item_popularity"]
+    return scores, history.counts == 0
 
 
 def unknown_users(history: History) -> NDArray[np.bool_]:
@@ -52,17 +51,17 @@ def score_again(version: Version, history: History) -> Array:
         arrays.append(history.features.token)
     known = tuple(array.tobytes() for array in arrays)
     if _last is None or _last[:2] != (version.version_id, known):
-        scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
+        scores, _ = score_users(version.weights, history, max_history=version.max_history)
         _last = version.version_id, known, scores
     return _last[2]
 
 
 def mask_seen(
-    xp: Any, scores: Array, history: History, targets: Sequence[int], columns: NDArray[np.int64] | None = None
+    scores: Array, history: History, targets: Sequence[int], columns: NDArray[np.int64] | None = None
 ) -> None:
     """Sets the scores of items on which a user already has an event of a target type to -1, in place."""
     users, places = seen_columns(history, targets, columns)
-    scores[xp.asarray(users), xp.asarray(places)] = -1.0
+    scores[users, places] = -1.0
 
 
 def seen_columns(

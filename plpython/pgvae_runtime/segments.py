@@ -23,16 +23,16 @@ _USERS = 512
 Row = tuple[str, int | None, str | None, float | None, bool, int]
 
 
-def directions(xp: Any, weights: Weights, history: History, *, max_history: int) -> tuple[Array, Array]:
+def directions(weights: Weights, history: History, *, max_history: int) -> tuple[Array, Array]:
     """Gives the direction of the mean of q(z | x) of each user, [U, Z], of length 1, and who is known at all, [U].
 
     A user without known events and features has the direction of an empty history, which says nothing.
     """
-    z = forward.encode(xp, weights, history.tokens(max_history))
+    z = forward.encode(weights, history.tokens(max_history))
     known = history.counts > 0
     if history.features is not None:
         known = known | (history.features.counts() > 0)
-    return z / xp.maximum(xp.sqrt((z * z).sum(axis=1, keepdims=True)), xp.float32(1e-12)), xp.asarray(known)
+    return z / np.maximum(np.sqrt((z * z).sum(axis=1, keepdims=True)), np.float32(1e-12)), known
 
 
 def segment_one(plpy: Any, version: Version, user_key: str) -> Row:
@@ -62,7 +62,7 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
 
 
 def _rows(version: Version, names: list[tuple[int, str]], users: list[str], history: History) -> list[Row]:
-    own, known = directions(np, version.weights, history, max_history=version.max_history)
+    own, known = directions(version.weights, history, max_history=version.max_history)
     cosines = own @ version.weights[CENTROIDS].T
     places = cosines.argmax(axis=1)
     return [

@@ -110,9 +110,9 @@ def compare(gpu: Gpu | None, version: Version, golden: GoldenUsers) -> Differenc
 
 def _on_cpu(version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Gives the best items of each user, [U, k], and the scores of all items, [U, I]."""
-    scores, _ = score_users(np, version.weights, history, max_history=version.max_history)
-    mask_seen(np, scores, history, version.targets)
-    return forward.top_k(np, scores, k)[0], scores.astype(np.float64)
+    scores, _ = score_users(version.weights, history, max_history=version.max_history)
+    mask_seen(scores, history, version.targets)
+    return forward.top_k(scores, k)[0], scores.astype(np.float64)
 
 
 def _on_gpu(gpu: Gpu, version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:

@@ -370,11 +370,11 @@ def shortcut_ndcgs(
 
     for part, history in histories(judges):
         tokens = history.tokens(max_history)
-        logits = forward.decode(np, weights, forward.encode(np, weights, tokens))
+        logits = forward.decode(weights, forward.encode(weights, tokens))
         judge(NO_SHORTCUT, part, history, logits.copy())
         for way, links in ways.items():
             sums = np.zeros_like(logits)
-            forward.add_shortcut(np, links.tensors(), tokens, sums)
+            forward.add_shortcut(links.tensors(), tokens, sums)
             for scale in SHORTCUT_SCALES:
                 judge(ShortcutChoice(way=way, scale=scale), part, history, logits + np.float32(scale) * sums)
     counts = np.diff(judges.truth_start)
@@ -402,7 +402,7 @@ def scorer(weights: dict[str, NDArray[Any]], max_history: int) -> Scorer:
     """Gives the runtime's own scores for these weights: what is evaluated is what the database will compute."""
 
     def score(history: History) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = score_users(np, weights, history, max_history=max_history)[0]
+        scores: NDArray[np.float32] = score_users(weights, history, max_history=max_history)[0]
         return scores
 
     return score

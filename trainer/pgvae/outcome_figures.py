@@ -130,7 +130,7 @@ def _measure_items(
         for column, amount in enumerate((None, p.ravel(), truth.ravel())):
             bins[:, column] += np.bincount(place, weights=amount, minlength=len(bins))
         of_popularity += np.column_stack((np.full(items, len(users)), truth.sum(axis=0)))
-        best = forward.top_k(np, scores, _LIST)[0]
+        best = forward.top_k(scores, _LIST)[0]
         listed.append(np.take_along_axis(p, best, axis=1).ravel())
         listed_truth.append(np.take_along_axis(truth, best, axis=1).ravel().astype(np.float64))
     p, truth = np.concatenate(listed), np.concatenate(listed_truth)

@@ -204,7 +204,7 @@ def score_parts(
     """Gives the runtime's scores of all items for some of a history's users, in batches."""
     size = max(1, min(_BATCH, _SCORES // len(weights["item_popularity"])))
     for chosen, part in parts(history, users, size=size):
-        yield chosen, score_users(np, weights, part, max_history=setting.max_history)[0]
+        yield chosen, score_users(weights, part, max_history=setting.max_history)[0]
 
 
 def log_loss(p: Floats, y: Floats) -> Floats:

@@ -185,7 +185,7 @@ def _fit_items(
         own = np.isin(window.bought_user, users)
         truth[np.searchsorted(users, window.bought_user[own]), window.bought_item[own]] = True
         stands_for = np.zeros(scores.shape, dtype=np.float64)
-        best = forward.top_k(np, scores, min(_BEST_ITEMS, items))[0]
+        best = forward.top_k(scores, min(_BEST_ITEMS, items))[0]
         rest = max(0, items - best.shape[1])
         if rest:
             # An item may be drawn more than once; it then stands for so many times as many.

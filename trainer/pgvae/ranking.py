@@ -114,7 +114,7 @@ def leave_out(holdout: Holdout, history: History, scores: NDArray[np.float32]) -
 
 def best_items(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Gives the k best items of each user, best first, [U, k]; -1 where a user has no more items to rank."""
-    items, values = forward.top_k(np, scores, k)
+    items, values = forward.top_k(scores, k)
     found: NDArray[np.int64] = np.full((len(scores), k), -1)
     found[:, : items.shape[1]] = np.where(np.isneginf(values), -1, items)
     return found

@@ -204,7 +204,7 @@ def _parts(users: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 def _directions(
     weights: dict[str, NDArray[Any]], histories: Sequence[History], max_history: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    found = [directions(np, weights, history, max_history=max_history) for history in histories]
+    found = [directions(weights, history, max_history=max_history) for history in histories]
     return np.concatenate([own for own, _ in found]), np.concatenate([known for _, known in found])
 
 

@@ -130,7 +130,7 @@ class _Subjects:
         order = np.argsort(self.of, kind="stable")
         ends = np.searchsorted(self.of[order], np.arange(len(self.moment) + 1))
         for chosen, part in parts(self._history, np.arange(len(self.moment))):
-            scores, _ = score_users(np, weights, part, max_history=self._setting.max_history)
+            scores, _ = score_users(weights, part, max_history=self._setting.max_history)
             found = outlook(weights, part, self.moment[chosen], targets=dataset.targets, types=len(dataset.event_types))
             rows = order[ends[chosen[0]] : ends[chosen[-1] + 1]]
             user = self.of[rows] - chosen[0]

@@ -169,7 +169,7 @@ def _gates(
     version: PublishedVersion, weights: forward.Weights, events: Dataset, users: NDArray[np.int64]
 ) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
     tokens = events.history(users).tokens(version.max_history)
-    gates = forward.encoder_gates(np, weights, tokens, forward.embed(np, weights, tokens))
+    gates = forward.encoder_gates(weights, tokens, forward.embed(weights, tokens))
 
     def means(kind: NDArray[np.int64], labels: list[str]) -> tuple[Gate, ...]:
         counts = np.bincount(kind, minlength=len(labels))
@@ -200,7 +200,7 @@ def _latent_map(
 ) -> LatentMap | None:
     """Gives the first two principal components of μ (Pearson 1901); None for fewer than three users or one latent."""
     history = events.history(users)
-    mean = np.asarray(forward.encode(np, weights, history.tokens(version.max_history)), dtype=np.float64)
+    mean = np.asarray(forward.encode(weights, history.tokens(version.max_history)), dtype=np.float64)
     if len(mean) < 3 or mean.shape[1] < 2:
         return None
     mean -= mean.mean(axis=0)
