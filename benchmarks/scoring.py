@@ -236,7 +236,7 @@ def peak_memory(pid: int) -> Iterator[list[float]]:
     most, stop = [0.0], threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.005):
+        while not stop.wait(0.002):
             most[0] = max(most[0], own_megabytes(pid))
 
     watcher = threading.Thread(target=look)

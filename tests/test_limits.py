@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from benchmarks.scoring import own_megabytes, peak_memory
 
 from shop import refusal
 
@@ -20,32 +16,6 @@ LISTS = "select user_key, item_keys, is_cold_start from vae_private.recommend_al
 EXPLANATIONS = "select user_key, item_key, because from vae_private.explain_all((select model_id from vae.models))"
 # What the least batches of the tiny shop need.
 LEAST = {LISTS: 56, EXPLANATIONS: 48}
-
-
-def megabytes(connection: Connection) -> float:
-    """Gives the memory that the connection's server process has for itself."""
-    status = Path(f"/proc/{connection.info.backend_pid}/status").read_text()
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1024
-
-
-@contextmanager
-def watched(connection: Connection) -> Iterator[list[float]]:
-    """Puts the most memory that the connection's server process had meanwhile into the list."""
-    most, stop = [megabytes(connection)], threading.Event()
-
-    def look() -> None:
-        while not stop.wait(0.002):
-            most[0] = max(most[0], megabytes(connection))
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def test_who_bought_what_must_fit_into_the_limit(shared_trained: Connection) -> None:
@@ -68,9 +38,9 @@ def test_a_run_over_long_histories_keeps_to_the_limit(trained: Connection, query
         " from (select user_id, min(item_id) as item_id from events group by 1) u, generate_series(1, 25000) n"
     )
     trained.execute("select * from shop.recommend((select min(user_id) from events))")
-    before = megabytes(trained)
+    before = own_megabytes(trained.info.backend_pid)
     trained.execute(f"set vae.max_memory = '{LEAST[query]}MB'")
-    with watched(trained) as most:
+    with peak_memory(trained.info.backend_pid) as most:
         found = trained.execute(query.encode()).fetchall()
     assert most[0] - before < LEAST[query]
     trained.execute("reset vae.max_memory")
