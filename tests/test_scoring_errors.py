@@ -135,27 +135,6 @@ def test_a_version_that_does_not_exist_is_named(shared_trained: psycopg.Connecti
     assert refused.message_hint == "there are: 1"
 
 
-def test_a_version_of_other_code_scores_on_but_is_not_activated_unforced(
-    trained: psycopg.Connection, ask: Query
-) -> None:
-    expected = ask(RECOMMEND, [USER])
-    trained.execute("update vae.versions set code_digest = repeat('0', 64)")
-    assert ask(RECOMMEND, [USER]) == expected
-    trained.execute("update vae.versions set state = 'retired'")
-    refused = refusal(trained, "select * from vae.activate('shop', 1)")
-    assert refused.sqlstate == "VA003"
-    assert "was trained and evaluated with the code 000000000000" in str(refused.message_primary)
-    assert ask("select left(runtime_digest, 12) from vae_private.installation")[0][0] in str(refused.message_primary)
-    assert "force => true" in str(refused.message_hint)
-    assert ask("select state from vae.versions") == [("retired",)]
-    forced = "select * from vae.activate('shop', 1, force => true, reason => 'its metrics hold')"
-    assert trained.execute(forced).fetchall() == [(1, None)]
-    assert ask("select forced, reason from vae.activations order by activation_id desc limit 1") == [
-        (True, "its metrics hold")
-    ]
-    assert ask(RECOMMEND, [USER]) == expected
-
-
 def test_a_function_of_another_runtime_than_the_databases_is_refused(trained: psycopg.Connection, ask: Query) -> None:
     """As in a session that an upgrade overtook: the function names one digest, load_runtime holds another."""
     row = trained.execute(
