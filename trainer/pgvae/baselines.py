@@ -81,16 +81,14 @@ def choose(name: str, dataset: Dataset, validation: Holdout, seed: int = 1) -> C
     return Choice(scorer=scorers[best], value=values[best])
 
 
-def truncated_svd(
-    matrix: sparse.csr_array, rank: int, seed: int = 1
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def truncated_svd(matrix: sparse.csr_array, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Gives the largest singular values [R] and their right vectors [I, R] of a sparse matrix [U, I].
 
     Randomised subspace iteration (Halko et al. 2011, algorithm 4.4), four rounds; R is at most the smaller side.
     """
     rank = min(rank, *matrix.shape)
     width = min(rank + 32, *matrix.shape)
-    basis = np.random.default_rng(seed).standard_normal((matrix.shape[1], width), dtype=np.float32)
+    basis = np.random.default_rng(1).standard_normal((matrix.shape[1], width), dtype=np.float32)
     for _ in range(4):
         basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
     projected = matrix @ basis

@@ -10,10 +10,8 @@ SAMPLES = 1000
 _BATCH = 4_000_000
 
 
-def resampled_means(
-    values: NDArray[np.float64], users: NDArray[np.int64], seed: int, samples: int = SAMPLES
-) -> NDArray[np.float64]:
-    """Gives the column means, [samples, M], of values, [N, M], whose rows belong to `users` [N].
+def resampled_means(values: NDArray[np.float64], users: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Gives the column means, [SAMPLES, M], of values, [N, M], whose rows belong to `users` [N].
 
     Whole users are drawn, with all of their rows: rows of one user are not independent. All columns see the same
     draws, so that the difference of two columns is a paired one.
@@ -23,10 +21,10 @@ def resampled_means(
     sums = np.zeros((count, values.shape[1] + 1))
     np.add.at(sums, number, np.column_stack((values, np.ones(len(values)))))
     generator = np.random.default_rng(seed)
-    means = np.empty((samples, values.shape[1]))
+    means = np.empty((SAMPLES, values.shape[1]))
     size = max(1, _BATCH // count)
-    for begin in range(0, samples, size):
-        rows = min(size, samples - begin)
+    for begin in range(0, SAMPLES, size):
+        rows = min(size, SAMPLES - begin)
         drawn = generator.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
         totals = times @ sums

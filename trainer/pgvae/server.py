@@ -180,13 +180,13 @@ class Server:
         lines = (self.data / "postmaster.pid").read_text().splitlines()
         return make_conninfo(host=lines[4], port=lines[3], user=SUPERUSER, dbname=dbname)
 
-    def tcp_dsn(self, dbname: str = DATABASE) -> str | None:
+    def tcp_dsn(self) -> str | None:
         """Gives the connection string, with its password, through the TCP port; None where no port was asked for."""
         port = self._port()
         if not port or not self.is_running():
             return None
         password = self._password_file.read_text().strip()
-        return make_conninfo(host="localhost", port=port, user=SUPERUSER, password=password, dbname=dbname)
+        return make_conninfo(host="localhost", port=port, user=SUPERUSER, password=password, dbname=DATABASE)
 
     def status(self) -> Status:
         """Gives the state of the server without changing it."""

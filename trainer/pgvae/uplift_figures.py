@@ -34,21 +34,21 @@ class Estimate:
     upper: float
 
 
-def resampled_counts(cells: Integers, count: int, users: Integers, seed: int, samples: int = SAMPLES) -> Floats:
-    """Gives how many rows are in each of so many cells, [1 + samples, count]: of all, and of users drawn again."""
+def resampled_counts(cells: Integers, count: int, users: Integers, seed: int) -> Floats:
+    """Gives how many rows are in each of so many cells, [1 + SAMPLES, count]: of all, and of users drawn again."""
     _, number = np.unique(users, return_inverse=True)
     size = int(number.max()) + 1
     generator = np.random.default_rng(seed)
-    found = np.empty((1 + samples, count))
+    found = np.empty((1 + SAMPLES, count))
     found[0] = np.bincount(cells, minlength=count)
-    for sample in range(1, samples + 1):
+    for sample in range(1, SAMPLES + 1):
         times = np.bincount(generator.integers(0, size, size), minlength=size)
         found[sample] = np.bincount(cells, weights=times[number], minlength=count)
     return found
 
 
 def estimate(values: Floats) -> Estimate:
-    """Gives the first of the values with the interval of the others, [1 + samples]; nan is left out of it."""
+    """Gives the first of the values with the interval of the others, [1 + SAMPLES]; nan is left out of it."""
     drawn = values[1:][np.isfinite(values[1:])]
     lower, upper = interval(drawn[:, None])[:, 0] if len(drawn) else (np.nan, np.nan)
     return Estimate(value=float(values[0]), lower=float(lower), upper=float(upper))
@@ -115,7 +115,7 @@ def quantiles(values: Floats) -> Floats:
 class Gains:
     """What it brings to offer to the best shares of all: `share` [P + 1] from 0 to 1, the extra buyers per assignment.
 
-    `gain`, [1 + samples, P + 1], is of all and of users drawn again; `qini`, [1 + samples], the area between each
+    `gain`, [1 + SAMPLES, P + 1], is of all and of users drawn again; `qini`, [1 + SAMPLES], the area between each
     and the straight line to its end, which is what chance brings.
     """
 
