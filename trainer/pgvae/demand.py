@@ -16,6 +16,7 @@ from pgvae.binary_copy import copy_rows
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.dataset import Dataset
 from pgvae.outcome_windows import HORIZONS_NEEDED, later_or_shorter
+from pgvae.regression import fit_poisson
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
@@ -44,7 +45,6 @@ _HORIZONS_MEASURED = 3
 _MOST_ROWS = 300_000
 # Of the coefficients of standardised features, relative to the loss per unit sold.
 _RIDGE = 1e-3
-_NEWTON_STEPS = 50
 # The logarithm of next to nothing: of items that never sell.
 _NOTHING = -30.0
 # A level of the interval stands for so many forecasts at least, and there are so many levels at most.
@@ -297,8 +297,7 @@ class _Fitter:
         if len(target) > _MOST_ROWS:
             drawn = np.random.default_rng(self._seed).choice(len(target), _MOST_ROWS, replace=False)
             matrix, target = matrix[drawn], target[drawn]
-        intercept, coefficients = fit_poisson(matrix, target)
-        return intercept, coefficients.tolist()
+        return fit_log_linear(matrix, target)
 
     def _half_life(self, what: str, moments: list[_Moment]) -> float:
         """Gives the half-life in days by which exponential smoothing erred least."""
@@ -317,40 +316,18 @@ def _baseline(
     return bounded(expected, found, np.log(expected + 0.5)[:, None], is_whole=is_whole)
 
 
-def fit_poisson(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Gives intercept and coefficients, [F], of log-linear Poisson regression with a ridge penalty, by Newton's method.
+def fit_log_linear(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, list[float]]:
+    """Gives intercept and coefficients, [F], of log-linear Poisson regression with a ridge penalty.
 
     Minimises mean(exp(η) - y·η) / mean(y) + ridge · |β|², η = intercept + x·β of standardised x, [N, F]. With demand of
     any dispersion it estimates the mean (quasi-likelihood, Wedderburn 1974).
     """
     if not y.any():
-        return _NOTHING, np.zeros(x.shape[1])
+        return _NOTHING, [0.0] * x.shape[1]
     mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-9)
-    z = np.column_stack((np.ones(len(x)), (x - mean) / scale))
-    total = max(float(y.sum()), 1e-9)
-    penalty = np.full(z.shape[1], 2.0 * _RIDGE)
-    penalty[0] = 1e-9
-    beta = np.zeros(z.shape[1])
-    beta[0] = np.log(total / len(y))
-
-    def loss(candidate: NDArray[np.float64]) -> float:
-        eta = np.minimum(z @ candidate, 30.0)
-        return float((np.exp(eta) - y * eta).sum() / total + 0.5 * (penalty * candidate**2).sum())
-
-    best = loss(beta)
-    for _ in range(_NEWTON_STEPS):
-        rate = np.exp(np.minimum(z @ beta, 30.0))
-        gradient = z.T @ (rate - y) / total + penalty * beta
-        curvature = (z * rate[:, None]).T @ z / total + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        size = 1.0
-        while (found := loss(beta - size * step)) > best and size > 1e-6:
-            size /= 2.0
-        if best - found < 1e-10:
-            break
-        beta, best = beta - size * step, found
-    coefficients = beta[1:] / scale
-    return float(beta[0] - coefficients @ mean), coefficients
+    fitted = fit_poisson((x - mean) / scale, y, np.full(x.shape[1], 2.0 * _RIDGE))
+    coefficients = fitted[:-1] / scale
+    return float(fitted[-1] - coefficients @ mean), coefficients.tolist()
 
 
 def fit_interval(
