@@ -362,6 +362,8 @@ def test_the_command_prints_what_to_run_next(shop: str, run_cli: RunCli) -> None
     assert result["best"]["validation_ndcg"] >= result["default"]["validation_ndcg"]
     assert len(result["trials"]) == 2
     assert result["command"][:3] == ["pgvae", "train", "shop"]
+    # A search measures on no event, and publishes nothing.
+    assert rows(shop, "select (select count(*) from vae.versions), (select count(*) from vae.metrics)") == [(0, 0)]
     again = run_cli("tune", "shop", "--trials=2", "--epochs=1", dsn=shop)
     assert f"next: {shlex.join(result['command'])}" in again.stdout
     trained = run_cli(*result["command"][1:], dsn=shop)
@@ -387,31 +389,31 @@ def assert_published_with(dsn: str, config: dict[str, Any]) -> None:
     assert {name: kept[name] for name in config} == config
 
 
-def test_no_event_is_measured_on_by_a_search(shop: str, run_cli: RunCli) -> None:
-    assert run_cli("tune", "shop", "--trials=1", "--epochs=1", dsn=shop).returncode == 0
-    assert rows(shop, "select count(*) from vae.versions") == [(0,)]
-    assert rows(shop, "select count(*) from vae.metrics") == [(0,)]
+def test_bad_input_is_refused_before_anything_is_made(shop: str, run_cli: RunCli) -> None:
+    for arguments, message in (
+        (("nothing",), 'model "nothing" does not exist'),
+        (("shop", "--trials=0"), "trials is 0"),
+    ):
+        done = run_cli("tune", *arguments, dsn=shop)
+        assert done.returncode == 1
+        assert f"error: {message}" in done.stderr
+        assert "hint: " in done.stderr
+        assert rows(shop, "select to_regnamespace('vae_optuna') is null") == [(True,)]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
-        (("nothing",), 'model "nothing" does not exist'),
-        (("shop", "--trials=0"), "trials is 0"),
-        (("shop", "--workers=0"), "workers is 0"),
-        (("shop", "--timeout=0"), "timeout is 0"),
-        (("shop", "--study= "), "the name of the study is empty"),
-        (("shop", "--epochs=0"), "epochs is 0"),
+        (lambda: Search(workers=0), "workers is 0"),
+        (lambda: Search(timeout=0), "timeout is 0"),
+        (lambda: Search(study=" "), "the name of the study is empty"),
+        (lambda: TrainingConfig(epochs=0), "epochs is 0"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_made(
-    shop: str, run_cli: RunCli, arguments: tuple[str, ...], message: str
-) -> None:
-    done = run_cli("tune", *arguments, dsn=shop)
-    assert done.returncode == 1
-    assert f"error: {message}" in done.stderr
-    assert "hint: " in done.stderr
-    assert rows(shop, "select to_regnamespace('vae_optuna') is null") == [(True,)]
+def test_a_search_that_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(PgvaeError, match=message) as refused:
+        make()
+    assert refused.value.hint
 
 
 @pytest.mark.usefixtures("in_process")
