@@ -70,7 +70,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["version_id"],
             ["vae.versions.version_id"],
-            name=op.f("fk_observations_version_id_versions"),
+            name=op.f("fk_observations_version_id"),
             ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("observation_id", name=op.f("pk_observations")),
