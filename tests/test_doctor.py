@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from conftest import as_role
+from conftest import as_role, drop_database
 from pgvae import __version__, doctor, resources
 from pgvae.doctor import Check, Facts, diagnose
 from pgvae.errors import PgvaeError
@@ -168,6 +168,22 @@ def test_no_installation_where_a_required_piece_is_missing(
     old = refused(empty_database)
     assert old.message.endswith("pgvae needs 99.0")
     assert "numpy>=99.0" in str(old.hint)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_of_another_encoding(server: Server, run_cli: RunCli, encoding: str) -> None:
+    name = f"encoding_{encoding.lower()}"
+    with psycopg.connect(server.dsn("postgres"), autocommit=True) as admin:
+        admin.execute(f"create database {name} encoding '{encoding}' locale 'C' template template0")
+    try:
+        for command in ("doctor", "install"):
+            done = run_cli(command, dsn=server.dsn(name))
+            assert done.returncode == 1
+            assert "Traceback" not in done.stderr
+            assert f"has the encoding {encoding}" in done.stdout + done.stderr
+            assert "encoding 'UTF8'" in done.stdout + done.stderr
+    finally:
+        drop_database(server, name)
 
 
 def test_python_that_does_not_start(empty_database: str) -> None:

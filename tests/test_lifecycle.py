@@ -412,6 +412,17 @@ def test_pruning_keeps_what_is_needed_and_says_what_it_removed(trained: Connecti
     assert refusal(trained, "select * from vae.prune('shop', keep => null)").sqlstate == "22023"
 
 
+def test_the_command_line_reads_times_and_texts_whatever_the_settings_of_a_role(
+    trained: Connection, trained_database: str, run_cli: RunCli
+) -> None:
+    database = sql.Identifier(trained.info.dbname)
+    trained.execute(sql.SQL("alter database {} set datestyle = 'German, DMY'").format(database))
+    settings = {"PGCLIENTENCODING": "LATIN1"}
+    for arguments in (["status"], ["install"], ["train", "shop", "--epochs", "1"], ["prune", "shop", "--keep", "0"]):
+        done = run_cli(*arguments, dsn=trained_database, env=settings)
+        assert done.returncode == 0, done.stderr
+
+
 def test_only_the_owner_removes_versions(trained: Connection, people: Callable[[str], Connection], role: str) -> None:
     another(trained)
     trainer = people("trainer")

@@ -22,9 +22,17 @@ def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
     """Opens a connection whose application name is pgvae; PgvaeError where the server cannot be reached."""
     target = resolve_dsn(dsn)
     try:
-        return psycopg.connect(target, autocommit=autocommit, fallback_application_name="pgvae")
+        # UTF8 whatever the environment or the role says: pgvae's own texts hold characters that others lack.
+        connection = psycopg.connect(
+            target, autocommit=autocommit, fallback_application_name="pgvae", client_encoding="UTF8"
+        )
     except psycopg.OperationalError as error:
         raise PgvaeError(
             f"cannot connect: {str(error).strip()}",
             hint="check --dsn or PGVAE_DSN, or start the embedded server with: pgvae up",
         ) from error
+    if not str(connection.info.parameter_status("DateStyle")).startswith("ISO"):
+        # Psycopg reads times in no other form, and a role or a database may have another one.
+        with connection.transaction():
+            connection.execute("set datestyle = 'ISO'")
+    return connection

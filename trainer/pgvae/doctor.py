@@ -53,6 +53,7 @@ class Facts:
     cron_available: bool
     cron_preloaded: bool | None
     cron_installed: bool
+    encoding: str = "UTF8"
 
 
 # Runs inside the server. Each piece is reported by itself, because any import can fail in its own way.
@@ -159,7 +160,8 @@ def read_facts(connection: psycopg.Connection) -> Facts:
                ),
                exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron'),
                (select setting ~ '\\mpg_cron\\M' from pg_catalog.pg_settings where name = 'shared_preload_libraries'),
-               exists (select from pg_catalog.pg_extension where extname = 'pg_cron')
+               exists (select from pg_catalog.pg_extension where extname = 'pg_cron'),
+               current_setting('server_encoding')
         """
     ).fetchone()
     assert row is not None
@@ -194,6 +196,14 @@ def check_version(facts: Facts) -> Check:
     if facts.version < OLDEST:
         remedy = f"upgrade the server to PostgreSQL {OLDEST} or newer"
         return Check(name="server", status="fail", found=found, remedy=remedy)
+    if facts.encoding != "UTF8":
+        return Check(
+            name="server",
+            status="fail",
+            found=f"{found} has the encoding {facts.encoding}: pgvae's texts, and its code, are in UTF8",
+            remedy="pg_dump it, and restore it into a database that was made with: create database … encoding 'UTF8'"
+            " template template0",
+        )
     if facts.version > NEWEST:
         return Check(name="server", status="warn", found=f"{found}; pgvae is written for {OLDEST} to {NEWEST}")
     if facts.minor < SAFE_MINOR.get(facts.version, 0):
