@@ -271,19 +271,26 @@ begin
         '\njoin vae.offers o on o.offer_id = r.offer_id', m.name);
     execute format(
         E'create or replace view %1$I.offers as'
-        '\nselect o.name as offer, cardinality(o.item_keys) as items, count(r.rank) as users,'
-        '\n    coalesce(sum(r.response_probability::float8), 0) as expected_buyers,'
-        '\n    coalesce(sum(r.response_probability::float8), 0) * o.value::float8 as expected_revenue,'
-        '\n    count(r.rank) * coalesce(o.cost, 0)::float8 as total_cost,'
-        '\n    coalesce(sum(r.response_probability::float8), 0) * o.value::float8 - count(r.rank) * coalesce(o.cost, 0)::float8'
-        '\n        as expected_profit,'
-        '\n    o.starts_at, o.ends_at, max(r.model_version) as model_version, max(r.scored_at) as scored_at, o.choose_by,'
-        '\n    sum(r.uplift::float8) as incremental_buyers,'
-        '\n    sum(r.uplift::float8) * o.value::float8 - count(r.rank) * coalesce(o.cost, 0)::float8 as incremental_profit'
-        '\nfrom vae.offers o'
-        '\nleft join %1$I.offer_responses r on r.offer = o.name and r.is_chosen'
-        '\nwhere o.model_id = %2$s'
-        '\ngroup by o.offer_id', m.name, m.model_id);
+        '\nselect o.name as offer, cardinality(o.item_keys) as items, r.users,'
+        '\n    r.buyers as expected_buyers,'
+        '\n    r.buyers * o.value::float8 as expected_revenue,'
+        '\n    r.users * coalesce(o.cost, 0)::float8 as total_cost,'
+        '\n    r.buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as expected_profit,'
+        '\n    o.starts_at, o.ends_at, r.model_version, r.scored_at, o.choose_by,'
+        '\n    r.incremental_buyers,'
+        '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit'
+        '\nfrom ('
+        -- With the users that are not chosen: of an offer that pays with nobody they say when it was scored.
+        '\n    select q.offer_id, count(*) filter (where s.is_chosen) as users,'
+        '\n        coalesce(sum(s.response_probability::float8) filter (where s.is_chosen), 0) as buyers,'
+        '\n        sum(s.uplift::float8) filter (where s.is_chosen) as incremental_buyers,'
+        '\n        max(s.model_version) as model_version, max(s.scored_at) as scored_at'
+        '\n    from vae.offers q'
+        '\n    left join %1$I.offer_responses s on s.offer = q.name'
+        '\n    where q.model_id = %2$s'
+        '\n    group by q.offer_id'
+        '\n) r'
+        '\njoin vae.offers o on o.offer_id = r.offer_id', m.name, m.model_id);
 end;
 $$;
 

@@ -745,7 +745,9 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         # Who asks too much of a user asks nobody.
         shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2)")
         shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
-        assert shop.execute("select users, expected_profit from shop.offers where offer = 'dear'").fetchone() == (0, 0)
+        assert shop.execute(
+            "select users, expected_profit, model_version, scored_at is not null from shop.offers where offer = 'dear'"
+        ).fetchone() == (0, 0, 1, True)
     finally:
         shop.execute("delete from vae.offers")
 
