@@ -271,6 +271,20 @@ def test_two_pairs_of_equal_events_are_told_apart(stage: Stage) -> None:
     assert_as_a_full_refresh(stage.connection)
 
 
+def test_scores_are_carried_over_to_the_last_digit_whatever_the_session_prints(stage: Stage) -> None:
+    run = stage.connection.execute
+    try:
+        run("set extra_float_digits = -3")
+        # Enough users for a merge, which copies the others.
+        for user in stage.users[: USERS // 4]:
+            run("insert into events values (%s, %s, 'view', now())", [user, stage.items[0]])
+        run(REFRESH)
+    finally:
+        run("reset extra_float_digits")
+    assert last(stage.connection) == ("incremental", USERS, USERS // 4, "succeeded")
+    assert_as_a_full_refresh(stage.connection)
+
+
 def test_who_vanishes_is_gone_and_may_come_back(stage: Stage) -> None:
     run = stage.connection.execute
     user = stage.users[0]
