@@ -116,10 +116,55 @@ $$;
 comment on function vae_private.earliest(vae.models) is 'Writes the moment before which a model takes an event''s time for absurd.';
 
 
+create or replace function vae_private.shop_table(table_schema text, table_name text)
+returns regclass
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Not to_regclass, which asks for a right on the schema.
+select c.oid::regclass
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+where n.nspname = shop_table.table_schema and c.relname = shop_table.table_name
+$$;
+
+comment on function vae_private.shop_table(text, text) is 'Gives a table by its names, to whoever asks; null where there is none.';
+
+
+create or replace function vae_private.key_collation(m vae.models, source text)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Two columns can be compared where both have one collation, or one of them the default.
+select coalesce(max(format(' collate %I.%I', n.nspname, k.collname)), '')
+from (values
+    ('users', m.user_id_column, m.users_schema, m.users_table, m.users_key_column),
+    ('items', m.item_id_column, m.items_schema, m.items_table, m.items_key_column)
+) as s (name, event_column, table_schema, table_name, key_column)
+join pg_attribute e on e.attrelid = vae_private.shop_table(m.events_schema, m.events_table) and e.attname = s.event_column
+join pg_attribute a on a.attrelid = vae_private.shop_table(s.table_schema, s.table_name) and a.attname = s.key_column
+join pg_collation k on k.oid = a.attcollation and k.collname <> 'default'
+join pg_namespace n on n.oid = k.collnamespace
+where s.name = source and a.attcollation <> e.attcollation and e.attcollation <> '"default"'::regcollation
+$$;
+
+comment on function vae_private.key_collation(vae.models, text) is
+    'Writes the collation of the key of a model''s users or items where it conflicts with that of the events'' column; else nothing.';
+
+
 create or replace function vae_private.admission_rules(m vae.models, scope text)
 returns text[]
 language sql
-immutable
+stable
 called on null input
 parallel safe
 security invoker
@@ -137,11 +182,11 @@ select array_remove(array[
         format('octet_length(e.%I) <= 512', m.item_id_column) end,
     -- A sale counts whoever bought, and whether anybody knows who.
     case when m.users_table is not null and scope not in ('sales to users', 'anonymous sales') then
-        format('exists (select from %I.%I u where u.%I = e.%I)',
-            m.users_schema, m.users_table, m.users_key_column, m.user_id_column) end,
+        format('exists (select from %I.%I u where u.%I = e.%I%s)',
+            m.users_schema, m.users_table, m.users_key_column, m.user_id_column, vae_private.key_collation(m, 'users')) end,
     case when m.items_table is not null then
-        format('exists (select from %I.%I i where i.%I = e.%I)',
-            m.items_schema, m.items_table, m.items_key_column, m.item_id_column) end
+        format('exists (select from %I.%I i where i.%I = e.%I%s)',
+            m.items_schema, m.items_table, m.items_key_column, m.item_id_column, vae_private.key_collation(m, 'items')) end
 ], null)
 $$;
 
@@ -263,7 +308,9 @@ begin
         '\nfrom %4$I.%5$I k'
         '\ncross join lateral (select%6$s) f'
         '\nwhere %7$s',
-        t.key_column, case t.key_type when 'text' then '::text' else '' end, t.key_name,
+        t.key_column,
+        case when vae_private.key_collation(m, source) <> '' then '::text collate "default"' when t.key_type = 'text' then '::text' else '' end,
+        t.key_name,
         t.table_schema, t.table_name,
         (
             select string_agg(format(E'\n    %s as %I', f.expression, f.column_name), ',' order by c.place)
@@ -283,25 +330,6 @@ $$;
 comment on function vae_private.feature_select(integer, text, text) is
     'Writes the query that gives the features of a model''s users or items, a jsonb object per row; scope is all keys, '
     'or one key ($1).';
-
-
-create or replace function vae_private.shop_table(table_schema text, table_name text)
-returns regclass
-language sql
-stable
-called on null input
-parallel unsafe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
--- Not to_regclass, which asks for a right on the schema.
-select c.oid::regclass
-from pg_class c
-join pg_namespace n on n.oid = c.relnamespace
-where n.nspname = shop_table.table_schema and c.relname = shop_table.table_name
-$$;
-
-comment on function vae_private.shop_table(text, text) is 'Gives a table by its names, to whoever asks; null where there is none.';
 
 
 create or replace function vae_private.check_tables(m vae.models)

@@ -44,11 +44,11 @@ begin
             case when m.event_type_column is not null then format(
                 ' left join vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
             case when m.users_table is not null then format(
-                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) u on u.key = e.%4$I',
-                m.users_key_column, m.users_schema, m.users_table, m.user_id_column) end,
+                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) u on u.key = e.%4$I%5$s',
+                m.users_key_column, m.users_schema, m.users_table, m.user_id_column, vae_private.key_collation(m, 'users')) end,
             case when m.items_table is not null then format(
-                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I',
-                m.items_key_column, m.items_schema, m.items_table, m.item_id_column) end),
+                ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I%5$s',
+                m.items_key_column, m.items_schema, m.items_table, m.item_id_column, vae_private.key_collation(m, 'items')) end),
         case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end,
         case when m.event_type_column is null then 'false' else format('e.%I is null', m.event_type_column) end
     );

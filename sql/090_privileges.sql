@@ -84,6 +84,7 @@ grant execute on function
     vae_private.may_use(integer),
     vae_private.model_objects(integer),
     vae_private.time_literal(text, text),
+    vae_private.key_collation(vae.models, text),
     vae_private.admission_rules(vae.models, text),
     vae_private.event_time(vae.models),
     vae_private.clean_select(integer, text),

@@ -12,7 +12,7 @@ from psycopg.errors import Diagnostic
 from psycopg.types.json import Jsonb
 
 from pgvae.errors import PgvaeError
-from shop import SMALL, Shop, create_model, keys, refusal, train
+from shop import SMALL, Shop, create_model, keys, refusal, train, train_and_activate
 
 CHECKS = [
     "null_user_ids", "null_item_ids", "null_timestamps", "overlong_ids", "unknown_event_types", "future_timestamps",
@@ -599,6 +599,27 @@ def test_events_may_lie_in_a_partitioned_table_or_a_view(connection: psycopg.Con
     assert report(connection)["enough_events"] == ("pass", 372)
     assert connection.execute("select count(*) from shop.history(%s)", [2**40]).fetchone() != (0,)
     assert train(connection.info.dsn) == 1
+
+
+def test_keys_of_different_collations_belong_together(connection: psycopg.Connection) -> None:
+    shop = Shop(user_type='text collate "C"', item_type='text collate "C"', user_keys=keys("user", "text", 30))
+    shop.make(connection)
+    for table, column in (("users", "user_id"), ("items", "item_id")):
+        connection.execute(
+            f'create table {table} as select distinct {column} collate "POSIX" as {column},'
+            f" right({column}, 1) as digit from events"
+        )
+    # One without an event, and an event of somebody unknown.
+    connection.execute("insert into users values ('new', '1')")
+    connection.execute("insert into events select 'unknown', item_id, event_type, occurred_at from events limit 1")
+    shop.create_model(connection, users="users", items="items")
+    found = report(connection)
+    assert (found["orphan_users"], found["orphan_items"]) == (("warn", 1), ("pass", 0))
+    train_and_activate(connection.info.dsn)
+    connection.execute("call vae.refresh('shop')")
+    assert connection.execute("select count(distinct user_id) from shop.recommendations").fetchone() == (31,)
+    assert connection.execute("select count(*) from shop.recommend('user 1', 3)").fetchone() == (3,)
+    assert connection.execute("select features from shop.features('user 1')").fetchone() == ({"digit": "1"},)
 
 
 def test_keys_of_other_types_need_a_view_that_casts_them(connection: psycopg.Connection) -> None:
