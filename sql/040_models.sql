@@ -102,7 +102,7 @@ begin
     if given ? 'earliest' then
         begin
             -- Only a date: a time would depend on a zone, a word such as "now" on the day.
-            if given ->> 'earliest' !~ '^\d{4}-\d{2}-\d{2}$' then
+            if given ->> 'earliest' !~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}$' then
                 raise datetime_field_overflow;
             end if;
             perform (given ->> 'earliest')::date;
@@ -207,7 +207,7 @@ as $$
 select snake ~ ('(e_?mail|phone|mobile|address|birth|passw|passport|iban|(sur|first|last|middle|full|nick|user)_?name)'
     '|(^|_)(mail|name|tel|fax|cell|ip|street|zip|zipcode|postcode|dob|born|ssn|tax|login|gps|lat|latitude|lon|lng|longitude)(_|$)')
 from (select regexp_replace(
-    lower(regexp_replace(column_name, '([a-z0-9])([A-Z])', '\1_\2', 'g')), '[^[:alnum:]]+', '_', 'g') as snake) s
+    lower(regexp_replace(column_name, '([a-z0-9])([A-Z])', E'\\1_\\2', 'g')), '[^[:alnum:]]+', '_', 'g') as snake) s
 $$;
 
 comment on function vae_private.looks_personal(text) is

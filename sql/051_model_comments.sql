@@ -54,7 +54,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' Positions of different versions cannot be compared.'
         when object like 'features(%' then
             ', as one object. Times are seconds since 1970. No row for a user who is not in the table of users.'
-        when object ~ '^(all_)?item_days\(' then
+        when object ~ '^(all_)?item_days[(]' then
             ': units, buyers, viewers and users who put it into a cart, a user once a day. Days count back from as_of, day 0 is'
             ' the 24 hours before it. Sales to anonymous buyers and to outliers count, returns do not. event_types'
             ' are those whose events are sales.'

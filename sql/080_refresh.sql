@@ -164,7 +164,7 @@ declare
     known constant text[] := array(
         select regexp_replace(o.object, '_materialized$', '')
         from vae_private.model_objects(id) o
-        where o.kind = 'materialized view' and o.object like '%\_materialized'
+        where o.kind = 'materialized view' and o.object like E'%\\_materialized'
         order by o.step);
     unknown text;
 begin

@@ -135,14 +135,14 @@ begin
     end if;
     return query execute $query$
         select
-            coalesce(substring(j.jobname from '^pgvae refresh (.*)$'), substring(j.command from 'vae\.refresh\s*\(\s*''([^'']+)''')),
+            coalesce(substring(j.jobname from '^pgvae refresh (.*)$'), substring(j.command from E'vae\\.refresh\\s*\\(\\s*''([^'']+)''')),
             j.jobid, j.jobname::text, j.schedule, j.command, j.username, j.active,
             d.start_time, d.end_time, d.status, d.return_message
         from cron.job j
         left join lateral (
             select r.* from cron.job_run_details r where r.jobid = j.jobid order by r.runid desc limit 1
         ) d on true
-        where j.database = current_database() and j.command ~ 'vae\.refresh'
+        where j.database = current_database() and j.command ~ 'vae[.]refresh'
         order by j.jobid
     $query$;
 end;

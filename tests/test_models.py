@@ -539,6 +539,17 @@ def test_the_earliest_time_is_a_plain_date(shop: psycopg.Connection, earliest: s
         Shop().create_model(shop, options={"earliest": earliest})
 
 
+def test_a_session_that_reads_backslashes_as_escapes_makes_the_same_model(shop: psycopg.Connection) -> None:
+    shop.execute('create table users (user_id bigint, "firstName" text, plan text)')
+    warnings: list[Any] = []
+    shop.add_notice_handler(lambda notice: warnings.append(notice.message_primary))
+    shop.execute("set standard_conforming_strings = off")
+    Shop().create_model(shop, users="users", options=SMALL | {"earliest": "2020-01-01"})
+    assert shop.execute("select user_features from vae.models").fetchone() == (["plan"],)
+    assert report(shop)["enough_events"] == ("fail", 0)
+    assert warnings == []
+
+
 def test_the_earliest_date_begins_at_midnight_utc_for_everybody(shop: psycopg.Connection) -> None:
     user, item = Shop().users[0], Shop().items[0]
     moments = ("2023-01-01 23:59:59+00", "2023-01-02 00:00:00+00")
