@@ -501,6 +501,27 @@ comment on function vae_private.check_grants(vae.models, text) is
     'Refuses a caller who may not read the tables of a model, or what one of its views reads, with the grants that are missing.';
 
 
+create or replace function vae_private.check_schema(m vae.models)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if to_regnamespace(quote_ident(m.name)) is null then
+        raise exception 'schema % of model % is gone', m.name, m.name
+            using errcode = 'invalid_schema_name',
+                hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_schema(vae.models) is 'Refuses where the schema of a model is gone.';
+
+
 create or replace function vae_private.check_views(m vae.models)
 returns void
 language plpgsql
@@ -513,11 +534,7 @@ as $$
 declare
     moved text;
 begin
-    if to_regnamespace(quote_ident(m.name)) is null then
-        raise exception 'schema % of model % is gone', m.name, m.name
-            using errcode = 'invalid_schema_name',
-                hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
-    end if;
+    perform vae_private.check_schema(m);
     if exists (
         select from vae_private.model_objects(m.model_id) o
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is null
@@ -709,6 +726,7 @@ declare
     m vae.models;
 begin
     select * into m from vae.models where models.model_id = build_model.model_id;
+    perform vae_private.check_schema(m);
     perform vae_private.check_tables(m);
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);

@@ -5,6 +5,7 @@ with facts as (
     select
         m.model_id,
         m.name as model,
+        exists (select from pg_catalog.pg_namespace n where n.nspname = m.name) as has_schema,
         active.version_id,
         active.version,
         active.activated_at,
@@ -35,8 +36,10 @@ with facts as (
             from pg_catalog.pg_class c
             join pg_catalog.pg_namespace n on n.oid = c.relnamespace
             where n.nspname = f.model and c.relname = 'clean_events') then 'ok' else 'critical' end as status,
-        'the views of the model are gone, for example with a table that was dropped with cascade' as problem,
-        format('select vae.rebuild_model(%L)', f.model) as remedy,
+        case when f.has_schema then 'the views of the model are gone, for example with a table that was dropped with cascade'
+            else 'the schema of the model is gone' end as problem,
+        case when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
+            else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
     union all

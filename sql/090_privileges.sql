@@ -89,6 +89,7 @@ grant execute on function
     vae_private.event_time(vae.models),
     vae_private.clean_select(integer, text),
     vae_private.earliest(vae.models),
+    vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),
     vae_private.check_grants(vae.models, text),
     vae_private.switch_version(integer, integer, text, boolean, text, text),

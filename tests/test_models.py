@@ -514,11 +514,18 @@ def test_a_renamed_schema_is_told(shop: psycopg.Connection) -> None:
         "select * from vae.check_events('shop')",
         "select * from elsewhere.recommend(1)",
         "call vae.refresh('shop')",
+        "select vae.rebuild_model('shop')",
+        "select vae.set_features('shop', user_features => '{}')",
     ):
         refused = refusal(shop, query)
         assert refused.sqlstate == "3F000"
         assert str(refused.message_primary).removeprefix("pgvae: ") == "schema shop of model shop is gone"
         assert "rename to shop" in str(refused.message_hint)
+    found = shop.execute("select detail, remedy from vae.health_checks where check_name = 'views'").fetchone()
+    assert found == (
+        "the schema of the model is gone",
+        "if it was renamed: alter schema … rename to shop; else: select vae.drop_model('shop')",
+    )
 
 
 def test_duplicates_are_counted_among_the_rows_that_the_other_rules_admit(shop: psycopg.Connection) -> None:
