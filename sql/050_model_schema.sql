@@ -724,9 +724,17 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     m vae.models;
+    owner name;
+    caller constant name := current_user;
+    role_before constant text := current_setting('role');
 begin
     select * into m from vae.models where models.model_id = build_model.model_id;
     perform vae_private.check_schema(m);
+    select r.rolname into owner from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name;
+    if owner <> caller then
+        -- What a superuser, or a member of the owner, made would not be the owner's, who could not remake it.
+        perform set_config('role', owner, true);
+    end if;
     perform vae_private.check_tables(m);
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
@@ -742,11 +750,14 @@ begin
     perform vae_private.build_segments(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
+    if owner <> caller then
+        perform set_config('role', role_before, true);
+    end if;
 end;
 $$;
 
 comment on function vae_private.build_model(integer) is
-    'Makes or remakes the functions and views of a model''s schema, except materialized content.';
+    'Makes or remakes the functions and views of a model''s schema, except materialized content, as the model''s owner.';
 
 
 create or replace function vae_private.grant_model(m vae.models)
@@ -808,17 +819,13 @@ begin
     set options = vae_private.default_options() || m.options || jsonb_build_object(
         'max_share', (vae_private.default_options() -> 'max_share') || (m.options -> 'max_share'));
     for each in
-        select m.model_id, m.name, r.rolname as owner
+        select m.model_id, m.name
         from vae.models m
         join pg_namespace n on n.nspname = m.name
-        join pg_roles r on r.oid = n.nspowner
         order by m.model_id
     loop
         begin
-            -- As its owner: what the installing superuser made would belong to the superuser.
-            execute format('set local role %I', each.owner);
             perform vae_private.build_model(each.model_id);
-            set local role none;
             built := built + 1;
         exception when others then
             -- A model whose tables were dropped or changed keeps no other model from the upgrade.

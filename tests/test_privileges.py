@@ -448,6 +448,27 @@ def test_a_trainer_defines_trains_and_drops_models_without_being_superuser(
     assert trained.execute("select count(distinct version_id) from vae_private.tensors").fetchone() == (1,)
 
 
+def test_what_a_superuser_remakes_belongs_to_the_owner(trained: psycopg.Connection, login: Login) -> None:
+    trained.execute("grant select on events to the_trainer")
+    trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
+    trainer = login("trainer")
+    Shop().create_model(trainer, "mine")
+    train_and_activate(trainer.info.dsn, "mine")
+    trainer.execute("call vae.refresh('mine')")
+    trained.execute("drop view mine.outlier_users cascade")
+    trained.execute("drop materialized view mine.recommendations_materialized cascade")
+    trained.execute("select vae.rebuild_model('mine')")
+    assert trained.execute("select current_user::text").fetchone() == (trained.info.user,)
+    owners = (
+        "select distinct pg_get_userbyid(relowner) from pg_class where relnamespace = 'mine'::regnamespace"
+        " union select pg_get_userbyid(proowner) from pg_proc where pronamespace = 'mine'::regnamespace"
+    )
+    assert trained.execute(owners).fetchall() == [("the_trainer",)]
+    trained.execute("call vae.refresh('mine')")
+    trainer.execute("select vae.rebuild_model('mine')")
+    trainer.execute("select vae.drop_model('mine')")
+
+
 def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connection, login: Login) -> None:
     trained.execute("grant select on events to the_trainer")
     trainer = login("trainer")
