@@ -130,14 +130,13 @@ def test_rejected_rows_are_kept_with_line_and_reason(empty_database: str, run_cl
     assert rows(empty_database, "select count(*) from events") == [(60_000,)]
 
 
+@pytest.mark.parametrize("table", ["My Shop.o'clock", '"My Shop"."o\'clock"'])
 def test_rejected_rows_and_names_are_told_as_they_were_written(
-    empty_database: str, run_cli: RunCli, tmp_path: Path
+    empty_database: str, run_cli: RunCli, tmp_path: Path, table: str
 ) -> None:
     good = "".join(f"{n};a;2024-01-01\n" for n in range(30))
     file = write(tmp_path / "events.csv", "user_id;item_id;ts\n" + good + '5;"b;c"\n' + "x1;a,b;2024-01-01\n")
-    done = run_cli(
-        "load", "events", file, "--yes", "--type=user_id=bigint", "--table=My Shop.o'clock", dsn=empty_database
-    )
+    done = run_cli("load", "events", file, "--yes", "--type=user_id=bigint", f"--table={table}", dsn=empty_database)
     assert done.returncode == 0, done.stderr
     assert rows(empty_database, """select raw_line from "My Shop"."o'clock_rejects" order by line_number""") == [
         ('5;"b;c"',),

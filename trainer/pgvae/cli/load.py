@@ -151,10 +151,17 @@ _register("items", "Load the shop's items: a row per item, with category, price,
 
 
 def _table(text: str) -> tuple[str, str]:
-    parts = text.split(".")
-    if len(parts) > 2 or not all(0 < len(part.encode()) <= 63 and "\0" not in part for part in parts):
+    """Gives schema and name of a table; each is taken as it stands, in the double quotes of SQL or without."""
+    part = r'"(?:[^"]|"")+"|[^".]+'
+    found = re.fullmatch(rf"(?:({part})\.)?({part})", text)
+    names = [_unquoted(name) for name in found.groups("public")] if found else []
+    if not names or not all(len(name.encode()) <= 63 and "\0" not in name for name in names):
         raise PgvaeError(f"table name {text!r} is no name", hint="give it as in public.events")
-    return ("public", parts[0]) if len(parts) == 1 else (parts[0], parts[1])
+    return names[0], names[1]
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, str]:
