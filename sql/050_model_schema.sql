@@ -304,7 +304,8 @@ begin
     ) as s (name, key_name, argument, table_schema, table_name, key_column, key_type, chosen)
     where s.name = source;
     return format(
-        E'select k.%1$I%2$s as %3$I, to_jsonb(f) as features'
+        -- A plain f could be a column of the shop's.
+        E'select k.%1$I%2$s as %3$I, to_jsonb(f.*) as features'
         '\nfrom %4$I.%5$I k'
         '\ncross join lateral (select%6$s) f'
         '\nwhere %7$s',

@@ -884,3 +884,30 @@ def test_odd_names_of_columns_stay_names(connection: psycopg.Connection) -> None
         refused = refusal(connection, "select vae.set_features('shop', user_features => %s)", [[name[:-1]]])
         assert (refused.sqlstate, refused.message_primary) == ("42703", f'public.users has no column "{name[:-1]}"')
     assert connection.execute("select * from canary").fetchall() == [(1,)]
+
+
+def test_columns_may_have_the_names_that_queries_give_to_tables(connection: psycopg.Connection) -> None:
+    shop = Shop(user_id="u", item_id="i", event_type="t", occurred_at="e")
+    shop.make(connection)
+    connection.execute(
+        "create table users as select distinct u as f, (u % 3)::text as k, (u % 2)::text as o from events"
+    )
+    connection.execute(
+        "create table items as select distinct i as k, (i % 3)::text as f, (i % 2)::text as i from events"
+    )
+    shop.create_model(connection, users="users", users_key="f", items="items", items_key="k")
+    assert {status for (status,) in connection.execute("select status from vae.check_events('shop')").fetchall()} == {
+        "pass"
+    }
+    user, item = shop.users[0], shop.items[0]
+    assert connection.execute("select features from shop.features(%s)", [user]).fetchone() == (
+        {"k": str(user % 3), "o": str(user % 2)},
+    )
+    assert connection.execute("select features from shop.item_features where item_id = %s", [item]).fetchone() == (
+        {"f": str(item % 3), "i": str(item % 2)},
+    )
+    train_and_activate(connection.info.dsn)
+    connection.execute("call vae.refresh('shop')")
+    assert connection.execute("select count(distinct user_id) from shop.recommendations").fetchone() == (30,)
+    capped = connection.execute("select * from shop.recommend(%s, 4, %s)", [user, '{"at_most": {"f": 1}}']).fetchall()
+    assert 1 <= len(capped) <= 3
