@@ -28,6 +28,9 @@ declare
 begin
     -- Fails at once inside a transaction block, before anything is locked or logged.
     call vae_private.commit_refresh();
+    -- In each transaction: where a role's default is serializable, whoever writes events meanwhile would fail the refresh. A view is
+    -- filled by one statement, from one moment, all the same.
+    set transaction isolation level read committed;
     id := vae_private.model_id(model);
     wanted := vae_private.prediction_views(id, views);
     -- A lock for the transaction that logs the start, and again for each one that refreshes: no cancel, at whatever
@@ -37,6 +40,7 @@ begin
     then
         -- The lock is free, yet another session is at it: it died, or it is on its way from one view to the next.
         commit;
+        set transaction isolation level read committed;
         perform pg_catalog.pg_sleep(0.2);
     end if;
     if not pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id) then
@@ -49,6 +53,7 @@ begin
     mode := vae_private.first_mode(id, wanted[1], refresh."full");
     run := vae_private.start_refresh(id, wanted[1], mode);
     commit;
+    set transaction isolation level read committed;
     while place <= pg_catalog.cardinality(wanted) loop
         loop
             perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id);
@@ -78,6 +83,7 @@ begin
             mode := pg_catalog.substr(result.mode, 7);
             perform vae_private.continue_refresh(run, mode);
             commit;
+            set transaction isolation level read committed;
         end loop;
         if failure is null then
             -- A function that could not fill its view said so in a notice, and remembers no run.
@@ -111,6 +117,7 @@ begin
             run := vae_private.start_refresh(id, wanted[place], mode);
         end if;
         commit;
+        set transaction isolation level read committed;
     end loop;
     commit;
     if pg_catalog.cardinality(failed) > 0 then

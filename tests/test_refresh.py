@@ -236,6 +236,23 @@ def test_a_model_that_is_dropped_while_it_refreshes_does_not_exist(more: Connect
     assert more.execute("select vae_private.start_refresh(-1, 'churn', 'full')").fetchone() == (None,)
 
 
+def test_writers_of_events_fail_no_refresh_of_a_session_that_is_serializable(trained: Connection) -> None:
+    # The levels of the transactions in which it writes its log: those in which it reads the events.
+    trained.execute(
+        "create table levels (level text);"
+        " create function note_level() returns trigger language plpgsql as"
+        " 'begin insert into public.levels values (current_setting(''transaction_isolation'')); return null; end';"
+        " create trigger note_level after insert or update on vae.refreshes for each row execute function note_level()"
+    )
+    trained.execute("set default_transaction_isolation = 'serializable'")
+    trained.execute("call vae.refresh('shop', full => true)")
+    trained.execute("call vae.refresh('shop')")
+    assert trained.execute("select level, count(*) > 20 from levels group by level").fetchall() == [
+        ("read committed", True)
+    ]
+    assert trained.execute("show transaction_isolation").fetchone() == ("serializable",)
+
+
 def test_an_operator_refreshes_views_that_it_does_not_own(
     more: Connection, server: Any, role: str, run_cli: Callable[..., Any], trained_database: str
 ) -> None:
