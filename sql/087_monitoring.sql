@@ -119,6 +119,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set jit = off
+-- Bins are compared by their names, which hold numbers.
+set extra_float_digits = 1
 as $$
 #variable_conflict use_column
 declare

@@ -204,6 +204,17 @@ def test_columns_are_compared_with_their_first_measurement(connection: Connectio
     connection.execute(f"drop owned by {role}")
 
 
+def test_bins_of_a_number_have_one_name_whatever_a_session_prints(connection: Connection) -> None:
+    Shop().make(connection)
+    connection.execute("create table items as select distinct item_id, item_id % 10 / 3.0 as price from events")
+    Shop().create_model(connection, items="items")
+    publish_network(connection.info.dsn, "shop", QUICK, 1)
+    connection.execute("select * from vae.activate('shop', 1)")
+    drift(connection)
+    connection.execute("set extra_float_digits = 0")
+    assert drift(connection)["items.price"]["psi"] == 0
+
+
 def test_a_number_that_cannot_be_read_is_missing_and_takes_nothing_from_the_others(connection: Connection) -> None:
     Shop().make(connection)
     make = "select item_id, {} as price, (item_id % 7)::numeric as weight from (select distinct item_id from events) e"
