@@ -165,6 +165,8 @@ begin
             '\nfrom vae_private.churn_all(%3$s) c'
             '\nwhere exists (select from vae_private.scoring_versions v where v.model_id = %3$s)',
             m.name, m.user_id_type, m.model_id);
+    end if;
+    if to_regclass(format('%I.churn_user_id', m.name)) is null then
         execute format('create unique index churn_user_id on %I.churn_materialized (user_id)', m.name);
     end if;
     execute format(
@@ -253,6 +255,8 @@ begin
             '\n    now() as scored_at, o.uplift'
             '\nfrom vae_private.offer_audiences(%s) o\nwith no data',
             m.name, m.user_id_type, m.model_id);
+    end if;
+    if to_regclass(format('%I.offer_responses_offer_id_user_id', m.name)) is null then
         execute format(
             'create unique index offer_responses_offer_id_user_id on %I.offer_responses_materialized (offer_id, user_id)', m.name);
     end if;

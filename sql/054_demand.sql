@@ -72,6 +72,8 @@ begin
             '\nselect d.item_key::%s as item_id, %s, d.units_deviation, d.buyers_deviation'
             '\nfrom vae_private.demand_all(%s) d\nwith no data',
             m.name, i, numbers, m.model_id);
+    end if;
+    if to_regclass(format('%I.demand_item_id', m.name)) is null then
         execute format('create unique index demand_item_id on %I.demand_materialized (item_id)', m.name);
     end if;
     execute format(E'create or replace view %1$I.demand as\nselect d.item_id, %2$s\nfrom %1$I.demand_materialized d', m.name, numbers);

@@ -113,6 +113,8 @@ begin
             '\nwhere true or exists (select from %1$I.stored_recommendations)'
             '\nwith no data',
             m.name, u, i, m.model_id);
+    end if;
+    if to_regclass(format('%I.explanations_user_id', m.name)) is null then
         execute format('create unique index explanations_user_id on %I.explanations_materialized (user_id)', m.name);
     end if;
     execute format(

@@ -141,6 +141,8 @@ begin
             '\n    r.lifts::real[] as lifts, r.supports::bigint[] as supports, r.model_version, now() as scored_at'
             '\nfrom vae_private.related_all(%s, 20) r\nwith no data',
             m.name, i, i, m.model_id);
+    end if;
+    if to_regclass(format('%I.related_items_item_id', m.name)) is null then
         execute format('create unique index related_items_item_id on %I.related_items_materialized (item_id)', m.name);
     end if;
     execute format(

@@ -61,6 +61,8 @@ begin
             '\n    now() as scored_at'
             '\nfrom vae_private.segment_all(%s) s\nwith no data',
             m.name, u, m.model_id);
+    end if;
+    if to_regclass(format('%I.user_segments_user_id', m.name)) is null then
         execute format('create unique index user_segments_user_id on %I.user_segments_materialized (user_id)', m.name);
     end if;
     execute format(

@@ -316,9 +316,9 @@ begin
                 '\nfrom vae_private.refreshed_recommendations(%5$s, %2$L) r\nwith %6$s data',
                 m.name, name, m.user_id_type, m.item_id_type, m.model_id,
                 case name when 'recommendations_changed' then '' else 'no' end);
-            execute format('create unique index %I on %I.%I (user_id)',
-                case name when 'recommendations_changed' then 'recommendations_changed_user_id' else 'recommendations_user_id' end,
-                m.name, name);
+        end if;
+        if to_regclass(format('%I.%I', m.name, replace(name, '_materialized', '') || '_user_id')) is null then
+            execute format('create unique index %I on %I.%I (user_id)', replace(name, '_materialized', '') || '_user_id', m.name, name);
         end if;
     end loop;
     execute format(

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from conftest import as_role
 from shop import QUICK, Shop, refusal
@@ -234,6 +235,17 @@ def test_a_model_that_is_dropped_while_it_refreshes_does_not_exist(more: Connect
         assert refreshing.result(60) == 'VA001 model "shop" does not exist'
     assert more.execute("select count(*) from vae.refreshes").fetchone() == (0,)
     assert more.execute("select vae_private.start_refresh(-1, 'churn', 'full')").fetchone() == (None,)
+
+
+def test_an_index_that_somebody_drops_comes_back_with_a_rebuild(trained: Connection) -> None:
+    """Without its unique index a view cannot be refreshed beside its readers."""
+    query = "select indexname, indexdef from pg_indexes where schemaname = 'shop' order by 1"
+    before = trained.execute(query).fetchall()
+    for name, _ in before:
+        trained.execute(sql.SQL("drop index {}").format(sql.Identifier("shop", name)))
+    trained.execute("select vae.rebuild_model('shop')")
+    assert trained.execute(query).fetchall() == before
+    trained.execute("call vae.refresh('shop')")
 
 
 def test_writers_of_events_fail_no_refresh_of_a_session_that_is_serializable(trained: Connection) -> None:
