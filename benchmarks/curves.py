@@ -30,6 +30,7 @@ def main(
     users_beside: Annotated[int, typer.Option(help="Users while the items grow.")] = 10_000,
     items_beside: Annotated[int, typer.Option(help="Items while the users grow.")] = 5_000,
     width: Annotated[int, typer.Option(help="Width of the items' directions and of the hidden layers.")] = 200,
+    both: Annotated[str, typer.Option(help="USERSxITEMS: a refresh where both are large, for its figures alone.")] = "",
 ) -> None:
     """Measures refreshes of growing size on throwaway servers."""
     by_users = [_measure(int(number), items_beside, width) for number in users.split(",")]
@@ -46,13 +47,21 @@ def main(
                 peer="growth in proportion",
             )
         )
-        for point in points:
-            size = f"{point['users']:.0f} users x {point['items']:.0f} items"
-            figures.append(Figure(figure=f"refresh of {size}", value=point["seconds"], unit="s"))
-            figures.append(Figure(figure=f"memory for {size}", value=point["megabytes"], unit="MB", target=600))
+        figures += [figure for point in points for figure in _figures(point)]
+    if both:
+        largest_users, largest_items = map(int, both.split("x"))
+        figures += _figures(_measure(largest_users, largest_items, width))
     facts: dict[str, object] = {"width": width, "neighbours": 64, "events_per_user": 10, "k": 20}
     report(f"curves-w{width}", figures, facts)
     _draw(by_users, by_items)
+
+
+def _figures(point: dict[str, float]) -> list[Figure]:
+    size = f"{point['users']:.0f} users x {point['items']:.0f} items"
+    return [
+        Figure(figure=f"refresh of {size}", value=point["seconds"], unit="s"),
+        Figure(figure=f"memory for {size}", value=point["megabytes"], unit="MB", target=600),
+    ]
 
 
 def _measure(users: int, items: int, width: int) -> dict[str, float]:

@@ -31,17 +31,23 @@ with facts as (
     group by f.model
 ), checks as (
     select f.model, 1 as place, 'views' as check_name,
-        case when exists (
-            select
-            from pg_catalog.pg_class c
-            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-            where n.nspname = f.model and c.relname = 'clean_events') then 'ok' else 'critical' end as status,
-        case when f.has_schema then 'the views of the model are gone, for example with a table that was dropped with cascade'
-            else 'the schema of the model is gone' end as problem,
+        case when g.gone is null then 'ok' else 'critical' end as status,
+        case when not f.has_schema then 'the schema of the model is gone'
+            when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
+            else format('somebody dropped %s', array_to_string(g.gone, ', ')) end as problem,
         case when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
+    cross join lateral (
+        select array_agg(o.object order by o.object) as gone
+        from vae_private.model_objects(f.model_id) o
+        where o.kind <> 'function' and not exists (
+            select
+            from pg_catalog.pg_class c
+            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+            where n.nspname = f.model and c.relname = o.object)
+    ) g
     union all
     select f.model, 2, 'active version',
         case when f.version is null then 'critical' else 'ok' end,

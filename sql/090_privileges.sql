@@ -12,6 +12,8 @@ grant select on
     vae.models, vae.event_types, vae.versions, vae.metrics, vae.curves, vae.epochs, vae.activations, vae.refreshes,
     vae.freshness
 to vae_reader;
+-- vae.health_checks calls it.
+grant execute on function vae_private.model_objects(integer) to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
 grant usage on schema vae_private to vae_scorer;
@@ -82,7 +84,6 @@ grant execute on function
     vae.drop_offer(text, text),
     vae_private.model_id(text),
     vae_private.may_use(integer),
-    vae_private.model_objects(integer),
     vae_private.time_literal(text, text),
     vae_private.key_collation(vae.models, text),
     vae_private.admission_rules(vae.models, text),

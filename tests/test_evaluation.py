@@ -649,7 +649,7 @@ def test_categories_judge_their_own_items_only() -> None:
 
 
 def test_items_without_a_category_take_no_place_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgvae.evaluation.MIN_USERS", 1)
+    monkeypatch.setattr("pgvae.comparison.MIN_USERS", 1)
     column = FeatureColumn(name="category", kind="category", first=0, vocabulary=tuple("abcdefghijk"))
     # A quarter of the items have none, more than any category has.
     tokens: list[list[int]] = [[item % 11] if item % 4 else [] for item in range(40)]
