@@ -13,7 +13,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
     case
         when object like 'recommend(%' then
             '. The score is the item''s share of the model''s probability over the catalogue: relative. probability is the'
-            ' calibrated one that the user buys the item within the horizon, in the same order; null for a cold start and where'
+            ' calibrated one that the user buys the item within the horizon, in the same order; null for a user without events and where'
             ' the version has none (see docs/outcomes.md). Items already bought are left out unless options is {"exclude_seen": false}.'
             ' A user without known events, marked is_cold_start, is scored by the features that the version knows of them, else gets'
             ' the popular items.'
@@ -68,18 +68,18 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             '. A row per item that something happened to. Join on item_id; model_version joins vae.versions.'
         when object like 'churn(%' then
             ', and how much. "Now" is the end of the training window, or the user''s last event, where a version was made of old'
-            ' events. For a user without known events probabilities, band, reasons and last_event_at are null.'
+            ' events. For a user without events probabilities, band, reasons and last_event_at are null.'
         when object = 'churn' then
-            '. A row per user. Join on user_id; model_version joins vae.versions. Probabilities are null for a user without known'
+            '. A row per user. Join on user_id; model_version joins vae.versions. Probabilities are null for a user without'
             ' events. Empty before the first vae.refresh, and where the version has none (see docs/outcomes.md).'
         when object like 'explain_churn(%' then
             ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
             ' leaving, compared to the average user.'
         when object like 'response(%' then
-            ', from now on. Null for a user without known events. With or without an offer: what an offer changes says uplift.'
+            ', from now on. Null for a user without events. With or without an offer: what an offer changes says uplift.'
         when object like 'uplift(%' then
             ': P(buys if it is offered) less P(buys if not). Null where the active version claims no uplift (no_uplift of'
-            ' vae.versions says why) and for a user without known events.'
+            ' vae.versions says why) and for a user without events.'
         when object = 'clean_assignments' then
             '. A row per user, item and moment. Left out: who was both within the horizon.'
         when object like 'audience%' then
@@ -151,7 +151,7 @@ values
     ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
     ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
     ('recommendations', 'scored_at', 'When the row was scored.'),
-    ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a cold start, where the version has no probabilities, and where refreshes rank candidates only.')
+    ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a user without events, where the version has no probabilities, and where refreshes rank candidates only.')
 union all
 select r.relation, c.column_name, c.comment
 from (values ('recommendations_materialized'), ('recommendations_changed'), ('stored_recommendations')) as r (relation)

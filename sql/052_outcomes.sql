@@ -315,14 +315,14 @@ select r.relation, c.column_name, c.comment
 from (values ('churn'), ('churn_materialized')) as r (relation)
 cross join (values
     ('user_id', 'Key of the user.'),
-    ('churn_probability', 'Calibrated probability that the user buys nothing within the horizon; null for a user without known events.'),
+    ('churn_probability', 'Calibrated probability that the user buys nothing within the horizon; null for a user without events.'),
     ('purchase_probability', 'Calibrated probability that the user buys anything within the horizon.'),
     ('expected_purchases', 'Number of purchases within the horizon, on average; each item of an order counts.'),
     ('risk_band', 'low: churn_probability under 0.5, medium: under 0.8, high: from 0.8 on.'),
     ('reasons', 'What raises the probability of leaving most above that of the average user, up to three things, strongest first.'),
     ('last_event_at', 'When the user''s last known event happened.'),
     ('horizon_days', 'Days ahead that the row speaks of.'),
-    ('is_cold_start', 'True where the user had no known events: nobody can leave who never came.'),
+    ('is_cold_start', 'True where the user had no events: nobody can leave who never came.'),
     ('model_version', 'Version that scored the row, see vae.versions.'),
     ('scored_at', 'When the row was scored.')
 ) as c (column_name, comment)

@@ -272,3 +272,52 @@ def test_an_outlier_gets_the_same_answer_from_the_view_as_live(connection: psyco
     stored = connection.execute(view, [user]).fetchall()
     assert stored == connection.execute(live, [user]).fetchall()
     assert not stored[0][2]
+
+
+def test_purchases_of_items_newer_than_the_version_count_for_who_buys(
+    typed: psycopg.Connection[Any], shop: Shop
+) -> None:
+    newer = keys("item", shop.item_type, 200)[-2:]
+    old, new = shop.users[0], keys("user", shop.user_type, 200)[-1]
+    assert not {*newer} & {*shop.items} and new not in shop.users
+    # Of one moment: two items are two purchases.
+    bought = (
+        f"insert into events select u, i, 'purchase', max(e.occurred_at) + interval '1 day' from events e,"
+        f" unnest(%s::{shop.user_type}[]) u, unnest(%s::{shop.item_type}[]) i group by u, i"
+    )
+    churn = f"select u, r.* from unnest(%s::{shop.user_type}[]) u, shop.churn(u) r order by u"
+    with typed.transaction(force_rollback=True):
+        typed.execute(f"insert into users (user_id) values (%s::{shop.user_type})", [new])
+        typed.execute(f"insert into items (item_id) select unnest(%s::{shop.item_type}[])", [newer])
+        before = typed.execute(churn, [[old, new]]).fetchall()
+        typed.execute(bought, [[old, new], newer])
+        after = typed.execute(churn, [[old, new]]).fetchall()
+        columns = [column.name for column in typed.execute(churn, [[old, new]]).description or ()]
+        newest = value(typed, "select max(occurred_at) from events")
+        for one, other in zip(before, after, strict=True):
+            first, then = dict(zip(columns, one, strict=True)), dict(zip(columns, other, strict=True))
+            assert first["is_cold_start"] == (first["u"] == new)
+            assert not then["is_cold_start"]
+            assert first["last_event_at"] != then["last_event_at"] == newest
+            assert first["purchase_probability"] != then["purchase_probability"]
+        # Of all users at once it is the same.
+        stored = dict(
+            typed.execute("select user_key, (purchase_probability, expected_purchases) from vae_private.churn_all(1)")
+        )
+        for row in after:
+            found = dict(zip(columns, row, strict=True))
+            both = stored[str(found["u"])]
+            assert [float(part) for part in both] == pytest.approx(
+                [found["purchase_probability"], found["expected_purchases"]], rel=1e-6
+            )
+        # The lists are those of before: nothing is known of such items. But who buys is known.
+        lists = f"select is_cold_start, item_id, probability from shop.recommend(%s::{shop.user_type}, 20)"
+        response = f"select shop.response(%s::{shop.user_type}, %s::{shop.item_type})"
+        audience = f"select user_id, response_probability from shop.audience(%s::{shop.item_type}, 1000)"
+        everybody = dict(typed.execute(audience, [shop.items[0]]).fetchall())
+        for user in (old, new):
+            (is_cold, best, probability), *_ = typed.execute(lists, [user]).fetchall()
+            assert (is_cold, best in shop.items) == (user == new, True)
+            assert typed.execute(response, [user, best]).fetchone() == (pytest.approx(probability, rel=1e-5),)
+            of_first = typed.execute(response, [user, shop.items[0]]).fetchone()
+            assert of_first == (pytest.approx(everybody[user], rel=1e-5),)

@@ -114,15 +114,16 @@ def recommend(
 ) -> list[tuple[int, str, float, bool, int, float | None]]:
     """Gives (rank, item_key, score, is_cold_start, model_version, probability) of one user's best items.
 
-    The probability is None where the version has no heads, and for a cold start.
+    The probability is None where the version has no heads, and for a user without events.
     """
     k = checked_k(k)
     filters = _filters(options)
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
-    history = read_history(plpy, version, user_key)
-    items, rows, shares = _best(plpy, version, history, k, filters)
+    # Whoever buys something that is newer than the version is no less likely to buy again.
+    history = read_history(plpy, version, user_key, all_items=True)
+    items, rows, shares = _best(plpy, version, history.of_known_items(version.catalogue_size), k, filters)
     probabilities: list[float | None] = [None] * len(rows)
     if outcomes.has_heads(version.weights) and history.counts[0]:
         found, _ = churn.look_ahead(version, history)
@@ -444,7 +445,7 @@ def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[
     if user_key is None:
         return []
     version = churn.version_with_heads(plpy, model_id)
-    return churn.explained(version, read_history(plpy, version, user_key))
+    return churn.explained(version, read_history(plpy, version, user_key, all_items=True))
 
 
 @_translated

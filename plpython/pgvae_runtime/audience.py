@@ -77,8 +77,8 @@ def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[st
 
 
 def response_of(plpy: Any, version: Version, user_key: str, items: NDArray[np.int64]) -> float | None:
-    """Gives P(the user buys one of the items within the horizon); None for a user without known events."""
-    history = read_history(plpy, version, user_key)
+    """Gives P(the user buys one of the items within the horizon); None for a user without events."""
+    history = read_history(plpy, version, user_key, all_items=True)
     response, _, _ = _answers_of_one(version, history, items)
     return None if np.isnan(response[0, 0]) else float(response[0, 0])
 
@@ -87,7 +87,8 @@ def uplift_of_user(plpy: Any, version: Version, user_key: str, items: NDArray[np
     """Gives by how much an offer of an item raises P(the user buys it); None where that is not known."""
     if not uplift.has_uplift(version.weights):
         return None
-    _, _, found = _answers_of_one(version, read_history(plpy, version, user_key), items)
+    history = read_history(plpy, version, user_key, all_items=True)
+    _, _, found = _answers_of_one(version, history, items)
     return None if np.isnan(found[0, 0]) else float(found[0, 0])
 
 
@@ -209,10 +210,10 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
     def answer(scorer: CpuScorer, batch: Batch) -> tuple[list[str], _Answers]:
         users, history = batch[0], batch[1].distinct()
         pairs = np.repeat(np.arange(len(users)), len(columns)), np.tile(columns, len(users))
-        scores = scorer.of_pairs(history, *pairs).reshape(len(users), -1)
+        scores = scorer.of_pairs(history.of_known_items(version.catalogue_size), *pairs).reshape(len(users), -1)
         return users, _answers(version, history, scores, items, now)
 
-    read = partial(read_histories, plpy, version)
+    read = partial(read_histories, plpy, version, all_items=True)
     answers = score_on_cpu(plpy, version, read, answer, numbers=len(columns))
     with blas.one_thread(), closing(answers) as batches:
         for users, (response, has_bought, won) in batches:
@@ -230,7 +231,8 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
 
 
 def _answers_of_one(version: Version, history: History, items: NDArray[np.int64]) -> _Answers:
-    scores, _ = score_users(version.weights, history, max_history=version.max_history)
+    known = history.of_known_items(version.catalogue_size)
+    scores, _ = score_users(version.weights, known, max_history=version.max_history)
     return _answers(version, history, scores[:, items], [items], time.time())
 
 

@@ -72,14 +72,14 @@ def look_ahead(version: Version, history: History, now: float | None = None) -> 
 
 def churn_of_user(plpy: Any, version: Version, user_key: str) -> Row:
     """Gives the row of one user, with the rights of the caller."""
-    (row,) = _rows(version, [user_key], read_history(plpy, version, user_key), time.time())
+    (row,) = _rows(version, [user_key], read_history(plpy, version, user_key, all_items=True), time.time())
     return row
 
 
 def churn_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     """Gives a row per user."""
     now, done = time.time(), 0
-    for users, history in read_histories(plpy, version, _BATCH):
+    for users, history in read_histories(plpy, version, _BATCH, all_items=True):
         yield from _rows(version, users, history.distinct(), now)
         done += len(users)
         report_progress(plpy, f"pgvae {version.model}: churn of {done} users")

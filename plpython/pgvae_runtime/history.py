@@ -82,11 +82,17 @@ left join (
 """
 
 
-def read_history(plpy: Any, version: Version, user_key: str) -> History:
-    """Gives the events of one user, those of a minute ago included, with the rights of the caller."""
+def read_history(plpy: Any, version: Version, user_key: str, *, all_items: bool = False) -> History:
+    """Gives the events of one user, those of a minute ago included, with the rights of the caller.
+
+    Events on items that the version does not know are left out, or have numbers behind its catalogue (`all_items`).
+    """
     query = _ONE_USER.format(schema=plpy.quote_ident(version.model), key_type=version.user_id_type)
     events = execute(plpy, query, ["text", "text[]"], [user_key, list(version.event_types)])
     indexes = item_indexes(plpy, version, {row["item_key"] for row in events})
+    if all_items:
+        unknown = sorted({row["item_key"] for row in events} - indexes.keys())
+        indexes |= {key: version.catalogue_size + place for place, key in enumerate(unknown)}
     rows = [row for row in events if row["item_key"] in indexes]
     return History(
         counts=np.array([len(rows)]),
@@ -123,12 +129,15 @@ def read_histories(
     chosen: Sequence[str] | None = None,
     max_events: int = MAX_EVENTS,
     digests: dict[str, int] | None = None,
+    *,
+    all_items: bool = False,
 ) -> Iterator[tuple[list[str], History]]:
     """Gives (user keys, events) of all users, or of those with the chosen keys, in batches.
 
     A batch is complete with `batch_size` users, or with those in whom it came to `max_events` events or more. Some may
     have no known events. The events are those of the table, where one may stand twice: History.distinct has each once.
     `keys` are the item keys of the version, if the caller has them. The digests of users are put into `digests`.
+    `all_items` as of read_history.
     """
     schema = plpy.quote_ident(version.model)
     # Compared in the key's own type, so that an index of the shop is used.
@@ -151,7 +160,7 @@ def read_histories(
         users += [row["user_key"] for row in rows]
         if digests is not None:
             digests.update((row["user_key"], row["digest"]) for row in rows)
-        parts.append(_history_of(rows, numbers, pipeline))
+        parts.append(_history_of(rows, numbers, pipeline, all_items))
         # As many as the last ones let expect, but growing slowly: the next one may have done more.
         fitting = _FETCHED_EVENTS * len(rows) // max(1, len(parts[-1].item))
         size = max(1, min(2 * size, fitting, _FETCHED_USERS))
@@ -162,11 +171,13 @@ def read_histories(
         yield users, History.joined(parts)
 
 
-def _history_of(rows: Any, numbers: _ItemNumbers, pipeline: FeaturePipeline) -> History:
+def _history_of(rows: Any, numbers: _ItemNumbers, pipeline: FeaturePipeline, all_items: bool) -> History:
     event_type = _elements(rows, "event_types", _INTEGER).astype(np.int64)
     item = numbers.of(rows)
-    # An item or event type that the version does not know is left out.
-    known = (item >= 0) & (event_type >= 0)
+    # An event type that the version does not know is left out.
+    known = event_type >= 0
+    if not all_items:
+        known &= item < numbers.catalogue_size
     sizes = [
         (len(row["event_types"]) - _ARRAY_HEADER) // _INTEGER.itemsize if row["event_types"] else 0 for row in rows
     ]
@@ -191,6 +202,7 @@ class _ItemNumbers:
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = keys
+        self.catalogue_size = len(keys)
 
     @cached_property
     def _of_texts(self) -> dict[str, int]:
@@ -203,17 +215,25 @@ class _ItemNumbers:
         return integers[order], order
 
     def of(self, rows: Any) -> NDArray[np.int64]:
-        """Gives the number of the item of each event of these rows, [N]; -1 for an item outside the catalogue."""
+        """Gives the number of the item of each event of these rows, [N].
+
+        Items outside the catalogue have numbers behind it, alike for alike ones of these rows.
+        """
         arrays = [row["items"] for row in rows if row["items"]]
         if not arrays or not isinstance(arrays[0], bytes):
             keys = list(chain.from_iterable(arrays))
-            return np.fromiter((self._of_texts.get(key, -1) for key in keys), np.int64, count=len(keys))
-        known, numbers = self._of_integers
-        given = _elements(rows, "items", _BIGINT).astype(np.int64)
-        if not len(known):
-            return np.full(len(given), -1)
-        place = np.minimum(np.searchsorted(known, given), len(known) - 1)
-        return np.where(known[place] == given, numbers[place], -1)
+            found = np.fromiter((self._of_texts.get(key, -1) for key in keys), np.int64, count=len(keys))
+            given = np.array(keys, dtype=object)
+        else:
+            known, numbers = self._of_integers
+            given = _elements(rows, "items", _BIGINT).astype(np.int64)
+            place = np.minimum(np.searchsorted(known, given), len(known) - 1)
+            found = np.where(known[place] == given, numbers[place], -1)
+        others = np.flatnonzero(found < 0)
+        if len(others):
+            _, place = np.unique(given[others], return_inverse=True)
+            found[others] = self.catalogue_size + place
+        return found
 
 
 def item_keys(plpy: Any, version: Version) -> list[str]:

@@ -61,12 +61,17 @@ class Version:
         """The number of items that the version ranks: columns of the scores."""
         return len(self.weights["item_popularity"])
 
+    @property
+    def catalogue_size(self) -> int:
+        """The number of items that the version knows: rows of the tensors."""
+        return len(self.weights["item_embedding"])
+
     @cached_property
     def columns(self) -> NDArray[np.int64] | None:
         """In which column of the scores each item of the catalogue stands, -1: in none; None: item i in column i."""
         if self.ranked is None:
             return None
-        columns = np.full(len(self.weights["item_embedding"]), -1, dtype=np.int64)
+        columns = np.full(self.catalogue_size, -1, dtype=np.int64)
         columns[self.ranked] = np.arange(len(self.ranked))
         return columns
 

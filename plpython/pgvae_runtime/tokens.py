@@ -97,6 +97,19 @@ class History:
         chosen = np.isin(self.event_type, targets)
         return self.users()[chosen], self.item[chosen]
 
+    def of_known_items(self, catalogue_size: int) -> History:
+        """Gives the history without events on items behind the catalogue, which can be counted and not be scored."""
+        known = self.item < catalogue_size
+        if known.all():
+            return self
+        return replace(
+            self,
+            counts=np.bincount(self.users()[known], minlength=len(self.counts)),
+            item=self.item[known],
+            event_type=self.event_type[known],
+            occurred_at=self.occurred_at[known],
+        )
+
     def distinct(self) -> History:
         """Gives the history with each event once, in the order of the tokens: a table may hold an event twice."""
         if self._is_later_each():
