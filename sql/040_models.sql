@@ -748,6 +748,46 @@ comment on function vae.set_features(text, text[], text[]) is
     'To choose from: select * from vae.feature_columns(model).';
 
 
+create or replace function vae.set_options(model text, options jsonb)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    given constant jsonb := set_options.options;
+    m vae.models;
+    max_history jsonb;
+begin
+    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    perform vae_private.check_owner(model);
+    if given is null then
+        raise exception 'options is null'
+            using errcode = 'null_value_not_allowed', hint = $h$give an object: '{"min_events": 500}'$h$;
+    end if;
+    perform vae_private.checked_options(given);
+    max_history := m.options -> 'max_history';
+    m.options := vae_private.checked_options(
+        m.options || given || jsonb_build_object('max_share', (m.options -> 'max_share') || coalesce(given -> 'max_share', '{}')));
+    if m.options -> 'max_history' <> max_history then
+        raise exception 'max_history of model % is % and stays so', model, max_history
+            using errcode = 'invalid_parameter_value',
+                hint = 'its versions were trained on so many events of a user: another one is for vae.create_model, of a model beside it';
+    end if;
+    update vae.models set options = m.options where models.model_id = m.model_id;
+    perform vae_private.build_model(m.model_id);
+end;
+$$;
+
+comment on function vae.set_options(text, jsonb) is
+    'Changes options of a model, those of vae.create_model; the others stay. What events count and the quality gate follow at once, '
+    'recommendations with the next vae.refresh, which scores everybody, horizon_days and max_cold_items with the next version. max_history cannot '
+    'change.';
+
+
 create or replace function vae.feature_columns(model text)
 returns table (source text, column_name text, is_used boolean, kind text, reason text)
 language sql

@@ -149,7 +149,7 @@ begin
                         counts.null_event_types, m.event_type_column) else '' end end),
             (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check clocks and time zones'),
             (7, 'absurd_timestamps', counts.absurd_timestamps,
-                format('rows before %s are left out; move the limit with options => ''{"earliest": "…"}''', m.options ->> 'earliest')),
+                format('rows before %s are left out; move the limit: select vae.set_options(%L, ''{"earliest": "…"}'')', m.options ->> 'earliest', m.name)),
             (8, 'orphan_users', counts.orphan_users, 'rows whose user is missing from the table of users are left out: load the users'),
             (9, 'orphan_items', counts.orphan_items, 'rows whose item is missing from the table of items are left out: load the items'),
             (10, 'returns', counts.returns, 'rows with a quantity of zero or less (returns, cancellations) are left out'),

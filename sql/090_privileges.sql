@@ -111,7 +111,7 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
+grant insert, update (options, user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
@@ -127,6 +127,7 @@ grant execute on function
     vae.set_event_type(text, text, text, real),
     vae.set_features(text, text[], text[]),
     vae.set_exposure(text, text),
+    vae.set_options(text, jsonb),
     vae_private.check_exposure(regclass, text),
     vae.set_candidates(text, text, regclass, text, boolean),
     vae.drop_candidates(text, text),

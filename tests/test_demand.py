@@ -17,6 +17,7 @@ from pgvae.cli.metrics import demand_verdict
 from pgvae.demand import Sales, fit_demand, fit_interval, fit_log_linear, pinball_loss
 from pgvae.server import Server
 from pgvae.train import train as run_training
+from pgvae.versions import read_version
 from pgvae_runtime.demand import FEATURES, Head, ItemDays, bounded, features
 from shop import QUICK, SMALL, Shop, refusal
 
@@ -153,8 +154,8 @@ def test_a_horizon_longer_than_the_data_allow_has_no_forecast() -> None:
     fitted = fit_demand(sales_of(random_days(), 31), seed=1)
     assert (fitted.head, fitted.metrics, fitted.curve) == (None, [], [])
     assert fitted.missing == (
-        "the sales span 120 days, a forecast of 31 days needs 124: train again then, or make a model with"
-        " horizon_days of at most 30"
+        "the sales span 120 days, a forecast of 31 days needs 124: train again then, or after"
+        " vae.set_options with horizon_days of at most 30"
     )
 
 
@@ -252,6 +253,14 @@ def stocked(server: Server, template: str) -> Iterator[str]:
 def connection(stocked: str) -> Iterator[Connection]:
     with psycopg.connect(stocked, autocommit=True) as opened:
         yield opened
+
+
+def test_a_version_keeps_the_horizon_that_it_was_trained_with(connection: Connection) -> None:
+    with connection.transaction(force_rollback=True):
+        connection.execute("""select vae.set_options('shop', '{"horizon_days": 3}')""")
+        assert read_version(connection, "shop").horizon_days == HORIZON
+        live = connection.execute("select horizon_days from shop.demand(%s)", [Shop().items[0]])
+        assert live.fetchall() == [(HORIZON,)]
 
 
 def test_every_item_with_events_has_a_forecast_and_the_live_call_agrees(connection: Connection) -> None:

@@ -209,6 +209,59 @@ def test_whole_numbers_are_stored_as_integers(rolled_back: psycopg.Connection) -
     assert rolled_back.execute("select count(*) > 9 from vae.check_events('shop')").fetchone() == (True,)
 
 
+def test_options_of_a_model_change_and_the_others_stay(rolled_back: psycopg.Connection) -> None:
+    create_model(rolled_back, "shop", events="events", options=SMALL | {"max_share": {"returns": 0.1}})
+    before = rolled_back.execute("select options from vae.models").fetchall()[0][0]
+    gate = "select threshold, status from vae.check_events('shop') where check_name = 'enough_events'"
+    assert rolled_back.execute(gate).fetchall() == [(100.0, "pass")]
+    given = {"min_events": 1_000_000.0, "earliest": "2024-02-01", "max_share": {"duplicates": 0.2}}
+    rolled_back.execute("select vae.set_options('shop', %s)", [Jsonb(given)])
+    after = rolled_back.execute("select options from vae.models").fetchall()[0][0]
+    assert after == before | {
+        "min_events": 1_000_000,
+        "earliest": "2024-02-01",
+        "max_share": before["max_share"] | {"duplicates": 0.2},
+    }
+    assert after["max_share"]["returns"] == 0.1
+    assert rolled_back.execute(gate).fetchall() == [(1_000_000.0, "fail")]
+    oldest = rolled_back.execute("select min(occurred_at) >= '2024-02-01 00:00+00' from shop.clean_events")
+    assert oldest.fetchall() == [(True,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "message"),
+    [
+        (None, "22004", "options is null"),
+        (Jsonb([1]), "22023", "options is [1]"),
+        (Jsonb({"colour": 1}), "22023", 'option "colour" is unknown'),
+        (Jsonb({"horizon_days": 366}), "22023", 'option "horizon_days" is 366'),
+        (Jsonb({"max_share": {"rain": 0.5}}), "22023", 'option "max_share" names the unknown check "rain"'),
+        (Jsonb({"max_history": 40}), "22023", "max_history of model shop is 500 and stays so"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_and_nothing_changes(
+    rolled_back: psycopg.Connection, options: Any, state: str, message: str
+) -> None:
+    create_model(rolled_back, "shop", events="events")
+    before = rolled_back.execute("select options from vae.models").fetchall()
+    with pytest.raises(psycopg.Error) as caught, rolled_back.transaction():
+        rolled_back.execute("select vae.set_options('shop', %s)", [options])
+    assert (caught.value.diag.sqlstate, caught.value.diag.message_primary) == (state, message)
+    assert caught.value.diag.message_hint
+    assert rolled_back.execute("select options from vae.models").fetchall() == before
+
+
+def test_the_next_refresh_gives_so_many_items_as_are_asked_for(
+    trained: psycopg.Connection,
+) -> None:
+    trained.execute("""select vae.set_options('shop', '{"recommendations": 3, "horizon_days": 7}')""")
+    counts = "select min(n), max(n) from (select count(*) as n from shop.recommendations group by user_id) c"
+    assert trained.execute(counts).fetchall() != [(3, 3)]
+    trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+    assert trained.execute(counts).fetchall() == [(3, 3)]
+    assert trained.execute("select * from vae.verify('shop')").fetchall()[0][2]
+
+
 @pytest.mark.parametrize(
     ("event_types", "message"),
     [

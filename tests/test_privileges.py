@@ -492,6 +492,7 @@ def test_a_trainer_does_not_touch_the_models_of_others(trained: psycopg.Connecti
         "select vae.rebuild_model('shop')",
         "select vae.set_features('shop', user_features => '{}')",
         "select vae.set_exposure('shop', null)",
+        "select vae.set_options('shop', '{}')",
         "select vae.set_event_type('shop', 'look', 'view')",
     ):
         refused = refusal(trainer, query)

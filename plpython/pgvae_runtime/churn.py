@@ -50,8 +50,8 @@ def version_with_heads(plpy: Any, model_id: int) -> Version:
             f"version {version.version} of model {version.model} has no calibrated probabilities: its events span fewer"
             " than four horizons, or too few users bought",
             sqlstate=NO_OUTCOMES,
-            hint=f"pgvae train {version.model} says what is missing; a model with a shorter horizon needs fewer days,"
-            """ as options => '{"horizon_days": 7}'""",
+            hint=f"pgvae train {version.model} says what is missing; a shorter horizon needs fewer days:"
+            f""" select vae.set_options('{version.model}', '{{"horizon_days": 7}}'), then train again""",
         )
     return version
 

@@ -68,8 +68,8 @@ def forecaster(plpy: Any, model_id: int) -> Forecaster:
             f"version {row['version']} of model {row['name']} forecasts no demand: its events span fewer than four"
             " horizons",
             sqlstate=NO_DEMAND,
-            hint=f"train again once there are more: pgvae train {row['name']}; or make a model with a shorter horizon,"
-            """ as options => '{"horizon_days": 7}'""",
+            hint=f"train again once there are more: pgvae train {row['name']}; or first make the"
+            f""" horizon shorter: select vae.set_options('{row["name"]}', '{{"horizon_days": 7}}')""",
         )
     return Forecaster(
         model=row["name"],

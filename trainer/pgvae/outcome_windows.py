@@ -129,7 +129,7 @@ def too_little(dataset: Dataset, horizon: int, seed: int) -> str:
 def later_or_shorter(span: float) -> str:
     """Says what to do where so many days are less than the horizons that are needed."""
     longest = int(span // HORIZONS_NEEDED)
-    shorter = f", or make a model with horizon_days of at most {longest}" if longest else ""
+    shorter = f", or after vae.set_options with horizon_days of at most {longest}" if longest else ""
     return f"train again then{shorter}"
 
 

@@ -127,7 +127,8 @@ def _read(connection: psycopg.Connection, version_id: int) -> PublishedVersion:
     )
     query = sql.SQL(
         "select m.name as model, (m.options ->> 'max_history')::integer as max_history,"
-        " (m.options ->> 'horizon_days')::integer as horizon_days, {columns}"
+        # The option may have changed since the training.
+        " coalesce(v.demand ->> 'horizon', m.options ->> 'horizon_days')::integer as horizon_days, {columns}"
         " from vae.versions v join vae.models m using (model_id) where v.version_id = %s"
     ).format(columns=sql.SQL(", ").join(sql.Identifier("v", name) for name in columns.split(", ")))
     with connection.cursor(row_factory=dict_row) as cursor:
