@@ -233,7 +233,7 @@ def _refresh(dsn: str, users: int, items: int, width: int, k: int, rounds: int, 
 @contextmanager
 def peak_memory(pid: int) -> Iterator[list[float]]:
     """Puts into the list the megabytes at most that a server process had for itself meanwhile."""
-    most, stop = [0.0], threading.Event()
+    most, stop = [own_megabytes(pid)], threading.Event()
 
     def look() -> None:
         while not stop.wait(0.002):
