@@ -121,7 +121,7 @@ returns regclass
 language sql
 stable
 called on null input
-parallel unsafe
+parallel safe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
@@ -310,7 +310,11 @@ begin
         '\ncross join lateral (select%6$s) f'
         '\nwhere %7$s',
         t.key_column,
-        case when vae_private.key_collation(m, source) <> '' then '::text collate "default"' when t.key_type = 'text' then '::text' else '' end,
+        case
+            when vae_private.key_collation(m, source) <> '' then '::text collate "default"'
+            when t.key_type = 'text' then '::text'
+            else ''
+        end,
         t.key_name,
         t.table_schema, t.table_name,
         (
@@ -734,7 +738,12 @@ begin
     select r.rolname into owner from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name;
     if owner <> caller then
         -- What a superuser, or a member of the owner, made would not be the owner's, who could not remake it.
-        perform set_config('role', owner, true);
+        begin
+            perform set_config('role', owner, true);
+        exception when insufficient_privilege then
+            raise exception 'model % belongs to %', m.name, owner
+                using errcode = 'insufficient_privilege', hint = format('act as its owner: set role %I', owner);
+        end;
     end if;
     perform vae_private.check_tables(m);
     perform vae_private.build_event_views(m);
@@ -776,13 +785,15 @@ begin
     -- Roles say what may be done, usage of the schema says with which model: that grant is the owner's to give.
     for made in
         select * from vae_private.model_objects(m.model_id) o
-        -- What lies beneath the views is the owner's alone: the views hide digests, who is gone, and what is revoked on them.
-        where o.kind = 'function'
-            or o.kind = 'view' and o.object <> 'stored_recommendations' and to_regclass(format('%I.%I', m.name, o.object)) is not null
+        where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
         if made.kind = 'function' then
             execute format('revoke all on function %I.%s from public', m.name, made.object);
             execute format('grant execute on function %I.%s to vae_scorer', m.name, made.object);
+        elsif made.kind = 'materialized view' or made.object = 'stored_recommendations' then
+            -- The owner's alone, whatever default privileges say: the views above hide digests, who is gone, and what is
+            -- revoked on them.
+            execute format('revoke all on %I.%s from vae_reader, vae_scorer, vae_operator, vae_trainer', m.name, made.object);
         elsif made.object in ('segments', 'offers')
             or made.object || '_materialized' in (select o.object from vae_private.model_objects(m.model_id) o)
         then

@@ -320,7 +320,7 @@ cross join (values
     ('expected_purchases', 'Number of purchases within the horizon, on average; each item of an order counts.'),
     ('risk_band', 'low: churn_probability under 0.5, medium: under 0.8, high: from 0.8 on.'),
     ('reasons', 'What raises the probability of leaving most above that of the average user, up to three things, strongest first.'),
-    ('last_event_at', 'When the user''s last known event happened.'),
+    ('last_event_at', 'When the user''s last event happened.'),
     ('horizon_days', 'Days ahead that the row speaks of.'),
     ('is_cold_start', 'True where the user had no events: nobody can leave who never came.'),
     ('model_version', 'Version that scored the row, see vae.versions.'),

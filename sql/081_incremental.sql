@@ -72,7 +72,11 @@ begin
             else format(
                 E'\nunion all\nselect k.%1$I%2$s, null, null, null%6$s from %3$I.%4$I k where k.%1$I is not null%5$s',
                 m.users_key_column,
-                case when vae_private.key_collation(m, 'users') <> '' then '::text collate "default"' when m.user_id_type = 'text' then '::text' else '' end,
+                case
+                    when vae_private.key_collation(m, 'users') <> '' then '::text collate "default"'
+                    when m.user_id_type = 'text' then '::text'
+                    else ''
+                end,
                 m.users_schema, m.users_table,
                 case m.user_id_type when 'text' then format(' and octet_length(k.%I) <= 512', m.users_key_column) else '' end,
                 case when is_digested then ', 1' end)

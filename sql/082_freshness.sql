@@ -18,7 +18,7 @@ select
 from vae.models m
 -- By the views that there are, not by those in the log: two rows of the index for each, however long the log is.
 join pg_catalog.pg_namespace n on n.nspname = m.name
-join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relkind = 'm' and c.relname like '%\_materialized'
+join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relkind = 'm' and c.relname like E'%\\_materialized'
 -- A name has the collation C, with which no index of the log would be used.
 cross join lateral (select regexp_replace(c.relname, '_materialized$', '') collate "default" as view) w
 join lateral (

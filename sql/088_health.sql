@@ -34,7 +34,7 @@ with facts as (
         case when g.gone is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
-            else format('somebody dropped %s', array_to_string(g.gone, ', ')) end as problem,
+            else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
         case when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
@@ -74,7 +74,7 @@ with facts as (
         select string_agg(regexp_replace(c.relname, '_materialized$', ''), ', ' order by c.relname) as views
         from pg_catalog.pg_namespace n
         join pg_catalog.pg_class c on c.relnamespace = n.oid
-        where n.nspname = f.model and c.relkind = 'm' and c.relname like '%\_materialized'
+        where n.nspname = f.model and c.relkind = 'm' and c.relname like E'%\\_materialized'
             -- What churn reads is made with content, though with none.
             and (not c.relispopulated or c.relname = 'churn_materialized' and not exists (
                 select from vae.refreshes r where r.model_id = f.model_id and r.view = 'churn'))
@@ -231,7 +231,7 @@ with facts as (
             when last.events_until - change.events_until > 3 * f.stale_after then 'warning'
             else 'ok' end,
         case when last.events_until is null then 'there was no refresh'
-            else format('no user had a new event between the refreshes of %s and %s',
+            else format('nothing was new of any user between the refreshes of %s and %s',
                 date_trunc('second', change.events_until), date_trunc('second', last.events_until)) end,
         case when last.events_until is not null then 'see whether what loads the events still runs' end,
         format('the last refresh scored %s users, of %s', last.scored_count, last.row_count)

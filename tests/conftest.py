@@ -29,7 +29,7 @@ FAST = {
     "shared_buffers": "64MB",
 }
 
-# A worker of pytest a core is at work: one thread for each is faster than two. Before PyTorch reads it.
+# pytest runs a worker per core: one thread for each is faster than two. Before PyTorch reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Of minutes each; begun last, one of them would leave the other cores without work.

@@ -358,7 +358,7 @@ def test_events_that_no_longer_arrive_show_in_refreshes_that_found_nothing_new(t
     trained.execute("update vae.refreshes set events_until = events_until - interval '2 hours' where mode = 'full'")
     status, detail, remedy = checks(trained)["new events"]
     assert status == "warning"
-    assert str(detail).startswith("no user had a new event between the refreshes of ")
+    assert str(detail).startswith("nothing was new of any user between the refreshes of ")
     assert remedy == "see whether what loads the events still runs"
     trained.execute("insert into events select user_id, item_id, event_type, now() from events limit 1")
     trained.execute("call vae.refresh('shop', views => array['recommendations'])")
@@ -414,7 +414,7 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute("select * from vae.verify('shop')")
     # What somebody dropped by hand, and what went with a table.
     trained.execute("drop materialized view shop.demand_materialized cascade")
-    assert checks(trained)["views"][:2] == ("critical", "somebody dropped demand, demand_materialized")
+    assert checks(trained)["views"][:2] == ("critical", "missing: demand, demand_materialized")
     trained.execute(str(checks(trained)["views"][2]))
     trained.execute("call vae.refresh('shop', views => array['demand'])")
     assert problems(trained) == {}

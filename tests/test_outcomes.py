@@ -60,7 +60,7 @@ def test_a_poisson_regression_finds_the_coefficients_that_made_the_counts() -> N
     generator = np.random.default_rng(1)
     x = generator.normal(size=(40_000, 2))
     y = generator.poisson(np.exp(x @ [0.8, -0.3] + 0.5)).astype(np.float64)
-    assert fit_poisson(x, y, np.zeros(2)) == pytest.approx([0.8, -0.3, 0.5], abs=0.03)
+    assert fit_poisson(x, y, np.zeros(2), most=12.0) == pytest.approx([0.8, -0.3, 0.5], abs=0.03)
 
 
 def test_the_head_of_items_finds_the_coefficients_that_made_the_purchases() -> None:
@@ -278,6 +278,13 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
     assert value["pgvae", "churn_log_loss"] < value["base_rate", "churn_log_loss"]
     assert value["pgvae", "churn_log_loss"] <= value["rfm", "churn_log_loss"]
     assert value["pgvae", "churn_auc"] > 0.75
+    # The longer somebody has done nothing, the likelier it is that nothing follows.
+    newest = windows(dataset, 14, 1)[0]
+    now, later = (
+        outlook(fitted.tensors, newest.history, as_of, targets=dataset.targets, types=len(dataset.event_types)).purchase
+        for as_of in (newest.as_of, newest.as_of + 28 * DAY)
+    )
+    assert np.nanmean(later < now) > 0.9
     assert value["pgvae", "churn_ece"] < 0.03
     assert value["pgvae", "response_calibration_error"] < 0.2
     assert value["pgvae", "response_lift"] > 1.5 > value["random", "response_lift"]
@@ -301,7 +308,7 @@ def test_too_few_days_or_buyers_are_told() -> None:
     assert too_little(dataset, 28, 1) == ""
     assert too_little(dataset, 31, 1) == (
         "the events span 119 days, 4 horizons of 31 days are 124:"
-        " train again then, or make a model with horizon_days of at most 29"
+        " train again then, or after vae.set_options with horizon_days of at most 29"
     )
     # Neither a number of days that would be enough, nor a horizon that would not.
     span = (dataset.occurred_at.max() - dataset.occurred_at.min()) / DAY
@@ -324,7 +331,7 @@ def test_a_horizon_in_which_half_of_the_users_bought_nothing_is_told(weights: di
     assert too_little(few, 14, 1) == ""
     fitted = fit_outcomes(few, earlier=weights, earlier_end=92 * DAY, horizon=14, max_history=50, seed=1)
     assert (fitted.tensors, fitted.metrics) == ({}, [])
-    assert fitted.missing.startswith("in the horizon from 1970-04-03 on none of one half of the users bought")
+    assert fitted.missing.startswith("nobody in one half of the users bought in the horizon from 1970-04-03 on")
 
 
 # In the database

@@ -315,6 +315,15 @@ def test_seen_items_stand_behind_all_others() -> None:
     assert np.argwhere(scores < 0).tolist() == [[0, 7], [2, 4]]
 
 
+def test_the_sums_of_a_large_batch_are_exact() -> None:
+    generator = np.random.default_rng(0)
+    tokens = random_history(generator, 2000, 80).tokens(80)
+    values = generator.normal(0.05, 0.1, (len(tokens.item), 8)).astype(np.float32)
+    parts = np.split(values.astype(np.float64), tokens.start[1:-1])
+    expected = np.stack([part.sum(axis=0) for part in parts])
+    np.testing.assert_allclose(forward.sum_rows(tokens.start, values), expected, rtol=1e-5, atol=1e-5)
+
+
 # Batches
 
 

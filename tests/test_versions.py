@@ -239,6 +239,8 @@ def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_databa
             f" this database holds {new[:12]}"
         )
         assert "pgvae train shop" in str(refused.value.diag.message_hint)
+        assert "force => true" in str(refused.value.diag.message_hint)
+        assert rows(connection, "select state from vae.versions where version = %s", version) == [("ready",)]
         assert rows(connection, "select distinct model_version from shop.recommend(%s)", USER) == [(1,)]
         connection.execute("call vae.refresh('shop')")
         assert rows(connection, "select distinct model_version from shop.recommendations") == [(1,)]

@@ -467,7 +467,7 @@ def _version_with_heads(plpy: Any, model_id: int) -> Version | None:
 
 @_translated
 def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str | None] | None) -> float | None:
-    """Gives P(a user buys one of the items within the horizon); None for null, and for a user without known events."""
+    """Gives P(a user buys one of the items within the horizon); None for null, and for a user without events."""
     if user_key is None or item_keys is None or item_keys == [None]:
         return None
     version = churn.version_with_heads(plpy, model_id)

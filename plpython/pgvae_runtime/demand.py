@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 # Of the interval between `low` and `high`.
 COVERAGE = 0.8
-# What is older than so many horizons counts nothing.
+# What is older than so many horizons does not count.
 HORIZONS_READ = 26
 # (what, half-life in horizons): exponentially smoothed levels per horizon.
 _LEVELS = (
@@ -32,7 +32,7 @@ FEATURES = (
 # Added before the logarithm: the demand of an item that sold nothing is small, not nothing.
 _FLOOR = 0.3
 # exp of more is no demand of anything.
-_MOST = 30.0
+MOST_LOG = 30.0
 # A scale of nothing has no multiples.
 _LEAST_SCALE = 1e-6
 
@@ -179,7 +179,7 @@ class Head:
 
 def log_linear(intercept: float, coefficients: list[float], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gives exp(intercept + Σ coefficients · features) of each row of features, [I, F]."""
-    value: NDArray[np.float64] = np.exp(np.minimum(intercept + matrix @ np.array(coefficients), _MOST))
+    value: NDArray[np.float64] = np.exp(np.minimum(intercept + matrix @ np.array(coefficients), MOST_LOG))
     return value
 
 

@@ -21,7 +21,7 @@ MAX_EVENTS = 131_072
 _FETCHED_USERS, _FETCHED_EVENTS = 64, 16_384
 
 # `{schema}` is the model's name as plpy.quote_ident gives it; everything else is a parameter.
-# An item or event type that the version does not know is left out.
+# An event type that the version does not know is left out.
 _ONE_USER = """
 select h.item_id::text as item_key, h.event_type, extract(epoch from h.occurred_at)::float8 as occurred_at
 from {schema}.history($1::{key_type}) h
@@ -149,7 +149,7 @@ def read_histories(
     pipeline = version.user_pipeline
     if pipeline.size:
         query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))
-    numbers = _ItemNumbers(item_keys(plpy, version) if keys is None else keys)
+    numbers = _ItemNumbers(item_keys(plpy, version) if keys is None else keys, version.catalogue_size)
     parameters = [list(version.event_types), *([list(chosen)] if chosen is not None else [])]
     plan = plpy.prepare(query, ["text[]", "text[]"][: len(parameters)])
     cursor = plpy.cursor(plan, parameters)
@@ -200,9 +200,9 @@ def _elements(rows: Any, column: str, kind: np.dtype[Any]) -> NDArray[Any]:
 class _ItemNumbers:
     """The rows of items in the tensors by their keys: integers, or texts."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], catalogue_size: int) -> None:
         self._keys = keys
-        self.catalogue_size = len(keys)
+        self.catalogue_size = catalogue_size
 
     @cached_property
     def _of_texts(self) -> dict[str, int]:
@@ -227,8 +227,10 @@ class _ItemNumbers:
         else:
             known, numbers = self._of_integers
             given = _elements(rows, "items", _BIGINT).astype(np.int64)
-            place = np.minimum(np.searchsorted(known, given), len(known) - 1)
-            found = np.where(known[place] == given, numbers[place], -1)
+            found = np.full(len(given), -1)
+            if len(known):
+                place = np.minimum(np.searchsorted(known, given), len(known) - 1)
+                found = np.where(known[place] == given, numbers[place], -1)
         others = np.flatnonzero(found < 0)
         if len(others):
             _, place = np.unique(given[others], return_inverse=True)

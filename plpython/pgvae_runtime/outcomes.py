@@ -30,7 +30,7 @@ SHAPES: Mapping[str, str] = {
 }
 _DAY = 86_400.0
 # exp of more is no number of purchases.
-_MOST = 12.0
+MOST_LOG = 12.0
 # So often that the probability is 1; beyond, SQL's exp would refuse to give next to nothing.
 _MOST_RATE = 6.0
 # Probability of no purchase within the horizon, from which on a risk is medium and high.
@@ -108,7 +108,7 @@ def outlook(
     x = behaviour(history, as_of, horizon=horizon_of(weights), targets=targets, types=types)
     centred = x - weights["behaviour_mean"]
     logit = centred @ weights["purchase_behaviour"] + weights["purchase_bias"][0]
-    log_more = np.minimum(centred @ weights["amount_behaviour"] + weights["amount_bias"][0], _MOST)
+    log_more = np.minimum(centred @ weights["amount_behaviour"] + weights["amount_bias"][0], MOST_LOG)
     amount = 1.0 + np.exp(log_more)
     unknown = history.counts == 0
     columns = (sigmoid(logit), amount, weights["item_bias"][0] + weights["item_amount"][0] * np.log(amount))

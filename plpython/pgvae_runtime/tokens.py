@@ -60,8 +60,9 @@ class History:
     """Events of U users, users one after the other, in any order within a user.
 
     `counts` [U] says how many of the N events belong to each user. `item` and `event_type` [N] are rows of the
-    embeddings of that name; `occurred_at` [N] is in seconds since 1970. `features` are the users' own, known without
-    any event; None: they have none. `is_ordered` says that a user's events are in the order of the tokens already.
+    embeddings of that name, or items behind the catalogue, see `of_known_items`; `occurred_at` [N] is in seconds since
+    1970. `features` are the users' own, known without any event; None: they have none. `is_ordered` says that a user's
+    events are in the order of the tokens already.
     """
 
     counts: NDArray[np.int64]

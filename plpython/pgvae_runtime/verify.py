@@ -56,14 +56,14 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
 
 
 def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
-    xp = gpu.cupy if gpu else np
+    module = gpu.cupy if gpu else np
     row: dict[str, Any] = {
         "device": "cuda" if gpu else "cpu",
         "passed": False,
         "golden_users": len(golden.top_items),
         "max_difference": None,
         "top_k_agreement": None,
-        "numpy_version": f"{xp.__name__} {xp.__version__}",
+        "numpy_version": f"{module.__name__} {module.__version__}",
         "blas": _name(gpu) if gpu else blas.library_name(),
         "detail": None,
     }

@@ -21,6 +21,7 @@ from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
     HORIZONS_READ,
+    MOST_LOG,
     Equation,
     Forecast,
     Head,
@@ -325,7 +326,7 @@ def fit_log_linear(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[floa
     if not y.any():
         return _NOTHING, [0.0] * x.shape[1]
     mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-9)
-    fitted = fit_poisson((x - mean) / scale, y, np.full(x.shape[1], 2.0 * _RIDGE))
+    fitted = fit_poisson((x - mean) / scale, y, np.full(x.shape[1], 2.0 * _RIDGE), most=MOST_LOG)
     coefficients = fitted[:-1] / scale
     return float(fitted[-1] - coefficients @ mean), coefficients.tolist()
 

@@ -33,7 +33,7 @@ from pgvae.outcome_windows import (
 from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
-from pgvae_runtime.outcomes import sigmoid
+from pgvae_runtime.outcomes import MOST_LOG, sigmoid
 
 # Penalties of the coefficients, per row and of standardised numbers.
 _RIDGES = (1e-4, 1e-3, 1e-2)
@@ -94,7 +94,7 @@ def _too_few_buyers(seen: Mapping[int, Seen]) -> str:
         if not window.purchases[in_half(window.users, half)].any():
             begin = datetime.fromtimestamp(window.moment, UTC)
             return (
-                f"in the horizon from {begin:%Y-%m-%d} on none of one half of the users bought, so that nothing tells"
+                f"nobody in one half of the users bought in the horizon from {begin:%Y-%m-%d} on, so that nothing tells"
                 " who buys which item"
             )
     return ""
@@ -137,7 +137,7 @@ def _fit(fitting: Sequence[Seen], calibrating: Seen, setting: Setting) -> dict[s
     _, own, bias = min(candidates, key=lambda candidate: candidate[0])
     buyers = y > 0
     more = np.concatenate([seen.window.purchases for seen in fitting])[buyers] - 1.0
-    amount = fit_poisson(standard[buyers], more, np.full(x.shape[1], _AMOUNT_RIDGE))
+    amount = fit_poisson(standard[buyers], more, np.full(x.shape[1], _AMOUNT_RIDGE), most=MOST_LOG)
     expected = _amount(calibrating.behaviour, mean, amount[:-1] / scale, amount[-1])[truth > 0]
     happened = calibrating.window.purchases[truth > 0]
     # As many more than one as there were in the calibrating window.

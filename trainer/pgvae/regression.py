@@ -14,8 +14,8 @@ Floats = NDArray[np.float64]
 Loss = Callable[[Floats], tuple[Floats, Floats, Floats]]
 
 _STEPS = 50
-# exp of more is no rate, and no count of anything.
-_MOST_RATE, _MOST_COUNT = 12.0, 30.0
+# exp of more is no rate of anything.
+_MOST = 12.0
 
 
 def fit_logistic(x: Floats, y: Floats, ridge: Floats) -> Floats:
@@ -41,18 +41,19 @@ def fit_platt(logit: Floats, y: Floats, *, least: float) -> tuple[float, float]:
     return least, float(_newton(np.empty((len(y), 0)), np.zeros(0), lambda eta: _logistic(eta + fixed, y), 0.0)[0])
 
 
-def fit_poisson(x: Floats, y: Floats, ridge: Floats) -> Floats:
+def fit_poisson(x: Floats, y: Floats, ridge: Floats, *, most: float) -> Floats:
     """Gives coefficients and, last, the intercept of a log-linear regression of counts, by Newton's method.
 
-    `ridge` [D] is the penalty of each coefficient, per row and in units of the mean count.
+    `ridge` [D] is the penalty of each coefficient, per row and in units of the mean count; exp of more than `most` is
+    no count of anything.
     """
-    return _newton(x, ridge, lambda eta: _poisson(eta, y), np.log(max(y.mean(), 1e-3)))
+    return _newton(x, ridge, lambda eta: _poisson(eta, y, most), np.log(max(y.mean(), 1e-3)))
 
 
-def _poisson(eta: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+def _poisson(eta: Floats, y: Floats, most: float) -> tuple[Floats, Floats, Floats]:
     # Per unit: the penalty then weighs alike for small and for large counts.
     unit = max(y.mean(), 1e-9)
-    mean = np.exp(np.minimum(eta, _MOST_COUNT))
+    mean = np.exp(np.minimum(eta, most))
     return (mean - y * eta) / unit, (mean - y) / unit, mean / unit
 
 
@@ -75,7 +76,7 @@ def fit_cloglog(x: Floats, y: NDArray[np.bool_], count: Floats, *, least: float)
 def _cloglog(y: NDArray[np.bool_], count: Floats, fixed: Floats | float) -> Loss:
 
     def loss(eta: Floats) -> tuple[Floats, Floats, Floats]:
-        rate = np.exp(np.minimum(eta + fixed, _MOST_RATE))
+        rate = np.exp(np.minimum(eta + fixed, _MOST))
         p = np.maximum(-np.expm1(-rate), 1e-300)
         none = np.exp(-rate)
         value = count * np.where(y, -np.log(p), rate)

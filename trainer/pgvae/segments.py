@@ -31,7 +31,7 @@ from pgvae_runtime.tokens import History
 # Users that centroids are fitted on, and that the silhouette is measured on; of more, so many by chance.
 _MAX_USERS = 20_000
 _MAX_JUDGES = 5_000
-# A segment of fewer users is none, unless so many segments are asked for.
+# Segments of fewer users dissolve, unless their number is asked for.
 _MIN_USERS = 10
 _FEWEST, _MOST = 4, 12
 _RESTARTS = 3
@@ -224,7 +224,8 @@ def _cluster(
     tried = [_lloyd(judges, _seeds(judges, count, generator)) for count in counts for _ in range(_RESTARTS)]
     if not config.segments:
         tried = [_large_ones(judges, centroids) for centroids in tried]
-    return _lloyd(own, max(tried, key=lambda centroids: silhouette(judges, centroids)))
+    found = _lloyd(own, max(tried, key=lambda centroids: silhouette(judges, centroids)))
+    return found if config.segments else _large_ones(own, found)
 
 
 def _large_ones(own: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.float32]:
