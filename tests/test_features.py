@@ -37,7 +37,8 @@ runtime = "pgvae_runtime_{short}"
 fitted = importlib.import_module(runtime + ".features").FeaturePipeline.from_json(json.loads(pipeline))
 types = {types}
 version = SimpleNamespace(
-    model="shop", model_id={model_id}, version_id=1, user_id_type="bigint", user_pipeline=fitted, event_types=types
+    model="shop", model_id={model_id}, version_id=1, user_id_type="bigint", user_pipeline=fitted, event_types=types,
+    catalogue_size=0
 )
 history = importlib.import_module(runtime + ".history")
 if user_key is None:
@@ -566,7 +567,9 @@ def test_all_users_are_read_by_one_query_which_joins_features_only_where_there_a
         execute=lambda plan, values: [{"item_id_type": "bigint"}],
         cursor=lambda plan, values: SimpleNamespace(fetch=lambda count: []),
     )
-    version: Any = SimpleNamespace(model="shop", model_id=1, version_id=1, event_types={}, user_pipeline=pipeline)
+    version: Any = SimpleNamespace(
+        model="shop", model_id=1, version_id=1, event_types={}, user_pipeline=pipeline, catalogue_size=0
+    )
     assert list(read_histories(plpy, version, 10, keys=["an item"])) == []
     reading = [query for query in prepared if "refresh_events" in query]
     assert len(reading) == 1
