@@ -104,7 +104,8 @@ begin
         raise exception 'vae.log_retention is ''%''', setting
             using errcode = 'invalid_parameter_value', hint = 'say for how long the logs are kept, as in: set vae.log_retention = ''1 year''';
     end if;
-    -- What vae.freshness and vae.health read stays, however old: of each view the last refresh, and the last good one.
+    -- What vae.freshness and vae.health read stays, however old: of each view the last refresh, the last good one, and the last that
+    -- found something new or scored all users.
     -- Negated, as the index on refreshes has its numbers: it gives a view's newest first.
     delete from vae.refreshes r
     where r.model_id = id and r.started_at < oldest and r.state <> 'running'
@@ -112,7 +113,8 @@ begin
             select
             from vae.refreshes l
             where l.model_id = r.model_id and l.view = r.view and -l.refresh_id < -r.refresh_id
-                and (l.state = 'succeeded' or r.state = 'failed'));
+                and (l.state = 'succeeded' or r.state = 'failed')
+                and (r.state = 'failed' or not coalesce(r.mode = 'full' or r.scored_count > 0, false) or l.mode = 'full' or l.scored_count > 0));
     -- The last measurement stays, and the first one, with which vae.check_drift compares later ones.
     delete from vae.observations o
     using (

@@ -360,6 +360,12 @@ def test_events_that_no_longer_arrive_show_in_refreshes_that_found_nothing_new(t
     assert status == "warning"
     assert str(detail).startswith("nothing was new of any user between the refreshes of ")
     assert remedy == "see whether what loads the events still runs"
+    # However old the last change is, the log keeps it.
+    with trained.transaction(force_rollback=True):
+        trained.execute("update vae.refreshes set started_at = started_at - interval '91 days'")
+        trained.execute("select vae_private.prune_logs(1)")
+        assert checks(trained)["new events"] == (status, detail, remedy)
+        assert trained.execute("select count(*) from vae.refreshes where view = 'recommendations'").fetchone() == (2,)
     trained.execute("insert into events select user_id, item_id, event_type, now() from events limit 1")
     trained.execute("call vae.refresh('shop', views => array['recommendations'])")
     assert checks(trained)["new events"][0] == "ok"
@@ -490,8 +496,8 @@ def test_old_entries_of_logs_go_and_what_is_read_stays(trained: Connection) -> N
         trained.execute("select * from vae.verify('shop')")
     # What there is at first, and what came later, of which the last entries count.
     trained.execute(
-        "insert into vae.refreshes (model_id, view, state, version, started_at, finished_at, error)"
-        " select 1, view, state, 1, now(), now(), error from (values"
+        "insert into vae.refreshes (model_id, view, state, mode, version, started_at, finished_at, error)"
+        " select 1, view, state, 'full', 1, now(), now(), error from (values"
         " ('recommendations', 'succeeded', null), ('recommendations', 'failed', 'x'),"
         " ('recommendations', 'succeeded', null), ('churn', 'failed', 'x'), ('churn', 'failed', 'no room')"
         ") r (view, state, error)"
@@ -521,7 +527,7 @@ def test_old_entries_of_logs_go_and_what_is_read_stays(trained: Connection) -> N
     trained.execute("set vae.log_retention = '0'")
     trained.execute("call vae.refresh('shop', array['recommendations'])")
     trained.execute("call vae.refresh('shop', array['recommendations'])")
-    assert len(logged(trained)["refreshes"]) == len(after["refreshes"]) + 1
+    assert len(logged(trained)["refreshes"]) == len(after["refreshes"]) + 2
 
 
 @pytest.mark.parametrize("retention", ["for ever", "-1 day", "1000000 years"])
@@ -549,7 +555,8 @@ def test_an_operator_prunes_the_logs_of_its_models_alone(trained: Connection, ro
         operator.execute("set vae.log_retention = '0'")
         operator.execute("call vae.refresh('shop', array['recommendations'])")
         operator.execute("call vae.refresh('shop', array['recommendations'])")
-    assert len(logged(trained)["refreshes"]) == len(before["refreshes"]) + 1
+    # The one that scored all users stays beside the two that found nothing new.
+    assert len(logged(trained)["refreshes"]) == len(before["refreshes"]) + 2
     trained.execute(f"revoke vae_operator from {role}; revoke all on schema shop from {role}")
 
 
