@@ -173,11 +173,9 @@ def read_histories(
 
 def _history_of(rows: Any, numbers: _ItemNumbers, pipeline: FeaturePipeline, all_items: bool) -> History:
     event_type = _elements(rows, "event_types", _INTEGER).astype(np.int64)
-    item = numbers.of(rows)
-    # An event type that the version does not know is left out.
-    known = event_type >= 0
-    if not all_items:
-        known &= item < numbers.catalogue_size
+    item = numbers.of(rows, all_items)
+    # An item or event type that the version does not know is left out.
+    known = (item >= 0) & (event_type >= 0)
     sizes = [
         (len(row["event_types"]) - _ARRAY_HEADER) // _INTEGER.itemsize if row["event_types"] else 0 for row in rows
     ]
@@ -202,7 +200,7 @@ class _ItemNumbers:
 
     def __init__(self, keys: Sequence[str], catalogue_size: int) -> None:
         self._keys = keys
-        self.catalogue_size = catalogue_size
+        self._catalogue_size = catalogue_size
 
     @cached_property
     def _of_texts(self) -> dict[str, int]:
@@ -214,16 +212,15 @@ class _ItemNumbers:
         order = np.argsort(integers)
         return integers[order], order
 
-    def of(self, rows: Any) -> NDArray[np.int64]:
+    def of(self, rows: Any, all_items: bool) -> NDArray[np.int64]:
         """Gives the number of the item of each event of these rows, [N].
 
-        Items outside the catalogue have numbers behind it, alike for alike ones of these rows.
+        Items outside the catalogue have -1 or, with `all_items`, numbers behind it, alike for alike ones of these rows.
         """
         arrays = [row["items"] for row in rows if row["items"]]
         if not arrays or not isinstance(arrays[0], bytes):
-            keys = list(chain.from_iterable(arrays))
-            found = np.fromiter((self._of_texts.get(key, -1) for key in keys), np.int64, count=len(keys))
-            given = np.array(keys, dtype=object)
+            given: Any = list(chain.from_iterable(arrays))
+            found = np.fromiter((self._of_texts.get(key, -1) for key in given), np.int64, count=len(given))
         else:
             known, numbers = self._of_integers
             given = _elements(rows, "items", _BIGINT).astype(np.int64)
@@ -231,10 +228,9 @@ class _ItemNumbers:
             if len(known):
                 place = np.minimum(np.searchsorted(known, given), len(known) - 1)
                 found = np.where(known[place] == given, numbers[place], -1)
-        others = np.flatnonzero(found < 0)
-        if len(others):
-            _, place = np.unique(given[others], return_inverse=True)
-            found[others] = self.catalogue_size + place
+        if all_items and len(others := np.flatnonzero(found < 0)):
+            _, place = np.unique([given[event] for event in others.tolist()], return_inverse=True)
+            found[others] = self._catalogue_size + place
         return found
 
 
