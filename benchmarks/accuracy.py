@@ -207,6 +207,7 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
         max_history=MAX_HISTORY,
         phase="publish",
         epochs=selected.best_epoch,
+        recency=selected.recency,
         shortcut=selected.shortcut,
     )
     curve = [
@@ -219,8 +220,9 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
         "epochs_tried": len(selected.curve),
         "shortcut": asdict(selected.shortcut),
         "future_share": selected.future_share,
+        "recency": selected.recency,
         "validation_ndcg": {
-            f"{choice.way} × {choice.scale:g}" if choice.way else "none": round(ndcg, 5)
+            f"{choice.way} × {choice.scale:g}, recency {choice.recency:g}" if choice.way else "none": round(ndcg, 5)
             for choice, ndcg in selected.judged.items()
         },
         "epoch_seconds": round(float(np.mean([epoch.seconds for epoch in final.curve])), 2),

@@ -19,10 +19,12 @@ from pgvae.dataset import read_dataset
 from pgvae.loop import fit
 from pgvae.simulate import simulate
 from pgvae.simulate.config import SimulationConfig
+from pgvae_runtime import forward
 from pgvae_runtime.explain import Groups, latest, losses
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.tokens import History
 from shop import Shop, refusal
+from test_runtime import random_weights
 
 SHOP = Shop()
 USERS, ITEMS = SHOP.users, SHOP.items
@@ -88,6 +90,36 @@ def test_a_contribution_is_what_a_real_deletion_does(shared_trained: psycopg.Con
         without = odds_without(shared_trained, user, pair, "h.item_id <> %s", [part[1]])
         of_second = {row[1]: row[4] for row in explained(shared_trained, user, pair[1], "item")}
         assert part[4] - of_second[part[1]] == pytest.approx(whole - without, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_contribution_is_what_a_deletion_does_also_of_one_of_several_events_of_an_item(seed: int) -> None:
+    generator, weights, target = np.random.default_rng(seed), random_weights(seed), 7
+    history = History(
+        counts=np.array([12]),
+        item=generator.integers(0, 5, 12),
+        event_type=generator.integers(0, 3, 12),
+        occurred_at=1.7e9 + 86400.0 * generator.integers(0, 6, 12),
+    ).distinct()
+
+    def logit(kept: Any) -> float:
+        part = History(
+            counts=np.array([kept.sum()]),
+            item=history.item[kept],
+            event_type=history.event_type[kept],
+            occurred_at=history.occurred_at[kept],
+        ).tokens(12)
+        logits = forward.decode(weights, forward.encode(weights, part)) - weights["output_bias"]
+        forward.add_shortcut(weights, part, logits)
+        return float(logits[0, target])
+
+    tokens, at = latest(history, 12)
+    for groups in (Groups.by_event(tokens), Groups.by_item(tokens, len(weights["item_embedding"]))):
+        found = losses(weights, tokens, at, groups, np.array([target]))
+        whole = logit(np.ones(len(tokens.item), dtype=bool))
+        assert found.logit[0] == pytest.approx(whole, abs=1e-5)
+        expected = [whole - logit(groups.of != group) for group in range(len(groups.size))]
+        np.testing.assert_allclose(found.of_group, expected, atol=1e-5)
 
 
 def test_deleting_what_is_named_lowers_the_score_more_than_deleting_by_chance(

@@ -144,7 +144,7 @@ def rank(
     module = cupy.RawModule(code=cuda_kernels.SOURCE, options=cuda_kernels.options(4))
     arguments = (
         *(np.int32(items), np.int32(stride), np.int32(k), cupy.asarray(rows), cupy.asarray(bias), nothing, numbers),
-        *(cupy.empty(1, np.int32), numbers, numbers, no_weights, cupy.asarray(start), cupy.asarray(flat)),
+        *(numbers, no_weights, nothing, numbers, no_weights, no_weights, cupy.asarray(start), cupy.asarray(flat)),
         *(cupy.empty(len(flat), np.float32), best, scores),
     )
     module.get_function("rank_items")((users,), (cuda_kernels.THREADS,), arguments)

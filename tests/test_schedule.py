@@ -224,7 +224,7 @@ def test_a_retrained_version_that_is_worse_does_not_go_live(trained: Connection)
         "popularity": "skip",
         "active version": "skip",
     }
-    configs = trained.execute("select config - 'shortcut' from vae.versions order by version").fetchall()
+    configs = trained.execute("select config - 'shortcut' - 'recency' from vae.versions order by version").fetchall()
     assert configs[0] == configs[1]
     assert trained.execute("select distinct model_version from shop.recommendations").fetchall() == [(2,)]
     done = run_here("retrain", "shop", "--refresh", dsn)

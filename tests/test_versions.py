@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pgvae.golden import golden_users
 from pgvae.install import install
 from pgvae.loop import (
     NO_SHORTCUT,
+    RECENCIES,
     SHORTCUT_SCALES,
     VALIDATION_K,
     Fit,
@@ -36,11 +38,12 @@ from pgvae.loop import (
 from pgvae.ranking import Holdout, make_holdout, per_user_metrics
 from pgvae.server import Server
 from pgvae.shortcut import WAYS, Links, shortcuts
+from pgvae.splits import hold_out
 from pgvae.train import Listener
 from pgvae.train import train as run_training
 from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
-from pgvae_runtime.tokens import History
+from pgvae_runtime.tokens import History, order_bucket, recency_of_orders
 from shop import BEGIN, QUICK, SMALL, Shop, train, train_and_activate
 from variants import dataset_of, install_variant, publish_network
 
@@ -306,6 +309,7 @@ def learnable() -> Dataset:
     return dataset_of(events, 200, 40)
 
 
+DAY = 86_400.0
 FAST_LEARNER = TrainingConfig(epochs=40, patience=3, hidden=24, latent=16, batch_size=32, learning_rate=0.01)
 
 
@@ -328,7 +332,8 @@ def test_a_seed_decides_every_bit_whatever_went_before(learnable: Dataset) -> No
     other = trained_on(learnable, seed=8)
     changed = {name for name in first.weights if first.weights[name].tobytes() != other.weights[name].tobytes()}
     # No user has more items than the shortcut counts, so that nothing of it is drawn by chance.
-    drawn = set(first.weights) - {"item_popularity", "shortcut_start", "shortcut_item", "shortcut_weight"}
+    drawn = set(first.weights) - {"item_popularity", "gate_recency"}
+    drawn -= {f"shortcut_{name}" for name in ("start", "item", "weight", "recency")}
     assert changed == {name for name in drawn if first.weights[name].size}
     assert drawn - changed == {"user_feature_embedding"}
 
@@ -360,12 +365,18 @@ def test_early_stopping_gives_the_best_epoch(learnable: Dataset) -> None:
     assert None not in ndcg
     assert stopped.best_epoch == 1 + int(np.argmax(np.array(ndcg, dtype=float)))
     assert stopped.best_epoch < len(stopped.curve) == stopped.best_epoch + FAST_LEARNER.patience
-    # The weights are those of that epoch: without the shortcut they rank as it did, and a training of that many epochs
-    # gives them.
-    none = Links.none(len(before.item_keys)).tensors()
+    # The weights are those of that epoch: without shortcut and recency they rank as it did, and a training of that many
+    # epochs gives them.
+    none = Links.none(len(before.item_keys)).tensors() | {"gate_recency": recency_of_orders(0.0)}
     assert validation_ndcg(validation, stopped.weights | none) == ndcg[stopped.best_epoch - 1]
     straight = fit(
-        before, FAST_LEARNER, max_history=20, phase="publish", epochs=stopped.best_epoch, shortcut=stopped.shortcut
+        before,
+        FAST_LEARNER,
+        max_history=20,
+        phase="publish",
+        epochs=stopped.best_epoch,
+        recency=stopped.recency,
+        shortcut=stopped.shortcut,
     )
     assert same(stopped, straight)
     assert ndcg[stopped.best_epoch - 1] > ndcg[0]
@@ -391,9 +402,9 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     own = without.weights
     ndcg = {NO_SHORTCUT: validation_ndcg(validation, own)}
     for way, links in shortcuts(before, neighbours, config.seed).items():
-        for scale in SHORTCUT_SCALES:
-            choice = ShortcutChoice(way=way, scale=scale)
-            ndcg[choice] = validation_ndcg(validation, with_links(own, links, scale))
+        for recency, scale in product(RECENCIES, SHORTCUT_SCALES):
+            choice = ShortcutChoice(way=way, scale=scale, recency=recency)
+            ndcg[choice] = validation_ndcg(validation, with_links(own, links, choice))
     chosen = validation_ndcg(validation, fitted.weights)
     assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
     # Equal but for the last bit of a score.
@@ -401,13 +412,69 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     assert fitted.judged[fitted.shortcut] == max(fitted.judged.values())
 
 
+def wanderers(*, in_order: bool) -> Dataset:
+    """Gives users who go from an item to the next one, or begin anew anywhere: where they are says what comes next."""
+    generator = np.random.default_rng(1)
+    events = []
+    for user in range(400):
+        item = int(generator.integers(0, 60))
+        for moment in range(12):
+            events.append((user, item, 1, DAY * moment if in_order else 0.0))
+            item = (item + 1) % 60 if generator.random() < 0.6 else int(generator.integers(0, 60))
+    return dataset_of(events, 400, 60)
+
+
+def test_the_recency_is_the_one_that_ranks_best_on_the_validation_part() -> None:
+    whole = wanderers(in_order=True)
+    before = whole.between(-np.inf, 11 * DAY)
+    validation = make_holdout(before, whole.between(11 * DAY, np.inf))
+    config = replace(FAST_LEARNER, epochs=8)
+
+    def fitted(*without: str) -> Fit:
+        own = replace(config, without=without)
+        return fit(before, own, max_history=20, phase="evaluate", validation=validation)
+
+    found = fitted()
+    assert found.recency > 0
+    assert found.shortcut.recency > 0
+    np.testing.assert_array_equal(found.weights["gate_recency"], recency_of_orders(found.recency))
+    np.testing.assert_array_equal(found.weights["shortcut_recency"], recency_of_orders(found.shortcut.recency))
+    flat = {"gate_recency": recency_of_orders(0.0), "shortcut_recency": recency_of_orders(0.0)}
+    assert validation_ndcg(validation, found.weights) > 1.2 * validation_ndcg(validation, found.weights | flat)
+    assert {choice.recency for choice in found.judged if choice.way} == set(RECENCIES)
+    unordered = fitted("order")
+    assert (unordered.recency, unordered.shortcut.recency) == (0.0, 0.0)
+    assert fitted("encoder_attention").recency == 0.0
+
+
+def test_where_nothing_has_an_order_nothing_fades() -> None:
+    whole = wanderers(in_order=False)
+    before, after = hold_out(whole, np.arange(0, 400 * 60, 60) + whole.item[::12])
+    validation = make_holdout(before, after)
+    found = fit(before, replace(FAST_LEARNER, epochs=2), max_history=20, phase="evaluate", validation=validation)
+    assert (found.recency, found.shortcut.recency) == (0.0, 0.0)
+    assert {choice.recency for choice in found.judged} == {0.0}
+
+
+def test_a_bucket_of_orders_fades_as_the_number_in_its_middle() -> None:
+    np.testing.assert_array_equal(recency_of_orders(0.0), 1.0)
+    fading = recency_of_orders(1.0)
+    np.testing.assert_allclose(fading[:5], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    moments = np.arange(1, 100)
+    np.testing.assert_allclose(fading[order_bucket(moments)], 1 / (1 + moments), rtol=0.51)
+    assert (np.diff(fading) < 0).all()
+
+
 def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_share(learnable: Dataset) -> None:
     own = fit(learnable, replace(FAST_LEARNER, neighbours=0), max_history=20, phase="publish", epochs=2).weights
     links = shortcuts(learnable, 64, seed=1, ways=["regression_30"])["regression_30"]
     history = learnable.history(np.arange(200))
-    plain = scorer(with_links(own, links, 4.0), 20)(history)
+    light, heavy = (
+        with_links(own, links, ShortcutChoice(way="regression_30", scale=scale, recency=1.0)) for scale in (4.0, 128.0)
+    )
+    links = links.fading(1.0)
+    plain = scorer(light, 20)(history)
     np.testing.assert_array_equal(plain, scorer(own | links.tensors(4.0), 20)(history))
-    heavy = with_links(own, links, 128.0)
     scores = scorer(heavy, 20)(history)
     assert (scores > 0).all()
     logits = forward.decode(own, forward.encode(own, history.tokens(20))).astype(np.float64)
@@ -419,7 +486,7 @@ def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_sh
     np.testing.assert_allclose(apart, np.broadcast_to(apart[:, :1], apart.shape), atol=1e-3)
     # The scores that a database must give again are those of these weights.
     config = replace(FAST_LEARNER, neighbours=64)
-    for weights in (with_links(own, links, 4.0), heavy):
+    for weights in (light, heavy):
         golden = golden_users(learnable, config, weights, max_history=20)
         known = [user for user in golden if user.items]
         assert len(known) > 20

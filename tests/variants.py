@@ -28,7 +28,7 @@ from pgvae.publish import publish
 from pgvae.shortcut import Links
 from pgvae.transfer import _digest, read_file
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeatureColumn, FeaturePipeline
-from pgvae_runtime.tokens import History
+from pgvae_runtime.tokens import ORDER_BUCKETS, History
 
 
 def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
@@ -49,6 +49,8 @@ def random_network(dataset: Dataset, config: TrainingConfig, seed: int) -> Atten
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(parameter.shape[-1], 1) ** -0.5)
+        recency = network.get_buffer("gate_recency")
+        recency.copy_(0.1 + torch.rand(recency.shape, generator=generator))
     return network.eval()
 
 
@@ -61,6 +63,7 @@ def random_links(dataset: Dataset, seed: int) -> Links:
         start=np.searchsorted(owner, np.arange(items + 1)).astype(np.int32),
         item=generator.integers(0, items, len(owner)).astype(np.int32),
         weight=generator.normal(0, 0.5, len(owner)).astype(np.float32),
+        recency=0.1 + generator.random(ORDER_BUCKETS, dtype=np.float32),
     )
 
 
@@ -143,10 +146,10 @@ def torch_scores(network: AttentionVae, links: Links, history: History, max_hist
         linked, weight = torch.from_numpy(links.item.astype(np.int64)), torch.from_numpy(links.weight).double()
         dense.index_put_((owner, linked), weight, accumulate=True)
         held = torch.zeros(tokens.user_count, len(cold), dtype=torch.float64)
-        user = tokens.users()
-        held[torch.from_numpy(user), torch.from_numpy(tokens.item)] = 1.0
-        # An item counts once, and a user with more items no more than one with fewer.
-        held /= held.sum(dim=1, keepdim=True).clamp_min(1.0).sqrt()
+        # An item counts once, by its latest event, and a user with more items no more than one with fewer.
+        for user, item, order in zip(tokens.users().tolist(), tokens.item.tolist(), tokens.order.tolist(), strict=True):
+            held[user, item] = float(links.recency[order])
+        held /= held.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
         return torch.softmax(logits + bias + held @ dense, dim=1).float().numpy()
 
 
@@ -168,7 +171,7 @@ def network_of_active_version(
     weights = {name: np.frombuffer(data, dtype).reshape(shape).copy() for name, (dtype, shape, data) in parts.items()}
     dataset = replace(read_dataset(connection, model), item_pipeline=NO_FEATURES)
     latent, hidden = weights["mean_weight"].shape
-    links = Links(**{name: weights.pop(f"shortcut_{name}") for name in ("start", "item", "weight")})
+    links = Links(**{name: weights.pop(f"shortcut_{name}") for name in ("start", "item", "weight", "recency")})
     length = np.linalg.norm(weights["output_weight"], axis=1)
     config = TrainingConfig(hidden=hidden, latent=latent, temperature=1 / float(length.mean()))
     np.testing.assert_allclose(length, length.mean(), rtol=1e-5)

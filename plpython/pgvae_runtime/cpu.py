@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blas
-from .forward import decode_direction, mean_of_features, mean_of_latent, softmax, top_k
+from .forward import decode_direction, linked_items, mean_of_features, mean_of_latent, softmax, top_k
 from .scoring import seen_columns, unknown_users
 from .store import Version
 from .tokens import History, Tokens, pieces, starts
@@ -241,7 +241,7 @@ class CpuScorer:
         """Gives the directions of U users whose events do not repeat, [U, Z], and what of the shortcut is theirs."""
         tokens = history.tokens(self._version.max_history)
         direction = decode_direction(self._weights, mean_of_latent(self._weights, self._pool(tokens)))
-        return direction, self._links_of(tokens) if self._links is not None else None
+        return direction, linked_items(self._weights, tokens) if self._links is not None else None
 
     def _tiles(self, users: int) -> Iterator[tuple[int, int]]:
         """Gives the first user of each tile, and the one behind its last."""
@@ -255,7 +255,7 @@ class CpuScorer:
         gates = self._gates["item"][tokens.item]
         for name in ("event_type", "age", "order"):
             gates += self._gates[name][getattr(tokens, name)]
-        gates = 0.5 * (1.0 + np.tanh(0.5 * gates))
+        gates = 0.5 * (1.0 + np.tanh(0.5 * gates)) * weights["gate_recency"][tokens.order]
         user = tokens.users()
         pooled = np.zeros((users, width), dtype=np.float32)
         for first, last in pieces(tokens.start[1:], _TOKENS_AT_ONCE):
@@ -275,15 +275,6 @@ class CpuScorer:
         pooled *= np.float32(np.sqrt(width))
         return pooled
 
-    def _links_of(self, tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-        """Gives the user, item and share of each different (user, item) pair."""
-        user = tokens.users()
-        known = len(self._weights["item_embedding"])
-        user, item = np.divmod(np.unique(user * known + tokens.item), known)
-        count = np.bincount(user, minlength=tokens.user_count)
-        share = (np.maximum(count, 1) ** -0.5).astype(np.float32)
-        return user, item, share
-
     def _without_product(self, links: Any, first: int, last: int) -> Floats:
         """Gives the logits of the users first to last, as far as they are bias and shortcut, in the tile's buffer."""
         logits = self._logits[: last - first]
@@ -302,12 +293,11 @@ class CpuScorer:
         assert self._links is not None
         user, item, share = links
         own = slice(*np.searchsorted(user, (first, last)))
-        user, item = user[own] - first, item[own]
-        share = share[first:last]
+        user, item, share = user[own] - first, item[own], share[own]
         count = np.bincount(user, minlength=last - first)
         place = np.arange(len(user)) - np.repeat(starts(count)[:-1], count)
         order = np.argsort(place, kind="stable")
-        user, item, place = user[order], item[order], place[order]
+        user, item, share, place = user[order], item[order], share[order], place[order]
         segments = self._links.start[item + 1] - self._links.start[item]
         end = starts(segments)
         cells = logits.reshape(-1)
@@ -317,10 +307,9 @@ class CpuScorer:
                 continue
             pair = np.repeat(np.arange(begin, finish), segments[begin:finish])
             segment = np.arange(base, base + total) + (self._links.start[item] - end[:-1])[pair]
-            row = user[pair]
-            cell = self._links.item.take(segment, axis=0) + (row * self._shape.stride)[:, None]
+            cell = self._links.item.take(segment, axis=0) + (user[pair] * self._shape.stride)[:, None]
             weight = self._links.weight.take(segment, axis=0)
-            weight *= share[row][:, None]
+            weight *= share[pair][:, None]
             # Within such a piece, one place after the other.
             changes = np.flatnonzero(np.diff(place[pair])) + 1
             for left, right in pairwise((0, *changes.tolist(), total)):

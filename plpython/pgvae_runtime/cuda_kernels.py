@@ -134,7 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) pool_histories(
     int users, const int* token_start, const int* token_item, const int* token_kind, const int* feature_start,
     const int* feature, const float* item_embedding, const float* event_type_embedding, const float* age_embedding,
     const float* order_embedding, const float* user_feature_embedding, const float* gate_weight, const float* gate_bias,
-    const float* event_type_gate, const float* age_gate, const float* order_gate, float* pooled)
+    const float* event_type_gate, const float* age_gate, const float* order_gate, const float* gate_recency,
+    float* pooled)
 {
     const int user = blockIdx.x * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -162,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pool_histories(
                     + age_embedding[age * WIDTH + z] + order_embedding[order * WIDTH + z];
             logit += h[i] * weight[i];
         }
-        const float gate = sigmoid(
+        const float gate = gate_recency[order] * sigmoid(
             warp_sum(logit) + gate_bias[0] + event_type_gate[type] + age_gate[age] + order_gate[order]);
         squares += gate * gate;
 #pragma unroll
@@ -263,8 +264,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) to_halves(
 // entry per token and per seen item.
 extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
     int items, int stride, int k, float* logits, const float* bias, const int* token_start, const int* token_item,
-    int* counted, const int* link_start, const int* link_item, const float* link_weight, const int* seen_start,
-    const int* seen_item, float* seen_logit, int* best_item, float* best_score)
+    const int* token_kind, float* counted, const int* link_start, const int* link_item, const float* link_weight,
+    const float* link_recency, const int* seen_start, const int* seen_item, float* seen_logit, int* best_item,
+    float* best_score)
 {
     __shared__ ranked candidate[CANDIDATES];
     __shared__ int histogram[256];
@@ -276,19 +278,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank_items(
 
     // The shortcut. One item after the other, so that no two threads add to the same logit in an order of chance.
     const int begin = token_start[user], end = token_start[user + 1];
-    float different = 0.0f;
+    float squares = 0.0f;
     for (int token = begin + thread; token < end; token += THREADS) {
-        int earlier = begin;
-        while (token_item[earlier] != token_item[token])
-            ++earlier;
-        counted[token] = earlier == token;
-        different += earlier == token;
+        int later = token + 1;
+        while (later < end && token_item[later] != token_item[token])
+            ++later;
+        // An item counts once, by its latest event.
+        const float recency = later == end ? link_recency[token_kind[token] & 15] : 0.0f;
+        counted[token] = recency;
+        squares += recency * recency;
     }
-    const float share = 1.0f / sqrtf(fmaxf(block_sum(different, partial), 1.0f));
+    const float norm = fmaxf(sqrtf(block_sum(squares, partial)), TINY);
     for (int token = begin; token < end; ++token) {
-        if (!counted[token])
+        if (counted[token] == 0.0f)
             continue;
         const int item = token_item[token];
+        const float share = counted[token] / norm;
         for (int link = link_start[item] + thread; link < link_start[item + 1]; link += THREADS)
             // Atomic for a version whose links of one item name another one twice.
             atomicAdd(&row[link_item[link]], share * link_weight[link]);

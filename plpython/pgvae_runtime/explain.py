@@ -135,20 +135,25 @@ def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target
             features.counts() > 0,
         )
     counts = np.diff(tokens.start)
-    shortcut, without, shortcut_of = _shortcut(weights, tokens, groups, target)
+    linked = _linked(weights, tokens, target)
+    without = np.zeros(len(groups.size))
 
     whole = _cosine(weights, totals, own, has_features | (counts > 0), target)
     for first, last in _blocks(counts[groups.user]):
         user = groups.user[first:last]
-        sums = totals[user] - removed[first:last] + _moved(weights, tokens, at, values, groups, first, last)
+        left_over = _left_over(tokens, at, groups, first, last)
+        sums = totals[user] - removed[first:last] + _moved(weights, tokens, values, left_over)
         left = counts[user] - groups.size[first:last]
         sums[left == 0] = 0.0
-        without[first:last] += _cosine(weights, sums, own[user], has_features[user] | (left > 0), target[user])
+        without[first:last] = _cosine(weights, sums, own[user], has_features[user] | (left > 0), target[user])
+        without[first:last] += _shortcut_of(weights, linked, left_over, groups.last[first:last])
     bare = whole
     if has_features.any():
         bare = np.where(has_features, _cosine(weights, totals, np.zeros_like(own), counts > 0, target), whole)
-    logit = whole + shortcut
-    return Losses(logit=logit, of_group=logit[groups.user] - without, of_features=whole - bare, shortcut_of=shortcut_of)
+    logit = whole + linked.whole
+    return Losses(
+        logit=logit, of_group=logit[groups.user] - without, of_features=whole - bare, shortcut_of=linked.by_token
+    )
 
 
 def explain_item(weights: Weights, history: History, target: int, *, max_history: int, by_item: bool) -> list[Row]:
@@ -238,12 +243,21 @@ def _cosine(weights: Weights, sums: Floats, own: Floats, known: NDArray[np.bool_
     return np.where(known, cosine, 0.0).astype(np.float64)
 
 
-def _moved(
-    weights: Weights, tokens: Tokens, at: Doubles, values: Floats, groups: Groups, first: int, last: int
-) -> Floats:
-    """Gives by how much the sums of the groups from `first` to `last` change since other tokens are of another age or
-    order, [last - first, Z + 1].
+@dataclass(frozen=True, kw_only=True)
+class _LeftOver:
+    """The M tokens that are left without each of V groups, one group after the other, with the age and the order that
+    they then have: token[m] is left without group[m].
     """
+
+    count: int
+    group: Integers
+    token: Integers
+    age: Integers
+    order: Integers
+
+
+def _left_over(tokens: Tokens, at: Doubles, groups: Groups, first: int, last: int) -> _LeftOver:
+    """Gives what is left without each of the groups from `first` to `last`."""
     variants = last - first
     user = groups.user[first:last]
     counts = np.diff(tokens.start)[user]
@@ -255,35 +269,84 @@ def _moved(
     time = at[token]
     moment = np.cumsum(np.diff(time, prepend=-np.inf) != 0)
     end = np.repeat(np.cumsum(counts) - 1, counts)
-    age, order = age_bucket(time[end] - time), order_bucket(moment[end] - moment)
-    other = np.flatnonzero((age != tokens.age[token]) | (order != tokens.order[token]))
+    return _LeftOver(
+        count=variants,
+        group=variant,
+        token=token,
+        age=age_bucket(time[end] - time),
+        order=order_bucket(moment[end] - moment),
+    )
+
+
+def _moved(weights: Weights, tokens: Tokens, values: Floats, left: _LeftOver) -> Floats:
+    """Gives by how much the sums change without each group since other tokens are of another age or order,
+    [V, Z + 1].
+    """
+    other = np.flatnonzero((left.age != tokens.age[left.token]) | (left.order != tokens.order[left.token]))
+    token = left.token[other]
     moved = Tokens(
         start=np.array([0, len(other)]),
-        item=tokens.item[token[other]],
-        event_type=tokens.event_type[token[other]],
-        age=age[other],
-        order=order[other],
+        item=tokens.item[token],
+        event_type=tokens.event_type[token],
+        age=left.age[other],
+        order=left.order[other],
     )
     anew = _gated(weights, moved, forward.embed(weights, moved))
-    start = np.searchsorted(variant[other], np.arange(variants + 1))
-    sums: Floats = forward.sum_rows(start, anew - values[token[other]])
+    start = np.searchsorted(left.group[other], np.arange(left.count + 1))
+    sums: Floats = forward.sum_rows(start, anew - values[token])
     return sums
 
 
-def _shortcut(weights: Weights, tokens: Tokens, groups: Groups, target: Integers) -> tuple[Doubles, Doubles, Doubles]:
-    """Gives the shortcut's part of the logits, [U], what is left of it without each group, [G], and by token, [N]."""
+@dataclass(frozen=True, kw_only=True)
+class _Linked:
+    """What the shortcut makes of N tokens: `link` [N] is the weight of the item's link to the target, `next` [N] the
+    user's next token of the same item, -1 where there is none; `whole` [U] is its part of the logits, `by_token` [N]
+    that of each token.
+    """
+
+    link: Doubles
+    next: Integers
+    whole: Doubles
+    by_token: Doubles
+
+
+def _linked(weights: Weights, tokens: Tokens, target: Integers) -> _Linked:
     known = len(weights["shortcut_start"]) - 1
-    pairs, place, times = np.unique(tokens.users() * known + tokens.item, return_inverse=True, return_counts=True)
-    user, item = np.divmod(pairs, known)
-    weight = _links(weights, item, target[user])
-    count = np.maximum(np.bincount(user, minlength=tokens.user_count), 1)
-    total = np.bincount(user, weights=weight, minlength=tokens.user_count)
-    # An item of a group is gone once all its tokens are.
-    own, pair = groups.user, place[groups.last]
-    is_gone = groups.size == times[pair]
-    left = (total[own] - np.where(is_gone, weight[pair], 0.0)) / np.sqrt(np.maximum(count[own] - is_gone, 1))
-    by_token = (weight / times)[place] / np.sqrt(count[tokens.users()])
-    return total / np.sqrt(count), left, by_token
+    user = tokens.users()
+    pairs, place, times = np.unique(user * known + tokens.item, return_inverse=True, return_counts=True)
+    owner, item = np.divmod(pairs, known)
+    link = _links(weights, item, target[owner])[place]
+    following = np.full(len(place), -1)
+    order = np.argsort(place, kind="stable")
+    again = place[order[1:]] == place[order[:-1]]
+    following[order[:-1][again]] = order[1:][again]
+    # An item counts by its latest event, and what it adds is its events' in equal parts.
+    recency = np.where(following < 0, weights["shortcut_recency"][tokens.order].astype(np.float64), 0.0)
+    added: Doubles = recency * link / _norms(user, recency, tokens.user_count)[user]
+    of_item: Doubles = np.bincount(place, weights=added, minlength=len(times)) / times
+    return _Linked(
+        link=link,
+        next=following,
+        whole=np.bincount(user, weights=added, minlength=tokens.user_count).astype(np.float64),
+        by_token=of_item[place],
+    )
+
+
+def _shortcut_of(weights: Weights, linked: _Linked, left: _LeftOver, last: Integers) -> Doubles:
+    """Gives the shortcut's part of the logits of what is left without each group, [V], whose last tokens are `last`."""
+    # Where an item's latest event is gone, the one before it is the latest.
+    gone = np.where(linked.next[last] < 0, last, len(linked.next))
+    following = linked.next[left.token]
+    is_latest = (following < 0) | (following == gone[left.group])
+    group, token = left.group[is_latest], left.token[is_latest]
+    recency = weights["shortcut_recency"][left.order[is_latest]].astype(np.float64)
+    sums = np.bincount(group, weights=recency * linked.link[token], minlength=left.count)
+    return sums / _norms(group, recency, left.count)
+
+
+def _norms(owner: Integers, values: Doubles, count: int) -> Doubles:
+    """Gives the length of each owner's vector of values, [count], and a little more than 0 where it has none."""
+    return np.maximum(np.sqrt(np.bincount(owner, weights=values * values, minlength=count)), 1e-12)
 
 
 def _links(weights: Weights, item: Integers, target: Integers) -> Doubles:

@@ -19,7 +19,7 @@ from .tokens import Tokens
 Array = NDArray[Any]
 Weights = Mapping[str, Array]
 
-FORMAT = 2
+FORMAT = 3
 SHAPES: Mapping[str, str] = {
     "item_embedding": "IZ",
     "event_type_embedding": "TZ",
@@ -31,6 +31,7 @@ SHAPES: Mapping[str, str] = {
     "event_type_gate": "T",
     "age_gate": "A",
     "order_gate": "O",
+    "gate_recency": "O",
     "encoder_weight": "HZ",
     "encoder_bias": "H",
     "mean_weight": "ZH",
@@ -48,6 +49,7 @@ SHAPES: Mapping[str, str] = {
     "shortcut_start": "J",
     "shortcut_item": "L",
     "shortcut_weight": "L",
+    "shortcut_recency": "O",
 }
 # All others are float32.
 INTEGERS = frozenset({"shortcut_start", "shortcut_item"})
@@ -71,14 +73,15 @@ def embed(weights: Weights, tokens: Tokens) -> Array:
 
 
 def encoder_gates(weights: Weights, tokens: Tokens, embedded: Array) -> Array:
-    """Gives the attention gate a_i = sigmoid(W_a h_i + b_a + type + age + order) of each token, shape [N]."""
-    return sigmoid(
+    """Gives the attention gate a_i = recency · sigmoid(W_a h_i + b_a + type + age + order) of each token, shape [N]."""
+    gates: Array = weights["gate_recency"][tokens.order] * sigmoid(
         embedded @ weights["encoder_gate_weight"]
         + weights["encoder_gate_bias"]
         + weights["event_type_gate"][tokens.event_type]
         + weights["age_gate"][tokens.age]
         + weights["order_gate"][tokens.order],
     )
+    return gates
 
 
 def sum_rows(start: Any, values: Array) -> Array:
@@ -145,12 +148,22 @@ def decode(weights: Weights, z: Array) -> Array:
     return logits
 
 
+def linked_items(weights: Weights, tokens: Tokens) -> tuple[Array, Array, Array]:
+    """Gives user, item and w_i / sqrt(sum w_i^2) of each different item of the histories, users in order."""
+    latest = tokens.latest_of_items()
+    user, item = tokens.users()[latest], tokens.item[latest]
+    recency = weights["shortcut_recency"][tokens.order[latest]]
+    norms = np.sqrt(np.bincount(user, weights=recency * recency, minlength=tokens.user_count)).astype(np.float32)
+    return user, item, recency / np.maximum(norms, _TINY)[user]
+
+
 # Sums, and links that are added up, of a block: 8 MB of float64, and 50 bytes a link.
 _SHORTCUT_BLOCK = 1_000_000
 
 
 def add_shortcut(weights: Weights, tokens: Tokens, logits: Array) -> None:
-    """Adds to the logits, [U, I], in place, the sum of S[i, j] over the n different items i of a history, over sqrt(n).
+    """Adds to the logits, [U, I], in place, the sum of w_i S[i, j] over the different items i of a history, over
+    sqrt(sum w_i^2), with the recency w_i of the latest event of an item.
 
     An item counts once: three purchases of it do not foretell three times as much. Item i's links are shortcut_start[i]
     to shortcut_start[i + 1].
@@ -159,10 +172,8 @@ def add_shortcut(weights: Weights, tokens: Tokens, logits: Array) -> None:
     if not len(linked) or not len(tokens.item):
         return
     # The catalogue may be larger than what is ranked.
-    items, known = logits.shape[1], len(start) - 1
-    pairs = np.unique(tokens.users() * known + tokens.item)
-    user, item = pairs // known, pairs % known
-    share = (np.bincount(user)[user] ** -0.5).astype(np.float32)
+    items = logits.shape[1]
+    user, item, share = linked_items(weights, tokens)
     counts = start[item + 1] - start[item]
     # Blocks of items, not of users: a best seller can have a link to every item.
     work = np.cumsum(counts + items * np.diff(user, prepend=user[0] - 1))

@@ -51,9 +51,10 @@ _SLOTS = 2
 
 _TENSORS = (
     *("item_embedding", "event_type_embedding", "age_embedding", "order_embedding", "user_feature_embedding"),
-    *("encoder_gate_weight", "encoder_gate_bias", "event_type_gate", "age_gate", "order_gate"),
+    *("encoder_gate_weight", "encoder_gate_bias", "event_type_gate", "age_gate", "order_gate", "gate_recency"),
     *("encoder_weight", "encoder_bias", "mean_weight", "mean_bias", "decoder_gate_weight", "decoder_gate_bias"),
-    *("decoder_weight", "decoder_bias", "decoder_output_weight", "shortcut_start", "shortcut_item", "shortcut_weight"),
+    *("decoder_weight", "decoder_bias", "decoder_output_weight"),
+    *("shortcut_start", "shortcut_item", "shortcut_weight", "shortcut_recency"),
 )
 
 # Scorers of this session that hold memory of the device.
@@ -247,7 +248,7 @@ class GpuScorer:
             *(w[f"{name}_embedding"] for name in ("item", "event_type", "age", "order", "user_feature")),
             *(w["encoder_gate_weight"], w["encoder_gate_bias"]),
             *(w[f"{name}_gate"] for name in ("event_type", "age", "order")),
-            pooled,
+            *(w["gate_recency"], pooled),
         )
         self._product(slot.handle, pooled, w["encoder_weight"], hidden, self._hidden)
         self._launch("tanh_layer", hidden_blocks, hidden_size, columns, hidden, w["encoder_bias"])
@@ -268,9 +269,9 @@ class GpuScorer:
         half = users * self._k
         self._launch(
             *("rank_items", users, np.int32(self._items), np.int32(self._stride), np.int32(self._k), slot.logits),
-            *(self._bias, token_start, token_item, slot.scratch(len(token_item), np.int32)),
-            *(w["shortcut_start"], w["shortcut_item"], w["shortcut_weight"], seen_start, seen_item),
-            slot.scratch(len(seen_item), np.float32),
+            *(self._bias, token_start, token_item, kind, slot.scratch("tokens", len(token_item))),
+            *(w[f"shortcut_{name}"] for name in ("start", "item", "weight", "recency")),
+            *(seen_start, seen_item, slot.scratch("seen", len(seen_item))),
             *(slot.best[:half], slot.best[half : 2 * half].view(np.float32)),
         )
 
@@ -305,7 +306,7 @@ class _Slot:
         self.results = self._host(2 * users * scorer._k)
         self._inputs: Any = None
         self._staging: Any = None
-        self._scratch: dict[Any, Any] = {}
+        self._scratch: dict[str, Any] = {}
 
     def close(self) -> None:
         """Waits for what is queued, and gives back what is cuBLAS's."""
@@ -331,12 +332,12 @@ class _Slot:
         """Copies the first numbers of `best` into `results` once the stream comes to it."""
         self._copy(self.results.ctypes.data, self.best.data.ptr, 4 * size, _TO_HOST)
 
-    def scratch(self, size: int, dtype: Any) -> Any:
-        """Gives at least so many numbers, whatever they are."""
-        found = self._scratch.get(dtype)
+    def scratch(self, name: str, size: int) -> Any:
+        """Gives at least so many float32 numbers, whatever they are; those of another name are others."""
+        found = self._scratch.get(name)
         if found is None or len(found) < size:
-            self._scratch[dtype] = None
-            found = self._scratch[dtype] = self._cupy.empty(size + size // 2 + 1, dtype)
+            self._scratch[name] = None
+            found = self._scratch[name] = self._cupy.empty(size + size // 2 + 1, np.float32)
         return found
 
     def _copy(self, target: int, source: int, size: int, kind: int) -> None:

@@ -42,6 +42,15 @@ class Tokens:
         """Gives the user's number of each token, shape [N]."""
         return np.repeat(np.arange(self.user_count), np.diff(self.start))
 
+    def latest_of_items(self) -> NDArray[np.bool_]:
+        """Says which tokens are the latest of their user and item, shape [N]."""
+        is_latest = np.zeros(len(self.item), dtype=bool)
+        pairs = self.users() * (self.item.max(initial=0) + 1) + self.item
+        order = np.argsort(pairs, kind="stable")
+        pairs = pairs[order]
+        is_latest[order[np.append(pairs[1:] != pairs[:-1], True)[: len(pairs)]]] = True
+        return is_latest
+
 
 def age_bucket(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Gives floor(log2(1 + age in days)), at most AGE_BUCKETS - 1, for ages in seconds, shape [N]."""
@@ -53,6 +62,16 @@ def order_bucket(moments: NDArray[np.int64]) -> NDArray[np.int64]:
     """Gives the bucket of how many of the user's moments came after an event's: 0 to 4, then by powers of 2, [N]."""
     bucket = np.where(moments < 5, moments, 3 + np.log2(np.maximum(moments, 1)).astype(np.int64))
     return np.minimum(bucket, ORDER_BUCKETS - 1)
+
+
+def recency_of_orders(exponent: float) -> NDArray[np.float32]:
+    """Gives (1 + m)^-exponent of each order bucket, [O], for the m moments of a user that came after an event's.
+
+    A bucket of several numbers stands for the one in its middle.
+    """
+    buckets = np.arange(ORDER_BUCKETS)
+    moments = np.where(buckets < 5, buckets, 1.5 * 2.0 ** (buckets - 3))
+    return ((1.0 + moments) ** -exponent).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

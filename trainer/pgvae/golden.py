@@ -115,12 +115,15 @@ def _scores(
     length = float(np.linalg.norm(weights["output_weight"].astype(np.float64), axis=1).mean())
     logits = direction @ network.item_directions(np.arange(items)).T * length + network.output_bias
     start, linked = weights["shortcut_start"], torch.from_numpy(weights["shortcut_item"].astype(np.int64))
-    weight = torch.from_numpy(weights["shortcut_weight"]).double()
+    weight, recency = (torch.from_numpy(weights[f"shortcut_{name}"]).double() for name in ("weight", "recency"))
     for user in range(tokens.user_count):
-        different = np.unique(tokens.item[tokens.start[user] : tokens.start[user + 1]])
-        for item in different:
+        events = slice(int(tokens.start[user]), int(tokens.start[user + 1]))
+        # The latest event of an item is the last of its tokens.
+        orders = dict(zip(tokens.item[events].tolist(), tokens.order[events].tolist(), strict=True))
+        norm = sum(recency[order] ** 2 for order in orders.values()) ** 0.5
+        for item, order in orders.items():
             links = slice(int(start[item]), int(start[item + 1]))
-            logits[user].index_add_(0, linked[links], weight[links] * len(different) ** -0.5)
+            logits[user].index_add_(0, linked[links], weight[links] * recency[order] / norm)
     scores: NDArray[np.float64] = torch.softmax(logits, dim=1).numpy()
     unknown = history.counts == 0
     if history.features is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from pgvae.shortcut import Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
-from pgvae_runtime.tokens import History
+from pgvae_runtime.tokens import History, recency_of_orders
 
 VALIDATION_K = 20
 # After so many steps a future_share is chosen: on all data that was tried the better one led from then on.
@@ -43,6 +44,8 @@ _CHOOSING_STEPS = 200
 _VALIDATION_USERS = 5000
 # How much the shortcut's links weigh beside the decoder's logits; the validation part chooses.
 SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+# How fast events fade, in gates and in links: (1 + moments after it)^-exponent. The validation part chooses.
+RECENCIES = (0.0, 0.5, 1.0)
 # From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
 _MOST_SCALE = 16.0
 # Parameters that all users share move by this share of the learning rate.
@@ -55,10 +58,13 @@ _EXPLODED = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutChoice:
-    """One of the ways of pgvae.shortcut, and how much it weighs beside the decoder; no way, no shortcut."""
+    """One of the ways of pgvae.shortcut, how much it weighs beside the decoder, and how fast items fade in it; no way,
+    no shortcut.
+    """
 
     way: str | None
     scale: float
+    recency: float = 0.0
 
 
 NO_SHORTCUT = ShortcutChoice(way=None, scale=0.0)
@@ -70,8 +76,9 @@ DEFAULT_SHORTCUT = ShortcutChoice(way="cooccurrence", scale=4.0)
 class Fit:
     """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve.
 
-    `future_share` is what it was trained with, None where nothing could be chosen or was given. `judged` holds the
-    validation part's NDCG of each shortcut that was tried, where one was to be chosen.
+    `future_share` is what it was trained with, None where nothing could be chosen or was given, and `recency` is how
+    fast events fade in the encoder. `judged` holds the validation part's NDCG of each shortcut that was tried, where
+    one was to be chosen.
     """
 
     weights: dict[str, NDArray[Any]]
@@ -79,6 +86,7 @@ class Fit:
     curve: list[Epoch]
     shortcut: ShortcutChoice
     future_share: float | None = None
+    recency: float = 0.0
     judged: dict[ShortcutChoice, float] = field(default_factory=dict)
 
 
@@ -89,6 +97,7 @@ def fit(
     max_history: int,
     phase: str,
     epochs: int | None = None,
+    recency: float = 0.0,
     shortcut: ShortcutChoice = DEFAULT_SHORTCUT,
     validation: Holdout | None = None,
     checkpoints: Checkpoints | None = None,
@@ -97,7 +106,7 @@ def fit(
     """Trains on all users of a dataset, from the last checkpoint of the same training where there is one.
 
     With a validation holdout, trains with the `future_share` that ranks better there, unless one is given, and keeps
-    the epoch that ranks best, and then the shortcut that does.
+    the epoch that ranks best, then the recency of events that does, and then the shortcut.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
@@ -128,24 +137,32 @@ def fit(
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
+    recencies = RECENCIES if _are_in_order(dataset) and "order" not in config.without else RECENCIES[:1]
+    fading = {exponent: run.best_weights | {"gate_recency": recency_of_orders(exponent)} for exponent in recencies}
+    if "encoder_attention" in config.without:
+        recency = 0.0
+    elif judges:
+        # The first of equal ones.
+        recency = max(recencies, key=lambda exponent: _ndcg(judges, fading[exponent], max_history))
+    weights = fading[recency]
     judged = {}
     if "shortcut" in config.without or not config.neighbours:
         shortcut = NO_SHORTCUT
     elif judges:
         ways = shortcuts(dataset, config.neighbours, config.seed)
-        judged = shortcut_ndcgs(judges, run.best_weights, ways, max_history)
+        judged = shortcut_ndcgs(judges, weights, ways, max_history, recencies)
         # The first of equal ones: without a shortcut, then with the lighter one.
         shortcut = max(judged, key=judged.__getitem__)
     else:
         ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
     links = ways[shortcut.way] if shortcut.way else Links.none(len(dataset.item_keys))
-    weights = with_links(run.best_weights, links, shortcut.scale)
     return Fit(
-        weights=weights,
+        weights=with_links(weights, links, shortcut),
         best_epoch=run.best_epoch,
         curve=run.curve,
         shortcut=shortcut,
         future_share=config.future_share,
+        recency=recency,
         judged=judged,
     )
 
@@ -216,8 +233,7 @@ class _Run:
         exploded = self.curve and loss > _EXPLODED * (1.0 + self.curve[0].loss)
         if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
             raise _diverged(number, loss, self.config)
-        without_links = weights | Links.none(len(weights["output_weight"])).tensors()
-        ndcg = _ndcg(judges, without_links, self.max_history) if judges else None
+        ndcg = _ndcg(judges, weights, self.max_history) if judges else None
         self.curve.append(
             Epoch(
                 phase=phase,
@@ -341,27 +357,38 @@ def _losses(
 
 
 def _ndcg(judges: Holdout, weights: dict[str, NDArray[Any]], max_history: int) -> float:
-    return float(per_user_metrics(judges, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
+    """Gives the mean NDCG@20 of these weights without a shortcut."""
+    alone = weights | Links.none(len(weights["output_weight"])).tensors()
+    return float(per_user_metrics(judges, scorer(alone, max_history), VALIDATION_K)["ndcg"].mean())
 
 
-def with_links(weights: dict[str, NDArray[Any]], links: Links, scale: float) -> dict[str, NDArray[Any]]:
-    """Gives the weights with links that weigh `scale` times as much beside the decoder's logits.
+def with_links(weights: dict[str, NDArray[Any]], links: Links, choice: ShortcutChoice) -> dict[str, NDArray[Any]]:
+    """Gives the weights with links that weigh `choice.scale` times as much beside the decoder's logits.
 
     Above 16 it is the logits that are divided, which ranks alike.
     """
-    share = min(1.0, _MOST_SCALE / max(scale, 1.0))
+    share = min(1.0, _MOST_SCALE / max(choice.scale, 1.0))
     decoder = {name: weights[name] * np.float32(share) for name in ("output_weight", "output_bias")}
-    return weights | (decoder if share < 1.0 else {}) | links.tensors(scale * share)
+    return weights | (decoder if share < 1.0 else {}) | links.fading(choice.recency).tensors(choice.scale * share)
 
 
 def shortcut_ndcgs(
-    judges: Holdout, weights: dict[str, NDArray[Any]], ways: dict[str, Links], max_history: int
+    judges: Holdout,
+    weights: dict[str, NDArray[Any]],
+    ways: dict[str, Links],
+    max_history: int,
+    recencies: Sequence[float] = RECENCIES,
 ) -> dict[ShortcutChoice, float]:
-    """Gives the mean NDCG@20 of these weights without a shortcut and with each way in each scale.
+    """Gives the mean NDCG@20 of these weights without a shortcut and with each way in each recency and scale.
 
     Logits and links are linear: both are computed once per user, and added up for each choice.
     """
-    choices = [ShortcutChoice(way=way, scale=scale) for way in ways for scale in SHORTCUT_SCALES]
+    choices = [
+        ShortcutChoice(way=way, scale=scale, recency=recency)
+        for way in ways
+        for recency in recencies
+        for scale in SHORTCUT_SCALES
+    ]
     hits = {choice: np.zeros((len(judges.users), VALIDATION_K), dtype=bool) for choice in (NO_SHORTCUT, *choices)}
 
     def judge(choice: ShortcutChoice, part: slice, history: History, scores: NDArray[np.float32]) -> None:
@@ -372,11 +399,12 @@ def shortcut_ndcgs(
         tokens = history.tokens(max_history)
         logits = forward.decode(weights, forward.encode(weights, tokens))
         judge(NO_SHORTCUT, part, history, logits.copy())
-        for way, links in ways.items():
+        for (way, links), recency in product(ways.items(), recencies):
             sums = np.zeros_like(logits)
-            forward.add_shortcut(links.tensors(), tokens, sums)
+            forward.add_shortcut(links.fading(recency).tensors(), tokens, sums)
             for scale in SHORTCUT_SCALES:
-                judge(ShortcutChoice(way=way, scale=scale), part, history, logits + np.float32(scale) * sums)
+                choice = ShortcutChoice(way=way, scale=scale, recency=recency)
+                judge(choice, part, history, logits + np.float32(scale) * sums)
     counts = np.diff(judges.truth_start)
     return {choice: float(list_metrics(found, counts, VALIDATION_K)["ndcg"].mean()) for choice, found in hits.items()}
 

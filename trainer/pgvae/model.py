@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae_runtime.features import FeatureBag
-from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, Tokens
+from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, Tokens, recency_of_orders
 
 PER_ITEM = ("item_embedding", "output_weight", "output_bias", "item_feature_embedding", "item_feature_output")
 # The parameters that stay at their neutral start where a part of the model is left out (TrainingConfig.without).
@@ -52,6 +52,8 @@ class AttentionVae(nn.Module):
         self.event_type_gate = _zeros(len(dataset.event_types))
         self.age_gate = _zeros(AGE_BUCKETS)
         self.order_gate = _zeros(ORDER_BUCKETS)
+        # None in training; pgvae.loop chooses it for scoring.
+        self.register_buffer("gate_recency", torch.from_numpy(recency_of_orders(0.0)))
         self.encoder_weight = _xavier(h, z)
         self.encoder_bias = _zeros(h)
         self.mean_weight = _zeros(z, h)
@@ -92,12 +94,13 @@ class AttentionVae(nn.Module):
     def pool(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> Tensor:
         """Gives the pooled history of each user, [U, Z]."""
         embedded = self.embed(tokens, alone=alone)
-        gates = torch.sigmoid(
+        order = self._tensor(tokens.order)
+        gates = self.get_buffer("gate_recency")[order] * torch.sigmoid(
             embedded @ self.encoder_gate_weight
             + self.encoder_gate_bias
             + self.event_type_gate[self._tensor(tokens.event_type)]
             + self.age_gate[self._tensor(tokens.age)]
-            + self.order_gate[self._tensor(tokens.order)]
+            + self.order_gate[order]
         )
         user = self._tensor(tokens.users())
         squares = gates.new_zeros(tokens.user_count).index_add(0, user, gates * gates)
@@ -151,6 +154,7 @@ class AttentionVae(nn.Module):
         if not trained.all():
             named["output_bias"][~trained] = np.median(named["output_bias"][trained])
         named["item_popularity"] = self.item_popularity
+        named["gate_recency"] = self.get_buffer("gate_recency").cpu().numpy().copy()
         del named["item_feature_embedding"], named["item_feature_output"]
         return named
 

@@ -15,7 +15,7 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.golden import GoldenUser, golden_users
-from pgvae.loop import Fit, ShortcutChoice
+from pgvae.loop import Fit
 from pgvae.rows import CurvePoint, Epoch, Metric
 from pgvae.segments import NO_SEGMENTS, Segments
 from pgvae.uplift import NO_COLUMN
@@ -62,7 +62,7 @@ def publish(
     """
     try:
         version_id, version = _insert_version(
-            connection, definition, dataset, config, fit.shortcut, durations, demand, no_uplift
+            connection, definition, dataset, config, fit, durations, demand, no_uplift
         )
     except psycopg.errors.ForeignKeyViolation as error:
         raise PgvaeError(
@@ -160,7 +160,7 @@ def _insert_version(
     definition: ModelDefinition,
     dataset: Dataset,
     config: TrainingConfig,
-    shortcut: ShortcutChoice,
+    fit: Fit,
     durations: dict[str, float],
     demand: Head | None,
     no_uplift: str,
@@ -168,6 +168,7 @@ def _insert_version(
     event_types = [
         {"event_type": name, "is_target": index in dataset.targets} for index, name in enumerate(dataset.event_types)
     ]
+    chosen = {"recency": fit.recency, "shortcut": asdict(fit.shortcut)}
     window_start, window_end = dataset.window()
     row = connection.execute(
         "insert into vae.versions (model_id, version, window_start, window_end, event_count, user_count, item_count,"
@@ -189,7 +190,7 @@ def _insert_version(
             "format": forward.FORMAT,
             "code_digest": resources.runtime_digest(),
             "trainer_version": __version__,
-            "config": Jsonb({**asdict(config), "event_types": event_types, "shortcut": asdict(shortcut)}),
+            "config": Jsonb({**asdict(config), "event_types": event_types, **chosen}),
             "durations": Jsonb(durations),
             "quality": Jsonb(definition.quality),
             "features": Jsonb({"users": dataset.user_pipeline.to_json(), "items": dataset.item_pipeline.to_json()}),

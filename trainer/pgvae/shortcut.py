@@ -8,7 +8,8 @@ many at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from scipy import sparse
 
 from pgvae.dataset import Dataset
 from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_root, regressions, similar_items
+from pgvae_runtime.tokens import recency_of_orders
 
 # Of a user with more items a random part: 5000 items are 25 million pairs.
 _MAX_USER_ITEMS = 1000
@@ -31,12 +33,18 @@ _MOST_LINKS = 4
 class Links:
     """L weighted links: item i speaks for item[start[i]:start[i + 1]]; `start` is [I + 1], `item` and `weight` [L].
 
-    The weights are scaled so that the heaviest link of an item weighs 1 in the mean.
+    The weights are scaled so that the heaviest link of an item weighs 1 in the mean. `recency` [O] is what the items of
+    a history weigh by the order of their latest event.
     """
 
     start: NDArray[np.int32]
     item: NDArray[np.int32]
     weight: NDArray[np.float32]
+    recency: NDArray[np.float32] = field(default_factory=partial(recency_of_orders, 0.0))
+
+    def fading(self, exponent: float) -> Links:
+        """Gives the same links with items that fade by (1 + moments after them)^-exponent."""
+        return replace(self, recency=recency_of_orders(exponent))
 
     def tensors(self, scale: float = 1.0) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
         """Gives the tensors of pgvae_runtime.forward.SHAPES, the weights times `scale`."""
@@ -44,6 +52,7 @@ class Links:
             "shortcut_start": self.start,
             "shortcut_item": self.item,
             "shortcut_weight": self.weight * np.float32(scale),
+            "shortcut_recency": self.recency,
         }
 
     @staticmethod

@@ -96,6 +96,7 @@ def train(
             max_history=definition.max_history,
             phase="publish",
             epochs=evaluation.fit.best_epoch if evaluation.fit else min(config.epochs, _UNVALIDATED_EPOCHS),
+            recency=evaluation.fit.recency if evaluation.fit else 0.0,
             shortcut=evaluation.fit.shortcut if evaluation.fit else DEFAULT_SHORTCUT,
             checkpoints=kept,
             on_epoch=listener.on_epoch,
@@ -209,6 +210,7 @@ def _fit_until(
         max_history=definition.max_history,
         phase=phase,
         epochs=final.best_epoch,
+        recency=final.recency,
         shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
         checkpoints=checkpoints,
     )
