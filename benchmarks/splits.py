@@ -154,14 +154,14 @@ def _tmall(folder: Path) -> Task:
         event_type=np.full(len(bought), 2),
         event_types=types,
     )
-    part, validation = _hold_out_last(events)
+    part, validation = _hold_out_items(events)
     # No item of the test is in the user's history, of whatever type: the split masks all of it.
     seen = tuple(range(len(types)))
     return Task(
         name=folder.name,
         k=20,
-        protocol="leave one out: each user's last purchase is the test, the item of the one before it validation; all"
-        " items of the history masked",
+        protocol="leave one out: each user's last purchase is the test; validation: a tenth of each user's purchased"
+        " items, by chance; all items of the history masked",
         part=part,
         validation=replace(validation, seen=seen),
         whole=events,
@@ -174,15 +174,6 @@ def _hold_out_items(dataset: Dataset) -> tuple[Dataset, Holdout]:
     """Gives the events without a tenth of each user's items, dealt out by chance, and that tenth."""
     pairs, part = deal_out(dataset, 10, np.random.default_rng(1))
     rest, after = hold_out(dataset, pairs[part == 0])
-    return rest, make_holdout(rest, after)
-
-
-def _hold_out_last(dataset: Dataset) -> tuple[Dataset, Holdout]:
-    """Gives the events without those on the item of each user's last purchase, and that item."""
-    bought = np.flatnonzero(np.isin(dataset.event_type, dataset.targets))
-    user = dataset.user[bought]
-    last = bought[np.append(user[1:] != user[:-1], True)]
-    rest, after = hold_out(dataset, np.sort(dataset.user[last] * len(dataset.item_keys) + dataset.item[last]))
     return rest, make_holdout(rest, after)
 
 

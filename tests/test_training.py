@@ -15,6 +15,7 @@ import numpy as np
 import psycopg
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import log_softmax
 
 from pgvae import checkpoints as checkpointing
@@ -381,6 +382,25 @@ def dense_links(dataset: Dataset, neighbours: int, seed: int = 1) -> dict[str, n
     return made
 
 
+def succession(dataset: Dataset, way: str) -> NDArray[np.float64]:
+    """Gives the links by what came before what, event by event."""
+    items = len(dataset.item_keys)
+    counted, holders = np.zeros((items, items)), np.zeros(items)
+    for user in np.unique(dataset.user):
+        own = dataset.user == user
+        times = sorted(set(dataset.occurred_at[own].tolist()))
+        moments = [set(dataset.item[own & (dataset.occurred_at == at)].tolist()) for at in times]
+        for item in set().union(*moments):
+            holders[item] += 1
+            first = next(number for number, held in enumerate(moments) if item in held)
+            for lag in range(min(first, 10) + 1):
+                near = 1 / (1 + lag)
+                weight = near * (lag > 0) if way == "transitions" else 0.3 * near if lag else 1.0
+                for other in moments[first - lag] - {item}:
+                    counted[other, item] += weight
+    return counted / (np.sqrt(np.outer(holders, holders)) + 3)
+
+
 def test_the_shortcut_with_room_for_all_links_is_the_dense_formula() -> None:
     dataset = some_events()
     r = np.zeros((dataset.user_count, len(dataset.item_keys)))
@@ -398,6 +418,7 @@ def test_the_shortcut_with_room_for_all_links_is_the_dense_formula() -> None:
                 near = np.flatnonzero((gram[item] > 0) & (np.arange(len(items)) != item))
                 system = gram[np.ix_(near, near)] + l2 * np.eye(len(near))
                 weights[near, item] = np.linalg.solve(system, gram[near, item])
+    expected |= {way: succession(dataset, way) for way in ("transitions", "baskets")}
     assert set(found) == set(expected)
     assert len(found) > 1
     for way, matrix in found.items():
@@ -424,9 +445,14 @@ def test_the_shortcut_keeps_the_heaviest_links_of_each_item_that_it_speaks_for()
 def test_of_a_user_of_thousands_of_items_the_shortcut_counts_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgvae.shortcut._MAX_USER_ITEMS", 50)
     dataset = dataset_of([(0, item, 0, DAY * item) for item in range(150)], 1, 150)
-    links = shortcuts(dataset, 150, seed=1)["cooccurrence"]
-    assert np.count_nonzero(np.diff(links.start)) == 50
-    assert len(links.item) == 50**2
+    links = shortcuts(dataset, 150, seed=1)
+    assert np.count_nonzero(np.diff(links["cooccurrence"].start)) == 50
+    assert len(links["cooccurrence"].item) == 50**2
+    # Of the same fifty, those that came up to ten moments before, the others' moments counted.
+    kept = np.flatnonzero(np.diff(links["cooccurrence"].start))
+    expected = [(one, other) for one in kept for other in kept if 0 < other - one <= 10]
+    found = zip(np.repeat(np.arange(150), np.diff(links["transitions"].start)), links["transitions"].item, strict=True)
+    assert sorted(found) == expected
 
 
 # Data that no shop should have

@@ -30,7 +30,7 @@ from pgvae.ranking import (
     some_users,
 )
 from pgvae.rows import CHOOSING, Epoch
-from pgvae.shortcut import Links, shortcuts
+from pgvae.shortcut import UNORDERED_WAYS, WAYS, Links, shortcuts
 from pgvae.softmax import SampledSoftmax
 from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
@@ -136,19 +136,19 @@ def fit(
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
-    recencies = RECENCIES if _are_in_order(dataset) and "order" not in config.without else RECENCIES[:1]
-    fading = {exponent: run.best_weights | {"gate_recency": recency_of_orders(exponent)} for exponent in recencies}
+    has_order = _are_in_order(dataset) and "order" not in config.without
+    recencies = RECENCIES if has_order else (0.0,)
     if "encoder_attention" in config.without:
         recency = 0.0
     elif judges:
         # The first of equal ones.
-        recency = max(recencies, key=lambda exponent: _ndcg(judges, fading[exponent], max_history))
-    weights = fading[recency]
+        recency = max(recencies, key=lambda each: _ndcg(judges, _fading(run.best_weights, each), max_history))
+    weights = _fading(run.best_weights, recency)
     judged = {}
     if "shortcut" in config.without or not config.neighbours:
         shortcut = NO_SHORTCUT
     elif judges:
-        ways = shortcuts(dataset, config.neighbours, config.seed)
+        ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if has_order else UNORDERED_WAYS)
         judged = shortcut_ndcgs(judges, weights, ways, max_history)
         # Which way is best hardly depends on the recency: the others are spared.
         way = max((choice for choice in judged if choice.way), key=judged.__getitem__).way or ""
@@ -168,6 +168,11 @@ def fit(
         recency=recency,
         judged=judged,
     )
+
+
+def _fading(weights: dict[str, NDArray[Any]], recency: float) -> dict[str, NDArray[Any]]:
+    """Gives the weights with gates that fade as fast as that."""
+    return weights | {"gate_recency": recency_of_orders(recency)}
 
 
 def _are_in_order(dataset: Dataset) -> bool:

@@ -1,8 +1,8 @@
 """The linear item-item shortcut: what each item of a history says for other items, beside the autoencoder.
 
-Two ways to weigh the links are made, and the validation part chooses. Either way an item that can be recommended is
-linked from `neighbours` others: chosen per recommended item, rare ones keep theirs. An item speaks for four times as
-many at most.
+Several ways to weigh the links are made, and the validation part chooses. Whichever it is, an item that can be
+recommended is linked from `neighbours` others: chosen per recommended item, rare ones keep theirs. An item speaks for
+four times as many at most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from pgvae.dataset import Dataset
-from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_root, regressions, similar_items
+from pgvae.item_graph import (
+    heaviest,
+    heaviest_products,
+    incidence,
+    inverse_root,
+    regressions,
+    similar_items,
+    successions,
+)
 from pgvae_runtime.tokens import recency_of_orders
 
 # Of a user with more items a random part: 5000 items are 25 million pairs.
@@ -24,7 +32,14 @@ _MAX_USER_ITEMS = 1000
 _COOCCURRENCE = "cooccurrence"
 # The ways by regression, and their penalties.
 _REGRESSIONS = {"regression_30": 30.0, "regression_100": 100.0, "regression_500": 500.0}
-WAYS = (_COOCCURRENCE, *_REGRESSIONS)
+# The ways by what came before what: what an item counts that came 0, 1, … moments before another one.
+_NEAR = 1.0 / (1.0 + np.arange(1, 11, dtype=np.float32))
+_SUCCESSIONS = {
+    "transitions": np.concatenate(([0.0], _NEAR), dtype=np.float32),
+    "baskets": np.concatenate(([1.0], 0.3 * _NEAR), dtype=np.float32),
+}
+UNORDERED_WAYS = (_COOCCURRENCE, *_REGRESSIONS)
+WAYS = (*UNORDERED_WAYS, *_SUCCESSIONS)
 # Links from an item, at most, in multiples of the links to one.
 _MOST_LINKS = 4
 
@@ -66,9 +81,12 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] 
 
     cooccurrence: D_I^-1/2 R^T D_U^-1 R D_I^-1/2, the normalised item-item graph (Shen et al. 2021, GF-CF, eq. 7).
     regression: each item regressed on its most similar ones, with an L2 penalty (as EASE, Steck 2019, restricted to a
-    sparse graph), for each of three penalties.
+    sparse graph), for each of three penalties. transitions: what came up to ten moments before a user's first event on
+    an item. baskets: what came at the same moment, and, for less, before.
     """
-    matrix = _bounded_incidence(dataset, seed)
+    user, item, moment = _bounded_events(dataset, seed)
+    items = len(dataset.item_keys)
+    matrix = incidence(user, item, dataset.user_count, items)
     found = {}
     if _COOCCURRENCE in ways:
         user_scale, item_scale = (
@@ -79,6 +97,8 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] 
     if l2s:
         solved = regressions(matrix, similar_items(matrix, neighbours), l2s)
         found |= dict(zip([way for way in _REGRESSIONS if way in ways], solved, strict=True))
+    for way in [way for way in _SUCCESSIONS if way in ways]:
+        found[way] = successions(user, item, moment, items, neighbours, _SUCCESSIONS[way])
     # Row j of each holds what other items say for item j. A best seller speaks for thousands: without a bound on that
     # too, its links would cost more than the whole catalogue's product.
     most = _MOST_LINKS * neighbours
@@ -96,14 +116,19 @@ def _links(matrix: sparse.csr_array) -> Links:
     )
 
 
-def _bounded_incidence(dataset: Dataset, seed: int) -> sparse.csr_array:
-    """Gives which user had an event on which item, [U, I], of a user with too many items a random part."""
-    matrix = incidence(dataset.user, dataset.item, dataset.user_count, len(dataset.item_keys))
-    counts = np.diff(matrix.indptr)
+def _bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Gives user, item and moment of the events, of a user with too many items those on a random part of them.
+
+    Moments are numbered, and no two users share one.
+    """
+    user, item, at = dataset.user, dataset.item, dataset.occurred_at
+    moment = np.concatenate(([0], np.cumsum((user[1:] != user[:-1]) | (at[1:] != at[:-1]))))
+    pairs = np.unique(user * len(dataset.item_keys) + item)
+    owner = pairs // len(dataset.item_keys)
+    counts = np.bincount(owner)
     if counts.max(initial=0) <= _MAX_USER_ITEMS:
-        return matrix
-    user = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((np.random.default_rng(seed).random(len(user)), user))
-    place = np.arange(len(user)) - np.repeat(matrix.indptr[:-1], counts)
-    kept = order[place < _MAX_USER_ITEMS]
-    return incidence(user[kept], matrix.indices[kept], *matrix.shape)
+        return user, item, moment
+    order = np.lexsort((np.random.default_rng(seed).random(len(pairs)), owner))
+    place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = np.isin(user * len(dataset.item_keys) + item, pairs[order[place < _MAX_USER_ITEMS]])
+    return user[kept], item[kept], moment[kept]
