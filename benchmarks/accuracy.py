@@ -39,7 +39,7 @@ from pgvae.ranking import per_user_metrics
 from pgvae.rows import CHOOSING, Epoch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-METHODS = ("popularity", "item_knn", "ease", "graph_filter", "mult_vae", "pgvae")
+METHODS = ("popularity", "item_knn", "ease", "graph_filter", "sequential_rules", "mult_vae", "pgvae")
 MAX_HISTORY = 500
 _METRICS = ("recall", "ndcg", "hit_rate")
 # pgvae without each of its parts: what is changed in its configuration.
@@ -121,12 +121,15 @@ def main(
 
 def _run(folder: Path, names: list[str], kind: str, seed: int, effort: Effort) -> None:
     results: dict[str, Measured] = {}
+    task = read_task(folder)
+    has_order = len(np.unique(task.whole.user)) <= task.whole.moments[-1]
     for name in names:
+        if name == "sequential_rules" and not has_order:
+            continue
         err.print(f"{folder.name}: {name}")
         # A process of its own: its peak of memory is the method's.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[name] = pool.apply(_measure, (folder, name, seed, effort))
-    task = read_task(folder)
     rows = _rows(task, results, seed)
     leads = _leads(results, seed)
     if kind == "accuracy":

@@ -519,14 +519,25 @@ def test_the_graph_filter_is_neighbours_plus_low_frequencies(small: Dataset, mon
     np.testing.assert_allclose(scores_of(baselines.graph_filter(small, alpha=0.3), small), expected, rtol=2e-3)
 
 
+def test_sequential_rules_are_what_followed_the_last_moment() -> None:
+    # 0 then 1 and 2 at once then 3; 0 then 3; and somebody who is at 0 and 4 now.
+    rows = [(0, 0, VIEW, 0.0), (0, 1, VIEW, DAY), (0, 2, VIEW, DAY), (0, 3, VIEW, 2 * DAY)]
+    rows += [(1, 0, VIEW, 0.0), (1, 3, PURCHASE, DAY), (2, 3, VIEW, 0.0), (2, 0, VIEW, DAY), (2, 4, VIEW, DAY)]
+    dataset = dataset_of(rows, 3, 5)
+    for steps, of_three in ((1, 1.0), (10, 1.5)):
+        scores = scores_of(baselines.sequential_rules(dataset, steps=steps), dataset)
+        np.testing.assert_allclose(scores, [[1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [0, 1, 1, of_three, 0]])
+
+
 def test_products_of_items_are_made_in_blocks(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [scores_of(make(small), small) for make in (baselines.item_knn, baselines.graph_filter)]
     monkeypatch.setattr(item_graph, "_BLOCK", 30)
     parts = [scores_of(make(small), small) for make in (baselines.item_knn, baselines.graph_filter)]
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
     monkeypatch.setattr(baselines, "EDGES", 12 * 3)
-    pruned = scores_of(baselines.graph_filter(small, alpha=0.0), dataset_of([(0, 5, VIEW, 0.0)], 1, 12))
-    assert 1 <= np.count_nonzero(pruned) < 12
+    one = dataset_of([(0, 5, VIEW, 0.0)], 1, 12)
+    for pruned in (baselines.graph_filter(small, alpha=0.0), baselines.sequential_rules(small)):
+        assert 1 <= np.count_nonzero(scores_of(pruned, one)) < 12
 
 
 def test_singular_values_and_vectors_are_those_of_numpy() -> None:
@@ -720,7 +731,7 @@ def test_the_command_measures_writes_and_shows(lively: str, run_cli: RunCli) -> 
         assert text in done.stdout
     assert "pgvae beats" in done.stdout or "pgvae loses to" in done.stdout or "does not clearly beat" in done.stdout
     assert "*" in done.stdout
-    assert "1 of 6: pgvae" in done.stderr
+    assert f"1 of {len(METHODS)}: pgvae" in done.stderr
     written = stored(lively, "temporal")
     assert len(written) > 100
     # What the training measured is measured again: the same events, the same seed.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from pgvae.dataset import Dataset
-from pgvae.item_graph import heaviest_products, incidence, inverse_root, regressions, similar_items
+from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_root, regressions, similar_items
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
 from pgvae_runtime.tokens import History
 
@@ -62,6 +62,14 @@ def graph_filter(dataset: Dataset, *, alpha: float = 0.3) -> Scorer:
     Where the item-item graph may have more than 50 million edges, each item keeps the heaviest ones only.
     """
     return _graph_filter(dataset, [alpha])[0]
+
+
+def sequential_rules(dataset: Dataset, *, steps: float = 10) -> Scorer:
+    """Gives what followed the items of the user's last moment: by 1 / d, d moments later, `steps` at most.
+
+    Kamehkhosh et al. 2017. Each item keeps the 500 heaviest rules or more, as many as the edges of the graph filter.
+    """
+    return _sequential_rules(dataset, [steps])[0]
 
 
 class Choice(NamedTuple):
@@ -160,12 +168,40 @@ def _sparse_ease(plain: sparse.csr_array, l2s: Sequence[float]) -> list[Scorer]:
     return [_linear(sparse.csr_array(weights.T)) for weights in regressions(plain, near, l2s)]
 
 
+def _sequential_rules(dataset: Dataset, steps: Sequence[float]) -> list[Scorer]:
+    moments, items = dataset.moments, len(dataset.item_keys)
+    user = dataset.user[np.unique(moments, return_index=True)[1]]
+    held = incidence(moments, dataset.item, len(user), items)
+    rules = sparse.csr_array((items, items), dtype=np.float32)
+    scorers = {}
+    for lag in range(1, int(max(steps)) + 1):
+        later = np.flatnonzero(user[lag:] == user[:-lag]) + lag
+        rules = rules + sparse.csr_array(held[later - lag].T @ held[later]) / np.float32(lag)
+        rules = heaviest(sparse.csr_array(rules), EDGES // items)
+        scorers[lag] = _after_the_last(rules)
+    return [scorers[int(each)] for each in steps]
+
+
+def _after_the_last(rules: sparse.csr_array) -> Scorer:
+    items = rules.shape[0]
+
+    def score(history: History) -> NDArray[np.float32]:
+        tokens = history.tokens(int(history.counts.max(initial=1)))
+        last = tokens.order == 0
+        scores = incidence(tokens.users()[last], tokens.item[last], tokens.user_count, items) @ rules
+        dense: NDArray[np.float32] = scores.toarray()
+        return dense
+
+    return score
+
+
 # Name: the setting, what is tried, and what fits the method with each of these values.
 CHOICES: dict[str, tuple[str, tuple[float, ...], Callable[[Dataset, Sequence[float]], list[Scorer]]]] = {
     "recency": ("half_life", (3.0, 10.0, 30.0, 100.0), _recency),
     "item_knn": ("neighbours", (20, 50, 200, 1000), _item_knn),
     "ease": ("l2", (30.0, 100.0, 300.0, 1000.0), _ease),
     "graph_filter": ("alpha", (0.0, 0.1, 0.3, 0.5, 1.0), _graph_filter),
+    "sequential_rules": ("steps", (1, 3, 10), _sequential_rules),
 }
 
 

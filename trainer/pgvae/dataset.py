@@ -54,6 +54,13 @@ class Dataset:
             object.__setattr__(self, "item_features", FeatureBag.empty(len(self.item_keys)))
 
     @property
+    def moments(self) -> NDArray[np.int64]:
+        """The moment of each event, counted from 0, shape [N]: one for all events of a user at one time."""
+        user, at = self.user, self.occurred_at
+        is_new = (user[1:] != user[:-1]) | (at[1:] != at[:-1])
+        return np.concatenate(([False], is_new))[: len(user)].cumsum()
+
+    @property
     def trained_items(self) -> NDArray[np.bool_]:
         """Which items have an event, shape [I]; the others, cold items, are known by their features alone."""
         return np.bincount(self.item, minlength=len(self.item_keys)) > 0

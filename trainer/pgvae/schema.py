@@ -336,8 +336,8 @@ metrics = Table(
         Text,
         nullable=False,
         comment="pgvae, or the baseline measured beside it on the same split: popularity, recency, item_knn, ease,"
-        " graph_filter; of demand last_period, exponential_smoothing; of outcomes rfm (a regression on recency, frequency"
-        " and amount), base_rate, last_period, popularity, random; of uplift exposed, withheld and experiment (what"
+        " graph_filter, sequential_rules; of demand last_period, exponential_smoothing; of outcomes rfm (a regression on"
+        " recency, frequency and amount), base_rate, last_period, popularity, random; of uplift exposed, withheld and experiment (what"
         " happened), response (users ranked by the probability of buying).",
     ),
     Column(

@@ -117,12 +117,8 @@ def _links(matrix: sparse.csr_array) -> Links:
 
 
 def _bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Gives user, item and moment of the events, of a user with too many items those on a random part of them.
-
-    Moments are numbered, and no two users share one.
-    """
-    user, item, at = dataset.user, dataset.item, dataset.occurred_at
-    moment = np.concatenate(([0], np.cumsum((user[1:] != user[:-1]) | (at[1:] != at[:-1]))))
+    """Gives user, item and moment of the events, of a user with too many items those on a random part of them."""
+    user, item, moment = dataset.user, dataset.item, dataset.moments
     pairs = np.unique(user * len(dataset.item_keys) + item)
     owner = pairs // len(dataset.item_keys)
     counts = np.bincount(owner)

@@ -56,7 +56,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document instead.")] = False,
 ) -> None:
-    """Measure a version's configuration on held-out events, beside five baselines.
+    """Measure a version's configuration on held-out events, beside six baselines.
 
     Trains with the configuration of the version on a part of today's events, chooses the number of passes, and each
     baseline's setting, on a second part, and measures all of them on a third: every user, every item ranked, nothing

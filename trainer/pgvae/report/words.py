@@ -17,6 +17,7 @@ _METHODS = {
     "item_knn": "bought together",
     "ease": "EASE (linear)",
     "graph_filter": "graph filter (linear)",
+    "sequential_rules": "bought next",
     "rfm": "recency, frequency, money",
     "base_rate": "the average for everybody",
     "last_period": "as in the last period",
