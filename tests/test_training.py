@@ -442,6 +442,16 @@ def test_the_shortcut_keeps_the_heaviest_links_of_each_item_that_it_speaks_for()
     assert all(np.count_nonzero(matrix, axis=0).max() <= 4 for matrix in dense_links(dataset, 4).values())
 
 
+@pytest.mark.parametrize("block", [1, 100, 900])
+def test_the_shortcut_is_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    dataset = some_events()
+    whole = shortcuts(dataset, 8, seed=1)
+    monkeypatch.setattr("pgvae.item_graph._BLOCK", block)
+    for way, links in shortcuts(dataset, 8, seed=1).items():
+        for name, tensor in links.tensors().items():
+            np.testing.assert_array_equal(tensor, whole[way].tensors()[name])
+
+
 def test_of_a_user_of_thousands_of_items_the_shortcut_counts_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgvae.shortcut._MAX_USER_ITEMS", 50)
     dataset = dataset_of([(0, item, 0, DAY * item) for item in range(150)], 1, 150)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
+from pgvae_runtime.tokens import pieces
+
 # Of the cosine: two users in common shall not make two rare items twins.
 _SHRINKAGE = 3.0
 # Entries of a block of an item × item product.
@@ -58,10 +60,10 @@ def successions(
     first = first[np.argsort(item[first], kind="stable")]
     start = np.searchsorted(item[first], np.arange(items + 1))
     users = np.diff(start).astype(np.float32)
-    rows = max(1, _BLOCK // items)
+    # What is looked at before the first events on an item can be more than its row of the product.
+    work = np.cumsum(np.maximum(np.diff(start) * len(lags), items))
     blocks = []
-    for begin in range(0, items, rows):
-        end = min(begin + rows, items)
+    for begin, end in pieces(work, _BLOCK):
         event = first[start[begin] : start[end]]
         counts = np.minimum(earlier[event], len(lags) - 1) + 1
         own = np.repeat(event, counts)
