@@ -337,11 +337,10 @@ def _shortcut_of(weights: Weights, linked: _Linked, left: _LeftOver, last: Integ
     # Where an item's latest event is gone, the one before it is the latest.
     gone = np.where(linked.next[last] < 0, last, len(linked.next))
     following = linked.next[left.token]
-    is_latest = (following < 0) | (following == gone[left.group])
-    group, token = left.group[is_latest], left.token[is_latest]
-    recency = weights["shortcut_recency"][left.order[is_latest]].astype(np.float64)
-    sums = np.bincount(group, weights=recency * linked.link[token], minlength=left.count)
-    return sums / _norms(group, recency, left.count)
+    recency = weights["shortcut_recency"].astype(np.float64)[left.order]
+    recency[(following >= 0) & (following != gone[left.group])] = 0.0
+    sums = np.bincount(left.group, weights=recency * linked.link[left.token], minlength=left.count)
+    return sums / _norms(left.group, recency, left.count)
 
 
 def _norms(owner: Integers, values: Doubles, count: int) -> Doubles:
