@@ -352,7 +352,8 @@ def card(version: PublishedVersion, insight: Insight) -> list[Chapter]:
             points=(
                 "Each event of a person has an attention gate between 0 and 1 that says how much it counts; the"
                 " average gates of each kind of event and of each age are in the report. Beside that, each item of a"
-                " history speaks for some others by fixed links, which no gate weighs.",
+                " history speaks for some others by fixed links, which no gate weighs, and may say less the more came"
+                " after it.",
                 "A live score is computed from the events that the person has at that moment, and from nothing else"
                 " that is stored about the person"
                 + (", besides the person's features." if version.pipeline("users").size else "."),
