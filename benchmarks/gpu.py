@@ -26,7 +26,7 @@ from pgvae_runtime import forward, gpu  # noqa: E402
 from pgvae_runtime.gpu import PRECISIONS, GpuScorer  # noqa: E402
 from pgvae_runtime.scoring import mask_seen, score_users  # noqa: E402
 from pgvae_runtime.store import Version  # noqa: E402
-from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History  # noqa: E402
+from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History, recency_of_orders  # noqa: E402
 
 TYPES, TARGET, MAX_HISTORY = 3, 2, 500
 # Two scores that differ by less are equal; of the coarser precisions docs/gpu.md gives the bounds.
@@ -61,6 +61,7 @@ def random_version(size: Size, seed: int = 0) -> Version:
     output *= 10 / np.sqrt((output * output).sum(axis=1, keepdims=True))
     popularity = generator.random(size.items).astype(np.float32)
     weights["item_popularity"] = popularity / popularity.sum()
+    weights["gate_recency"], weights["shortcut_recency"] = recency_of_orders(0.5), recency_of_orders(1.0)
     weights["shortcut_start"] = np.arange(0, size.items * size.links + 1, max(size.links, 1), dtype=np.int32)
     # Different items for each item: a step through the catalogue, from a place of chance.
     first = generator.integers(0, size.items, (size.items, 1))
