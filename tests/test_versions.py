@@ -36,7 +36,7 @@ from pgvae.loop import (
 )
 from pgvae.ranking import Holdout, make_holdout, per_user_metrics
 from pgvae.server import Server
-from pgvae.shortcut import WAYS, Links, shortcuts
+from pgvae.shortcut import UNORDERED_WAYS, WAYS, Links, shortcuts
 from pgvae.splits import hold_out
 from pgvae.train import Listener
 from pgvae.train import train as run_training
@@ -402,9 +402,15 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     ndcg = {NO_SHORTCUT: validation_ndcg(validation, own)}
     links = shortcuts(before, neighbours, config.seed)
     choices = [ShortcutChoice(way=way, scale=scale) for way in links for scale in SHORTCUT_SCALES]
-    flat = max(choices, key=fitted.judged.__getitem__)
-    # The way that is best where nothing fades is tried where something does.
-    choices += [replace(flat, recency=recency, scale=scale) for recency in RECENCIES[1:] for scale in SHORTCUT_SCALES]
+    plain = [choice for choice in [NO_SHORTCUT, *choices] if choice.way in (None, *UNORDERED_WAYS)]
+    flat = {max(part, key=fitted.judged.__getitem__).way for part in (plain, [NO_SHORTCUT, *choices])} - {None}
+    # The ways that are best where nothing fades are tried where something does.
+    choices += [
+        ShortcutChoice(way=way, recency=recency, scale=scale)
+        for way in flat
+        for recency in RECENCIES[1:]
+        for scale in SHORTCUT_SCALES
+    ]
     for choice in choices:
         ndcg[choice] = validation_ndcg(validation, with_links(own, links[choice.way or ""], choice))
     chosen = validation_ndcg(validation, fitted.weights)
@@ -447,6 +453,26 @@ def test_the_recency_is_the_one_that_ranks_best_on_the_validation_part() -> None
     unordered = fitted("order")
     assert (unordered.recency, unordered.shortcut.recency) == (0.0, 0.0)
     assert fitted("encoder_attention").recency == 0.0
+
+
+def test_links_of_what_came_before_what_are_taken_only_where_they_last() -> None:
+    lasting = wanderers(in_order=True)
+    # On the last day that is learned from, which is of the newest tenth, and on the one to guess all go another way.
+    item = lasting.item.copy()
+    for day in (10, 11):
+        late = np.flatnonzero(lasting.occurred_at == day * DAY)
+        item[late] = (item[late - 1] + 23) % 60
+    changed = replace(lasting, item=item)
+    config = replace(FAST_LEARNER, epochs=2)
+    ways = {}
+    for name, whole in (("lasting", lasting), ("changed", changed)):
+        before = whole.between(-np.inf, 11 * DAY)
+        validation = make_holdout(before, whole.between(11 * DAY, np.inf))
+        found = fit(before, config, max_history=20, phase="evaluate", validation=validation)
+        assert max(found.judged, key=found.judged.__getitem__).way == "transitions"
+        ways[name] = found.shortcut.way
+    assert ways["lasting"] == "transitions"
+    assert ways["changed"] not in ("transitions", "baskets")
 
 
 def test_where_nothing_has_an_order_nothing_fades() -> None:

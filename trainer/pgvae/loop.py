@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,8 @@ _VALIDATION_USERS = 5000
 SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 # How fast events fade, in gates and in links: (1 + moments after it)^-exponent. The validation part chooses.
 RECENCIES = (0.0, 0.5, 1.0)
+# Links of what came before what must be better without this share of the events, too.
+_NEWEST_SHARE = 0.1
 # From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
 _MOST_SCALE = 16.0
 # Parameters that all users share move by this share of the learning rate.
@@ -151,11 +153,13 @@ def fit(
         ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if has_order else UNORDERED_WAYS)
         judged = shortcut_ndcgs(judges, weights, ways, max_history)
         # Which way is best hardly depends on the recency: the others are spared.
-        way = max((choice for choice in judged if choice.way), key=judged.__getitem__).way or ""
+        best_ways = (_best(judged, UNORDERED_WAYS).way, _best(judged, WAYS).way)
         for exponent in recencies[1:]:
-            judged |= shortcut_ndcgs(judges, weights, {way: ways[way]}, max_history, exponent)
-        # The first of equal ones: without a shortcut, then with the lighter one.
-        shortcut = max(judged, key=judged.__getitem__)
+            few = {way: links for way, links in ways.items() if way in best_ways}
+            judged |= shortcut_ndcgs(judges, weights, few, max_history, exponent)
+        plain, shortcut = _best(judged, UNORDERED_WAYS), _best(judged, WAYS)
+        if shortcut != plain and not _lasts(dataset, config, judges, weights, max_history, shortcut, plain):
+            shortcut = plain
     else:
         ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
     links = ways[shortcut.way] if shortcut.way else Links.none(len(dataset.item_keys))
@@ -168,6 +172,37 @@ def fit(
         recency=recency,
         judged=judged,
     )
+
+
+def _best(judged: dict[ShortcutChoice, float], ways: Sequence[str]) -> ShortcutChoice:
+    """Gives the best choice among these ways and none; of equal ones the first: none, then the lighter one."""
+    return max((choice for choice in judged if choice.way is None or choice.way in ways), key=judged.__getitem__)
+
+
+def _lasts(
+    dataset: Dataset,
+    config: TrainingConfig,
+    judges: Holdout,
+    weights: dict[str, NDArray[Any]],
+    max_history: int,
+    choice: ShortcutChoice,
+    plain: ShortcutChoice,
+) -> bool:
+    """Tells whether one choice of a shortcut is better than another with links that lack the newest events, too.
+
+    What came before what changes with the assortment: a lead that fresh links alone have is gone after some weeks.
+    """
+    older = dataset.between(-np.inf, float(np.quantile(dataset.occurred_at, 1.0 - _NEWEST_SHARE)))
+    if not len(older.user):
+        return True
+    links = shortcuts(older, config.neighbours, config.seed, [each.way for each in (choice, plain) if each.way])
+
+    def ndcg(each: ShortcutChoice) -> float:
+        own = links[each.way] if each.way else Links.none(len(dataset.item_keys))
+        ranked = per_user_metrics(judges, scorer(with_links(weights, own, each), max_history), VALIDATION_K)
+        return float(ranked["ndcg"].mean())
+
+    return ndcg(choice) > ndcg(plain)
 
 
 def _fading(weights: dict[str, NDArray[Any]], recency: float) -> dict[str, NDArray[Any]]:
