@@ -556,7 +556,13 @@ begin
             using errcode = 'insufficient_privilege',
                 hint = format('its owner can allow it: grant create on database %I to %I', current_database(), current_user);
     end if;
-    execute format('create schema %I', model);
+    begin
+        execute format('create schema %I', model);
+    exception when duplicate_schema or unique_violation then
+        -- Another session made it since the look at its name; now that session has committed.
+        perform vae_private.check_model_name(model);
+        raise;
+    end;
     insert into vae.models (
         name, events_schema, events_table, user_id_column, item_id_column, occurred_at_column, event_type_column,
         quantity_column, user_id_type, item_id_type, occurred_at_type, users_schema, users_table, users_key_column,
@@ -713,6 +719,37 @@ comment on function vae_private.may_use(integer) is
     'Says whether the current user may use a model, that is, its schema. Row security of the tables of vae asks this.';
 
 
+create or replace function vae_private.locked_model(model text)
+returns vae.models
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    id constant integer := vae_private.model_id(model);
+    m vae.models;
+begin
+    perform vae_private.check_owner(model);
+    -- The lock of vae.refresh, and before any other: whoever remade views while one of them is refreshed would lock its readers out
+    -- until the refresh is done, and stop it with a deadlock. Of two changes the second one begins with what the first one left.
+    perform pg_advisory_xact_lock(hashtext('pgvae refresh'), id);
+    select * into m from vae.models where models.model_id = id;
+    if not found then
+        raise exception 'model "%" does not exist', model
+            using errcode = 'VA001', hint = 'another session dropped it at this moment';
+    end if;
+    return m;
+end;
+$$;
+
+comment on function vae_private.locked_model(text) is
+    'Gives a model to its owner, for a change of its settings or views: waits for a refresh of one view, and for other changes; until '
+    'the end of the transaction none begins.';
+
+
 create or replace function vae.set_features(model text, user_features text[] default null, item_features text[] default null)
 returns void
 language plpgsql
@@ -723,10 +760,8 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    m vae.models;
+    m vae.models := vae_private.locked_model(model);
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
-    perform vae_private.check_owner(model);
     if set_features.user_features is not null then
         m.user_features := vae_private.chosen_features(
             to_regclass(quote_ident(m.users_schema) || '.' || quote_ident(m.users_table)),
@@ -759,11 +794,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     given constant jsonb := set_options.options;
-    m vae.models;
+    m vae.models := vae_private.locked_model(model);
     max_history jsonb;
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
-    perform vae_private.check_owner(model);
     if given is null then
         raise exception 'options is null'
             using errcode = 'null_value_not_allowed', hint = $h$give an object: '{"min_events": 500}'$h$;
@@ -824,10 +857,9 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    id constant integer := vae_private.model_id(model);
+    id constant integer := (vae_private.locked_model(model)).model_id;
     dropped record;
 begin
-    perform vae_private.check_owner(model);
     -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
     for dropped in
         select * from vae_private.model_objects(id) o

@@ -861,11 +861,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    id constant integer := vae_private.model_id(model);
 begin
-    perform vae_private.check_owner(model);
-    perform vae_private.build_model(id);
+    perform vae_private.build_model((vae_private.locked_model(model)).model_id);
 end;
 $$;
 

@@ -67,10 +67,8 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    m vae.models;
+    m vae.models := vae_private.locked_model(model);
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
-    perform vae_private.check_owner(model);
     perform vae_private.check_tables(m);
     perform vae_private.check_exposure(format('%I.%I', m.events_schema, m.events_table)::regclass, set_exposure.exposure_column);
     if set_exposure.exposure_column is null then

@@ -44,7 +44,7 @@ begin
         perform pg_catalog.pg_sleep(0.2);
     end if;
     if not pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id) then
-        raise exception 'model % is being refreshed by another session', model
+        raise exception 'model % is being refreshed or changed by another session', model
             using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
     end if;
     perform vae_private.check_refresh(id);

@@ -136,6 +136,7 @@ grant execute on function
     vae_private.checked_options(jsonb),
     vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
+    vae_private.locked_model(text),
     vae_private.feature_select(integer, text, text),
     vae_private.refresh_select(integer, boolean),
     vae_private.build_recommendations(vae.models),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -118,6 +120,20 @@ def test_a_name_that_is_taken_is_refused(shop: psycopg.Connection) -> None:
     shop.execute("select vae.drop_model('shop')")
     assert not notices
     create_model(shop, "shop", events="events")
+
+
+def test_of_two_sessions_that_make_a_model_at_once_one_is_told_that_it_exists(shop: psycopg.Connection) -> None:
+    create = "select from vae.create_model('shop', 'events')"
+    waits = "select count(*) from pg_stat_activity where query = %s and wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(shop.info.dsn, autocommit=True) as other:
+        with shop.transaction():
+            shop.execute(create)
+            refused = threads.submit(refusal, other, create)
+            while not refused.done() and shop.execute(waits, [create]).fetchone() != (1,):
+                time.sleep(0.02)
+        told = refused.result(60)
+    assert (told.sqlstate, told.message_primary) == ("42710", 'model "shop" exists already')
+    assert "vae.drop_model('shop')" in str(told.message_hint)
 
 
 def test_a_table_that_does_not_exist_is_named(untouched: psycopg.Connection) -> None:

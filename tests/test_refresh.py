@@ -198,7 +198,7 @@ def test_one_session_has_all_views_and_another_one_is_refused_whatever_the_momen
             running.result(120)
     assert set(outcomes) <= {
         "done",
-        "model shop is being refreshed by another session",
+        "model shop is being refreshed or changed by another session",
         "another session began to refresh model shop at the same moment",
     }
     succeeded = [row for row in log(more, before) if row[1] == "succeeded"]
@@ -235,6 +235,51 @@ def test_a_model_that_is_dropped_while_it_refreshes_does_not_exist(more: Connect
         assert refreshing.result(60) == 'VA001 model "shop" does not exist'
     assert more.execute("select count(*) from vae.refreshes").fetchone() == (0,)
     assert more.execute("select vae_private.start_refresh(-1, 'churn', 'full')").fetchone() == (None,)
+
+
+def test_a_change_during_a_refresh_locks_nobody_out_and_two_changes_keep_both(
+    trained: Connection, trained_database: str
+) -> None:
+    def wait_for(query: str, event: str) -> None:
+        end = time.monotonic() + 60
+        asked = "select count(*) from pg_stat_activity where query = %s and wait_event = %s"
+        while trained.execute(asked, [query, event]).fetchone() != (1,):
+            assert time.monotonic() < end, query
+            time.sleep(0.05)
+
+    def run(query: str) -> None:
+        with psycopg.connect(trained_database, autocommit=True) as session:
+            session.execute(query.encode())
+
+    trained.execute("call vae.refresh('shop')")
+    before = last(trained)
+    refresh = "call vae.refresh('shop', full => true)"
+    changes = (
+        """select vae.set_options('shop', '{"recommendations": 7}')""",
+        """select vae.set_options('shop', '{"min_events": 77}')""",
+        "select vae.set_features('shop', item_features => '{}')",
+        "select vae.set_exposure('shop', null)",
+        "select vae.rebuild_model('shop')",
+    )
+    with ThreadPoolExecutor(1 + len(changes)) as threads:
+        with psycopg.connect(trained_database) as holder:
+            holder.execute("lock table events")
+            running = [threads.submit(run, refresh)]
+            wait_for(refresh, "relation")
+            for change in changes:
+                running.append(threads.submit(run, change))
+                wait_for(change, "advisory")
+            # None of them holds a lock that a reader would wait for.
+            trained.execute("set lock_timeout = '1s'")
+            for view in ("recommendations", "churn", "segments", "demand", "related_items"):
+                trained.execute(sql.SQL("select count(*) from {}").format(sql.Identifier("shop", view)))
+        for each in running:
+            each.result(60)
+    assert {state for _, state, *_ in log(trained, before)} == {"succeeded"}
+    stored = trained.execute(
+        "select options ->> 'recommendations', options ->> 'min_events', item_features from vae.models"
+    )
+    assert stored.fetchall() == [("7", "77", [])]
 
 
 def test_an_index_that_somebody_drops_comes_back_with_a_rebuild(trained: Connection) -> None:

@@ -189,7 +189,7 @@ def test_a_refresh_tells_in_json_what_it_did(trained: Connection, run_cli: RunCl
         done = run_cli("refresh", "shop", "--json", dsn=dsn)
     assert done.returncode == 3
     assert json.loads(done.stdout)["status"] == "busy"
-    assert done.stderr == "model shop is being refreshed by another session\n"
+    assert done.stderr == "model shop is being refreshed or changed by another session\n"
     # Not busy but failed, though the state is the same: somebody holds a view for longer than the role waits.
     with psycopg.connect(dsn) as other, psycopg.connect(dsn, options="-c lock_timeout=50", autocommit=True) as mine:
         other.execute("comment on materialized view shop.churn_materialized is 'held'")

@@ -448,7 +448,7 @@ def test_a_second_refresh_is_told_of_the_first(slow: str) -> None:
         wait_for_a_refresh(watcher)
         with pytest.raises(psycopg.errors.LockNotAvailable) as refused:
             refresh(slow)
-        assert refused.value.diag.message_primary == "model shop is being refreshed by another session"
+        assert refused.value.diag.message_primary == "model shop is being refreshed or changed by another session"
         hint = str(refused.value.diag.message_hint)
         assert len(rows(watcher, hint.removeprefix("see: "))) == 1
         first.result(60)
@@ -468,7 +468,7 @@ def test_refreshes_that_begin_at_the_same_moment_end_well_or_are_refused(trained
         outcomes = list(threads.map(attempt, range(24)))
         assert set(outcomes) <= {
             "done",
-            "model shop is being refreshed by another session",
+            "model shop is being refreshed or changed by another session",
             "another session began to refresh model shop at the same moment",
         }
         assert outcomes.count("done") > 0

@@ -24,6 +24,12 @@ from pgvae.schema import PUBLIC
 _LOCK = 0x7067766165
 # While an installation waits for a session that holds a table, whoever wants to score waits behind it.
 _LOCK_TIMEOUT = "10s"
+# Those of vae.refresh. Before any other, or an upgrade and a refresh would wait for each other.
+_REFRESH_LOCKS = """
+select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), m.model_id)
+from vae.models m
+order by m.model_id
+"""
 
 
 _FOREIGN_SCHEMA = """
@@ -65,7 +71,8 @@ def install(dsn: str | None = None) -> Installation:
     except DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.LockNotAvailable):
             raise PgvaeError(
-                f"another session holds pgvae's tables in an open transaction, {_LOCK_TIMEOUT} were not enough",
+                "another session holds pgvae's tables in an open transaction, or refreshes a model:"
+                f" {_LOCK_TIMEOUT} were not enough",
                 hint="find it: select pid, usename, state, query from pg_stat_activity"
                 " where xact_start < now() - interval '10 s'; nothing was changed, run pgvae install again",
             ) from None
@@ -85,6 +92,8 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
     config.set_main_option("script_location", str(resources.directory("migrations")))
     config.attributes["connection"] = connection
     _check_revision(connection, config)
+    if connection.execute(text("select pg_catalog.to_regclass('vae.models') is not null")).scalar_one():
+        connection.execute(text(_REFRESH_LOCKS))
     command.upgrade(config, "head")
     _create_extension(connection)
     for path in resources.sql_files():
