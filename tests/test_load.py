@@ -385,3 +385,8 @@ def test_who_may_not_create_schemas_loads_into_one_that_is_there(
         done = run_cli("load", "events", csv_file, "--yes", "--table", "mine.events", dsn=as_role(empty_database, role))
         assert done.returncode == 0, done.stderr
         connection.execute(f"drop owned by {role}")
+
+
+def test_names_between_colons_are_no_pictures(empty_database: str, run_cli: RunCli) -> None:
+    done = run_cli("load", "events", "-", "--dry-run", dsn=empty_database, input="a:x:b;c\n1;2\n")
+    assert "there are: a:x:b, c" in done.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
@@ -515,7 +517,26 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None
     folder.mkdir()
     with pytest.raises(PgvaeError, match="cannot write"):
         write(folder, "text")
-    assert list(tmp_path.iterdir()) == [folder]
+    beneath_a_file = tmp_path / "file" / "page.html"
+    beneath_a_file.parent.write_text("no folder")
+    with pytest.raises(PgvaeError, match="Not a directory"):
+        write(beneath_a_file, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_link_or_a_pipe_is_written_through_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("old")
+    link = tmp_path / "latest.html"
+    link.symlink_to("page.html")
+    write(link, "new")
+    assert link.is_symlink() and (tmp_path / "page.html").read_text() == "new"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(pipe.read_text)
+        write(pipe, "text")
+        assert read.result(10) == "text"
+    assert pipe.is_fifo()
 
 
 # What it says of the shop

@@ -335,6 +335,19 @@ def test_the_commands(run_cli: RunCli, home: Path) -> None:
     assert not home.exists()
 
 
+def test_a_string_that_is_no_dsn_is_no_lost_connection(run_cli: RunCli) -> None:
+    done = run_cli("status", dsn="shop")
+    assert done.returncode == 1
+    assert 'error: the connection string is none: missing "=" after "shop"' in done.stderr
+    assert "postgresql://" in done.stderr
+
+
+def test_a_terminal_without_utf8_shows_question_marks(database: str, run_cli: RunCli) -> None:
+    done = run_cli("status", dsn=database, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "select * from vae.create_model(?)" in done.stdout
+
+
 def test_status_of_a_database_with_pgvae(run_cli: RunCli, database: str, role: str) -> None:
     done = run_cli("status", dsn=database)
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,11 @@ def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
             f"cannot connect: {str(error).strip()}",
             hint="check --dsn or PGVAE_DSN, or start the embedded server with: pgvae up",
         ) from error
+    except psycopg.ProgrammingError as error:
+        raise PgvaeError(
+            f"the connection string is none: {str(error).strip()}",
+            hint="check --dsn or PGVAE_DSN, as in: host=localhost dbname=shop user=ana, or postgresql://ana@localhost/shop",
+        ) from error
     if not str(connection.info.parameter_status("DateStyle")).startswith("ISO"):
         # Psycopg reads times in no other form, and a role or a database may have another one.
         with connection.transaction():

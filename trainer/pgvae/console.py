@@ -12,7 +12,8 @@ _PIPE_WIDTH = 160
 
 
 def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
+    # A key or a name such as a:x:b stays what it is.
+    console = Console(stderr=stderr, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     return console

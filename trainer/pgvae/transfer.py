@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from safetensors.numpy import save
 
 from pgvae import __version__
 from pgvae.errors import PgvaeError
+from pgvae.files import write_file
 from pgvae.publish import write_catalogue, write_tensors
 from pgvae.versions import read_version, read_weights, readable
 from pgvae_runtime import forward
@@ -82,13 +82,7 @@ def export_version(
     text = json.dumps(document, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     content = save(tensors, metadata={"format": _FORMAT, "document": text, "sha256": digest})
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise PgvaeError(f"cannot write {path}: {error.strerror}", hint="choose another folder") from error
+    write_file(path, content, hint="choose another folder")
     return Exported(version=found.version, bytes=len(content), sha256=digest)
 
 

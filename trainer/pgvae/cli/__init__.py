@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +32,7 @@ class CommandGroup(TyperGroup):
         if command is not None:
             # Rich would keep the line breaks of the docstring.
             command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", command.help or "")
-            _without_bool(command.params)
+            _without_bool(command.get_params(ctx))
         return command
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -141,6 +143,9 @@ def register_commands() -> None:
 
 def main() -> None:
     """Runs the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal without UTF-8 shows ? for what it lacks: it is no reason to fail, least of all behind a training.
+        sys.stdout.reconfigure(errors="replace")
     register_commands()
     app()
 

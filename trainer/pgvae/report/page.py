@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pgvae import __version__
 from pgvae.connection import connect
-from pgvae.errors import PgvaeError
+from pgvae.files import write_file
 from pgvae.report import charts, words
 from pgvae.report.insight import Insight, look_into
 from pgvae.rows import CurvePoint, Metric
@@ -51,15 +51,7 @@ def read_report(dsn: str | None, model: str, version: int | None = None) -> Repo
 
 def write(path: Path, text: str) -> None:
     """Writes a file in one step; PgvaeError where it cannot be."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise PgvaeError(
-            f"cannot write {path}: {error.strerror}", hint="give another place with --output or --card"
-        ) from error
+    write_file(path, text.encode(), hint="give another place with --output or --card")
 
 
 def render(version: PublishedVersion, insight: Insight) -> str:

@@ -1,0 +1,31 @@
+"""Files that a command writes: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from pgvae.errors import PgvaeError
+
+
+def write_file(path: Path, content: bytes, *, hint: str) -> None:
+    """Writes a file in one step; PgvaeError with that hint where it cannot be.
+
+    A link stays one, and a pipe or a device is written into: neither is replaced.
+    """
+    try:
+        target = path.resolve()
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(target)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+    except OSError as error:
+        raise PgvaeError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
