@@ -62,8 +62,8 @@ begin
             'select count(*), count(i.item_index)'
             ' from (select distinct c.%1$I as item_id from %2$s c where c.%1$I is not null) c'
             ' left join vae_private.scoring_versions v on v.model_id = %3$s'
-            ' left join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key::%4$s = c.item_id',
-            item_id, relation, m.model_id, m.item_id_type);
+            ' left join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = c.item_id::text',
+            item_id, relation, m.model_id);
     exception when others then
         raise exception 'candidates "%" cannot be read from %: %', name, relation, sqlerrm
             using errcode = sqlstate, hint = format('mend %s until this gives rows: select %I from %1$s', relation, item_id);

@@ -66,6 +66,29 @@ ALL = {"exclude_seen": False}
 # Candidates, live
 
 
+def test_a_set_is_defined_beside_a_model_with_keys_of_another_type(shop: psycopg.Connection) -> None:
+    """Whatever the plan: no item of the other model is read as a number."""
+    shop.execute(
+        "create table visits (user_id text, item_id text, occurred_at timestamptz);"
+        " select from vae.create_model('words', 'visits');"
+        " insert into vae.versions overriding system value select n.*"
+        " from vae.versions v join vae.models m using (model_id)"
+        " cross join vae.models w, jsonb_populate_record(null::vae.versions,"
+        " to_jsonb(v) || jsonb_build_object('version_id', -1, 'model_id', w.model_id, 'state', 'loading')) n"
+        " where m.name = 'shop' and v.state = 'active' and w.name = 'words';"
+        " insert into vae_private.items (version_id, item_index, item_key)"
+        " select -1, n, 'word ' || n from generate_series(0, 999) n;"
+        " update vae.versions set state = 'ready' where version_id = -1;"
+        " update vae.versions set state = 'active' where version_id = -1;"
+        " analyze vae_private.items"
+    )
+    joins = ("nestloop", "hashjoin", "mergejoin")
+    for chosen in joins:
+        for join in joins:
+            shop.execute(f"set local enable_{join} = {join == chosen}".encode())
+        assert define(shop) == (6, 6)
+
+
 def test_only_candidates_are_recommended_in_their_order(shop: psycopg.Connection) -> None:
     assert define(shop) == (6, 6)
     everything = ask(shop, ALL)
