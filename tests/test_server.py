@@ -348,6 +348,17 @@ def test_a_terminal_without_utf8_shows_question_marks(database: str, run_cli: Ru
     assert "select * from vae.create_model(?)" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["up", "status", "down", "psql"])
+def test_a_home_that_is_a_file_is_refused(run_cli: RunCli, tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for path in (file, file / "beneath"):
+        done = run_cli(command, env={"PGVAE_HOME": str(path)})
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"error: PGVAE_HOME is {path}: Not a directory")
+    assert file.read_text() == "no folder"
+
+
 def test_status_of_a_database_with_pgvae(run_cli: RunCli, database: str, role: str) -> None:
     done = run_cli("status", dsn=database)
     assert done.returncode == 0, done.stderr

@@ -53,9 +53,10 @@ class Checkpoints:
         return Checkpoint(path)
 
     def remove(self) -> None:
-        """Removes those that were used: what they were for is done."""
+        """Removes those that were used: what they were for is done. Nothing was saved where nothing can be removed."""
         for path in self._used:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 class Checkpoint:

@@ -97,6 +97,7 @@ class Server:
     def default(cls) -> Server:
         """Gives the cluster of the current user: PGVAE_HOME, else /var/lib/pgvae for root, else below XDG_DATA_HOME."""
         if chosen := os.environ.get("PGVAE_HOME"):
+            _check_folder(Path(chosen))
             return cls(Path(chosen))
         if os.geteuid() == 0:
             return cls(Path("/var/lib/pgvae"))
@@ -416,6 +417,19 @@ def _check_reachable(home: Path, account: _Account) -> None:
                 f"the server runs as {account.name}, who cannot enter {directory}",
                 hint="choose a folder that every user can reach: PGVAE_HOME=/var/lib/pgvae",
             )
+
+
+def _check_folder(home: Path) -> None:
+    """Refuses a home that is no folder, or lies beneath what is none, or where this user may not look."""
+    try:
+        # The nearest that is there.
+        found = next(path for path in (home, *home.absolute().parents) if path.exists())
+        (found / "data").exists()
+        reason = None if found.is_dir() else "Not a directory"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise PgvaeError(f"PGVAE_HOME is {home}: {reason}", hint="choose another folder with PGVAE_HOME")
 
 
 def _check_free(port: int) -> None:
