@@ -43,12 +43,12 @@ _CHOOSING_STEPS = 200
 _VALIDATION_USERS = 5000
 # How much the shortcut's links weigh beside the decoder's logits; the validation part chooses.
 SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+# From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
+_MOST_SCALE = 16.0
 # How fast events fade, in gates and in links: (1 + moments after it)^-exponent. The validation part chooses.
 RECENCIES = (0.0, 0.5, 1.0)
 # Links of what came before what must be better without this share of the events, too.
 _NEWEST_SHARE = 0.1
-# From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
-_MOST_SCALE = 16.0
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
 # Share of the past epochs in the averaged network, after the first few. 0.7 is a mean over the last three or so.
