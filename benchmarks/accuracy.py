@@ -122,9 +122,8 @@ def main(
 def _run(folder: Path, names: list[str], kind: str, seed: int, effort: Effort) -> None:
     results: dict[str, Measured] = {}
     task = read_task(folder)
-    has_order = len(np.unique(task.whole.user)) <= task.whole.moments[-1]
     for name in names:
-        if name == "sequential_rules" and not has_order:
+        if name == "sequential_rules" and not task.whole.has_order:
             continue
         err.print(f"{folder.name}: {name}")
         # A process of its own: its peak of memory is the method's.

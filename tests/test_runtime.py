@@ -464,9 +464,10 @@ def test_the_best_of_several_panels_are_those_of_a_full_sort(items: int, k: int)
     np.testing.assert_array_equal(found_cold, cold)
 
 
-def test_of_many_hundreds_only_those_change_places_that_float32_hardly_tells_apart() -> None:
-    weights = random_weights(I=7000)
-    history = random_history(np.random.default_rng(7700), 30, 6)
+@pytest.mark.parametrize("items", [2500, 7000])
+def test_of_many_hundreds_only_those_change_places_that_float32_hardly_tells_apart(items: int) -> None:
+    weights = random_weights(I=items)
+    history = random_history(np.random.default_rng(items + 700), 30, 6)
     scores, _ = score_users(weights, history, max_history=7)
     mask_seen(scores, history, (2,))
     expected_items, expected = forward.top_k(scores, 700)

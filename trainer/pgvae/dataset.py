@@ -61,6 +61,12 @@ class Dataset:
         return np.concatenate(([False], is_new))[: len(user)].cumsum()
 
     @property
+    def has_order(self) -> bool:
+        """Whether any user has events at different times."""
+        user, at = self.user, self.occurred_at
+        return bool(((user[1:] == user[:-1]) & (at[1:] > at[:-1])).any())
+
+    @property
     def trained_items(self) -> NDArray[np.bool_]:
         """Which items have an event, shape [I]; the others, cold items, are known by their features alone."""
         return np.bincount(self.item, minlength=len(self.item_keys)) > 0

@@ -116,7 +116,7 @@ def fit(
     torch.set_deterministic_debug_mode("error")
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
-    if judges and config.future_share is None and _are_in_order(dataset):
+    if judges and config.future_share is None and dataset.has_order:
         run = _better_run(dataset, config, judges, max_history, epochs, on_epoch)
         run.curve = [replace(epoch, phase=phase) for epoch in run.curve]
         config = run.config
@@ -138,13 +138,16 @@ def fit(
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
-    has_order = _are_in_order(dataset) and "order" not in config.without
+    has_order = dataset.has_order and "order" not in config.without
     recencies = RECENCIES if has_order else (0.0,)
     if "encoder_attention" in config.without:
         recency = 0.0
     elif judges:
-        # The first of equal ones.
-        recency = max(recencies, key=lambda each: _ndcg(judges, _fading(run.best_weights, each), max_history))
+        # That of no recency is known. Of equal ones the first.
+        ndcgs = {0.0: run.best_ndcg}
+        for each in recencies[1:]:
+            ndcgs[each] = _ndcg(judges, _fading(run.best_weights, each), max_history)
+        recency = max(ndcgs, key=ndcgs.__getitem__)
     weights = _fading(run.best_weights, recency)
     judged = {}
     if "shortcut" in config.without or not config.neighbours:
@@ -208,12 +211,6 @@ def _lasts(
 def _fading(weights: dict[str, NDArray[Any]], recency: float) -> dict[str, NDArray[Any]]:
     """Gives the weights with gates that fade as fast as that."""
     return weights | {"gate_recency": recency_of_orders(recency)}
-
-
-def _are_in_order(dataset: Dataset) -> bool:
-    """Tells whether any user has events at different times."""
-    user, at = dataset.user, dataset.occurred_at
-    return bool(((user[1:] == user[:-1]) & (at[1:] > at[:-1])).any())
 
 
 def _better_run(
