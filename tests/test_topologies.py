@@ -252,7 +252,7 @@ def test_an_upgrade_from_each_revision_keeps_the_data_and_scores_the_same(
         new.execute("call vae.refresh('shop', array['recommendations'])")
         live, stored = answers(new)
         assert live == expected[0]
-        # Users come in another order here, so that a product of several may differ in its last bit.
+        # Users may come in another order here, and the product of several in another order differs in its last bit.
         assert [row[:3] + row[4:6] for row in stored] == [row[:3] + row[4:6] for row in expected[1]]
         assert [row[3] for row in stored] == pytest.approx([row[3] for row in expected[1]], rel=1e-5)
         # What is stored stays readable through an installation that remakes all views.
