@@ -24,6 +24,7 @@ from pgvae.checkpoints import Checkpoints
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
+from pgvae.item_graph import convolution
 from pgvae.loop import Fit, _Run, fit, scorer
 from pgvae.ranking import make_holdout
 from pgvae.rows import CHOOSING, Epoch
@@ -457,7 +458,7 @@ def test_the_shortcut_is_the_same_in_blocks_of_any_size(monkeypatch: pytest.Monk
 
 
 def test_of_a_user_of_thousands_of_items_the_shortcut_counts_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgvae.shortcut._MAX_USER_ITEMS", 50)
+    monkeypatch.setattr("pgvae.item_graph._MAX_USER_ITEMS", 50)
     dataset = dataset_of([(0, item, 0, DAY * item) for item in range(150)], 1, 150)
     links = shortcuts(dataset, 150, seed=1)
     assert np.count_nonzero(np.diff(links["cooccurrence"].start)) == 50
@@ -467,6 +468,48 @@ def test_of_a_user_of_thousands_of_items_the_shortcut_counts_a_part(monkeypatch:
     expected = [(one, other) for one in kept for other in kept if 0 < other - one <= 10]
     found = zip(np.repeat(np.arange(150), np.diff(links["transitions"].start)), links["transitions"].item, strict=True)
     assert sorted(found) == expected
+
+
+# The graph convolution
+
+
+def test_an_item_leans_on_its_most_similar_ones_the_less_the_more_users_it_has() -> None:
+    dataset = some_events(users=300)
+    items = len(dataset.item_keys)
+    r = np.zeros((dataset.user_count, items))
+    r[dataset.user, dataset.item] = 1.0
+    users = r.sum(axis=0)
+    cosine = r.T @ r / (np.sqrt(np.outer(users, users)) + 3.0)
+    np.fill_diagonal(cosine, 0.0)
+    graph = convolution(dataset, seed=1)
+    assert graph.item.shape == graph.weight.shape == (items, 4)
+    assert users.min() == 0 and users.max() > 50
+    for item in range(items):
+        held = graph.weight[item] > 0
+        assert np.count_nonzero(held) == min(4, np.count_nonzero(cosine[item]))
+        if users[item]:
+            assert graph.weight[item].sum() == pytest.approx(2.0 / (1.0 + users[item] / 50.0), rel=1e-5)
+            found = cosine[item][graph.item[item]]
+            np.testing.assert_allclose(np.sort(found), np.sort(cosine[item])[-4:], rtol=1e-5)
+            np.testing.assert_allclose(graph.weight[item] / graph.weight[item].sum(), found / found.sum(), rtol=1e-5)
+
+
+def test_the_network_leans_on_neighbours_in_training_and_its_published_rows_have_them() -> None:
+    dataset = some_events()
+    config = replace(SMALL_CONFIG, epochs=1)
+    leaning = fit(dataset, config, max_history=20, phase="publish").weights
+    alone = fit(dataset, replace(config, without=("graph_convolution",)), max_history=20, phase="publish").weights
+    assert leaning.keys() == alone.keys()
+    graph = convolution(dataset, config.seed)
+    near = graph.item[np.arange(len(graph.item)), graph.weight.argmax(axis=1)]
+    known = np.flatnonzero(dataset.trained_items)
+
+    def likeness(weights: dict[str, Any]) -> float:
+        rows, others = weights["output_weight"][known], weights["output_weight"][near[known]]
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(others, axis=1)
+        return float(((rows * others).sum(axis=1) / lengths).mean())
+
+    assert likeness(leaning) > likeness(alone) + 0.2
 
 
 # Data that no shop should have

@@ -22,6 +22,7 @@ from pgvae.config import TrainingConfig
 from pgvae.connection import connect
 from pgvae.dataset import Dataset, read_dataset, read_definition
 from pgvae.install import install
+from pgvae.item_graph import Convolution
 from pgvae.loop import NO_SHORTCUT, Fit
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
@@ -43,8 +44,14 @@ def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
 
 
 def random_network(dataset: Dataset, config: TrainingConfig, seed: int) -> AttentionVae:
-    """Gives a network in which no gate, embedding or bias is zero, as a fresh or a briefly trained one has them."""
-    network = AttentionVae(dataset, config)
+    """Gives a network in which no gate, embedding or bias is zero, as a fresh or a briefly trained one has them.
+
+    Its items lean on others that need not be similar to them.
+    """
+    drawn = np.random.default_rng(seed)
+    size = (len(dataset.item_keys), 3)
+    graph = Convolution(item=drawn.integers(0, size[0], size), weight=drawn.random(size, dtype=np.float32))
+    network = AttentionVae(dataset, config, graph)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

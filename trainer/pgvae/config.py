@@ -12,6 +12,7 @@ MODEL_PARTS = (
     "encoder_attention",
     "decoder_attention",
     "hidden_layers",
+    "graph_convolution",
     "event_types",
     "age",
     "order",

@@ -17,6 +17,7 @@ from pgvae.checkpoints import Checkpoints, State
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
+from pgvae.item_graph import Convolution, convolution
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence, to_device
 from pgvae.ranking import (
     Holdout,
@@ -116,12 +117,13 @@ def fit(
     torch.set_deterministic_debug_mode("error")
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
+    graph = None if "graph_convolution" in config.without else convolution(dataset, config.seed)
     if judges and config.future_share is None and dataset.has_order:
-        run = _better_run(dataset, config, judges, max_history, epochs, on_epoch)
+        run = _better_run(dataset, config, graph, judges, max_history, epochs, on_epoch)
         run.curve = [replace(epoch, phase=phase) for epoch in run.curve]
         config = run.config
     else:
-        run = _Run(dataset, config, max_history)
+        run = _Run(dataset, config, graph, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
     checkpoint = checkpoints.of(dataset, config, **names) if checkpoints else None
@@ -130,7 +132,7 @@ def fit(
             run.restore(saved)
         # A file that is no state of this training: it begins at its beginning.
         except Exception:
-            run = _Run(dataset, config, max_history)
+            run = _Run(dataset, config, graph, max_history)
     for epoch in run.curve:
         on_epoch(epoch)
     while run.goes_on(epochs, judges):
@@ -216,6 +218,7 @@ def _fading(weights: dict[str, NDArray[Any]], recency: float) -> dict[str, NDArr
 def _better_run(
     dataset: Dataset,
     config: TrainingConfig,
+    graph: Convolution | None,
     judges: Holdout,
     max_history: int,
     epochs: int,
@@ -227,7 +230,7 @@ def _better_run(
     """
     best: _Run | None = None
     for share in FUTURE_SHARES:
-        run = _Run(dataset, replace(config, future_share=share), max_history)
+        run = _Run(dataset, replace(config, future_share=share), graph, max_history)
         while run.goes_on(min(epochs, -(-_CHOOSING_STEPS // run.batches.steps)), judges):
             run.train_epoch(CHOOSING, judges)
             on_epoch(run.curve[-1])
@@ -241,12 +244,12 @@ def _better_run(
 class _Run:
     """All that changes while a network is trained."""
 
-    def __init__(self, dataset: Dataset, config: TrainingConfig, max_history: int) -> None:
+    def __init__(self, dataset: Dataset, config: TrainingConfig, graph: Convolution | None, max_history: int) -> None:
         self.config = config
         self.max_history = max_history
         self.device = choose_device(config)
         torch.manual_seed(config.seed)
-        self.network = AttentionVae(dataset, config).to(self.device)
+        self.network = AttentionVae(dataset, config, graph).to(self.device)
         # What is ranked and published: epochs differ by chance more than by what they learned (Izmailov et al. 2018).
         self.averaged = AveragedModel(self.network, multi_avg_fn=_average)
         self.batches = Batches(dataset, config, max_history=max_history)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, embedding_bag
 
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
+from pgvae.item_graph import Convolution
 from pgvae_runtime.features import FeatureBag
 from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, Tokens, recency_of_orders
 
@@ -26,6 +27,7 @@ _PARAMETERS = {
     "event_types": ("event_type_embedding", "event_type_gate"),
     "age": ("age_embedding", "age_gate"),
     "order": ("order_embedding", "order_gate"),
+    "graph_convolution": (),
     "features": ("user_feature_embedding", "item_feature_embedding", "item_feature_output"),
     "shortcut": (),
 }
@@ -34,10 +36,11 @@ _PARAMETERS = {
 class AttentionVae(nn.Module):
     """The model of Liang et al. (2018) on tokens, with a gate per token and a gate per latent dimension.
 
-    It starts as a linear autoencoder: every gate is 1/2 and the hidden layers add nothing.
+    It starts as a linear autoencoder: every gate is 1/2 and the hidden layers add nothing. With a convolution the rows
+    of items lean on those of their neighbours; `weights` has them added up.
     """
 
-    def __init__(self, dataset: Dataset, config: TrainingConfig) -> None:
+    def __init__(self, dataset: Dataset, config: TrainingConfig, convolution: Convolution | None = None) -> None:
         super().__init__()
         items, h, z = len(dataset.item_keys), config.hidden, config.latent
         self.temperature = config.temperature_for(items)
@@ -72,14 +75,14 @@ class AttentionVae(nn.Module):
         self.item_popularity = dataset.popularity()
         self.trained_items = dataset.trained_items
         self.item_features = dataset.item_features if dataset.item_pipeline.size else None
+        self.convolution = convolution
         for part in config.without:
             for name in _PARAMETERS[part]:
                 self.get_parameter(name).requires_grad_(False)
 
     def embed(self, tokens: Tokens, *, alone: NDArray[np.bool_] | None = None) -> Tensor:
         """Gives the token embeddings, [N, Z]; `alone` [N] says which items are known by their features alone."""
-        item = self._tensor(tokens.item)
-        embedded = embedding(item, self.item_embedding)
+        embedded = self._rows(self.item_embedding, tokens.item)
         if self.item_features is not None:
             embedded = self._kept(embedded, alone) + self._features(
                 self.item_feature_embedding, self.item_features.take(tokens.item)
@@ -128,7 +131,7 @@ class AttentionVae(nn.Module):
 
     def item_directions(self, items: NDArray[np.int64], *, alone: NDArray[np.bool_] | None = None) -> Tensor:
         """Gives the directions of these items, [n, Z], of length 1."""
-        output = embedding(self._tensor(items), self.output_weight)
+        output = self._rows(self.output_weight, items)
         if self.item_features is not None:
             output = self._kept(output, alone) + self._features(
                 self.item_feature_output, self.item_features.take(items)
@@ -139,14 +142,15 @@ class AttentionVae(nn.Module):
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """Gives the tensors that the runtime scores with, by name, without the shortcut.
 
-        What an item's features say is added to its own rows, so that scoring known items costs nothing extra.
+        What an item's neighbours and features say is added to its own rows, so that scoring known items costs nothing
+        extra.
         """
         named = {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.named_parameters()}
         items = np.arange(len(self.item_embedding))
         trained = self.trained_items
         # The rows of an item without events were never trained.
         cold = ~trained
-        item_embedding = self._kept(self.item_embedding, cold)
+        item_embedding = self._kept(self._rows(self.item_embedding, items), cold)
         if self.item_features is not None:
             item_embedding = item_embedding + self._features(self.item_feature_embedding, self.item_features)
         named["item_embedding"] = item_embedding.cpu().numpy()
@@ -157,6 +161,14 @@ class AttentionVae(nn.Module):
         named["gate_recency"] = self.get_buffer("gate_recency").cpu().numpy().copy()
         del named["item_feature_embedding"], named["item_feature_output"]
         return named
+
+    def _rows(self, rows: Tensor, items: NDArray[np.int64]) -> Tensor:
+        """Gives the rows of these items, [n, Z], with what their neighbours' rows add."""
+        own = embedding(self._tensor(items), rows)
+        if self.convolution is None:
+            return own
+        near, weight = (self._tensor(array[items]) for array in (self.convolution.item, self.convolution.weight))
+        return own + embedding_bag(near, rows, per_sample_weights=weight, mode="sum")
 
     def _features(self, rows: Tensor, features: FeatureBag) -> Tensor:
         counts = features.counts()

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from pgvae.dataset import Dataset
 from pgvae.item_graph import (
+    bounded_events,
     heaviest,
     heaviest_products,
     incidence,
@@ -27,8 +28,6 @@ from pgvae.item_graph import (
 )
 from pgvae_runtime.tokens import recency_of_orders
 
-# Of a user with more items a random part: 5000 items are 25 million pairs.
-_MAX_USER_ITEMS = 1000
 _COOCCURRENCE = "cooccurrence"
 # The ways by regression, and their penalties.
 _REGRESSIONS = {"regression_30": 30.0, "regression_100": 100.0, "regression_500": 500.0}
@@ -84,7 +83,7 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] 
     sparse graph), for each of three penalties. transitions: what came up to ten moments before a user's first event on
     an item. baskets: what came at the same moment, and, for less, before.
     """
-    user, item, moment = _bounded_events(dataset, seed)
+    user, item, moment = bounded_events(dataset, seed)
     items = len(dataset.item_keys)
     matrix = incidence(user, item, dataset.user_count, items)
     found = {}
@@ -114,17 +113,3 @@ def _links(matrix: sparse.csr_array) -> Links:
         item=matrix.indices.astype(np.int32),
         weight=(matrix.data / unit).astype(np.float32),
     )
-
-
-def _bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Gives user, item and moment of the events, of a user with too many items those on a random part of them."""
-    user, item, moment = dataset.user, dataset.item, dataset.moments
-    pairs = np.unique(user * len(dataset.item_keys) + item)
-    owner = pairs // len(dataset.item_keys)
-    counts = np.bincount(owner)
-    if counts.max(initial=0) <= _MAX_USER_ITEMS:
-        return user, item, moment
-    order = np.lexsort((np.random.default_rng(seed).random(len(pairs)), owner))
-    place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
-    kept = np.isin(user * len(dataset.item_keys) + item, pairs[order[place < _MAX_USER_ITEMS]])
-    return user[kept], item[kept], moment[kept]
