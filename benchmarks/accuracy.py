@@ -45,6 +45,7 @@ _METRICS = ("recall", "ndcg", "hit_rate")
 # pgvae without each of its parts: what is changed in its configuration.
 _ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"without {part}": {"without": (part,)} for part in MODEL_PARTS},
+    "without graph_convolution": {"graph_neighbours": 0},
     "without λ schedule": {"anneal_epochs": 0.0},
     "without KL term": {"kl_weight": 0.0},
 }

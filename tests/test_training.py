@@ -207,7 +207,15 @@ def test_a_file_that_is_no_checkpoint_of_this_training_is_ignored(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 4}, {"learning_rate": 0.005}, {"epochs": 7}, {"without": ("age",)}, {"neighbours": 3}]
+    "changes",
+    [
+        {"seed": 4},
+        {"learning_rate": 0.005},
+        {"epochs": 7},
+        {"without": ("age",)},
+        {"neighbours": 3},
+        {"graph_neighbours": 2},
+    ],
 )
 def test_a_changed_configuration_is_another_training(
     tmp_path: Path, passes: list[int], changes: dict[str, Any]
@@ -481,7 +489,7 @@ def test_an_item_leans_on_its_most_similar_ones_the_less_the_more_users_it_has()
     users = r.sum(axis=0)
     cosine = r.T @ r / (np.sqrt(np.outer(users, users)) + 3.0)
     np.fill_diagonal(cosine, 0.0)
-    graph = convolution(dataset, seed=1)
+    graph = convolution(dataset, 4, seed=1)
     assert graph.item.shape == graph.weight.shape == (items, 4)
     assert users.min() == 0 and users.max() > 50
     for item in range(items):
@@ -496,11 +504,14 @@ def test_an_item_leans_on_its_most_similar_ones_the_less_the_more_users_it_has()
 
 def test_the_network_leans_on_neighbours_in_training_and_its_published_rows_have_them() -> None:
     dataset = some_events()
-    config = replace(SMALL_CONFIG, epochs=1)
-    leaning = fit(dataset, config, max_history=20, phase="publish").weights
-    alone = fit(dataset, replace(config, without=("graph_convolution",)), max_history=20, phase="publish").weights
+
+    def published(data: Dataset, graph_neighbours: int | None) -> dict[str, Any]:
+        config = replace(SMALL_CONFIG, epochs=1, graph_neighbours=graph_neighbours)
+        return fit(data, config, max_history=20, phase="publish").weights
+
+    leaning, alone = published(dataset, 4), published(dataset, 0)
     assert leaning.keys() == alone.keys()
-    graph = convolution(dataset, config.seed)
+    graph = convolution(dataset, 4, SMALL_CONFIG.seed)
     near = graph.item[np.arange(len(graph.item)), graph.weight.argmax(axis=1)]
     known = np.flatnonzero(dataset.trained_items)
 
@@ -510,6 +521,10 @@ def test_the_network_leans_on_neighbours_in_training_and_its_published_rows_have
         return float(((rows * others).sum(axis=1) / lengths).mean())
 
     assert likeness(leaning) > likeness(alone) + 0.2
+    # By default where nothing says what came first.
+    assert likeness(published(dataset, None)) == likeness(alone)
+    unordered = replace(dataset, occurred_at=np.zeros(len(dataset.occurred_at)))
+    assert likeness(published(unordered, None)) == likeness(published(unordered, 4)) > likeness(published(unordered, 0))
 
 
 # Data that no shop should have

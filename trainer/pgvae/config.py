@@ -12,7 +12,6 @@ MODEL_PARTS = (
     "encoder_attention",
     "decoder_attention",
     "hidden_layers",
-    "graph_convolution",
     "event_types",
     "age",
     "order",
@@ -33,9 +32,10 @@ class TrainingConfig:
     divides the cosines, 0 stands for 10 / ln(items)^2; `kl_weight` is the final 1 - λ, reached after `anneal_epochs`;
     `token_dropout` is the share of a history that the encoder does not see, `future_share` the share of the users of a
     step for whom it sees what came before a moment and must guess what came after, None for the one of FUTURE_SHARES
-    that ranks the validation part better; `negatives` is how many items are
-    drawn as wrong answers per step, beside the right ones of the whole batch; `neighbours` is how many items an item is
-    linked with in the shortcut; `patience` is how many epochs without a better validation NDCG end the training;
+    that ranks the validation part better; `negatives` is how many items are drawn as wrong answers per step, beside
+    the right ones of the whole batch; `neighbours` is how many items an item is linked with in the shortcut;
+    `graph_neighbours` how many similar items an item's rows lean on in training, None for 4 where the data has no
+    order and 0 where it has one; `patience` is how many epochs without a better validation NDCG end the training;
     `segments` is the number of segments of users, 0 for none, None for the one that fits the data; `without` names
     MODEL_PARTS to leave out.
     """
@@ -53,6 +53,7 @@ class TrainingConfig:
     future_share: float | None = None
     negatives: int = 4096
     neighbours: int = 64
+    graph_neighbours: int | None = None
     segments: int | None = None
     without: tuple[str, ...] = ()
     device: str = "auto"
@@ -65,6 +66,10 @@ class TrainingConfig:
                 raise PgvaeError(f"{name} is {getattr(self, name)}", hint="give 1 or more")
         if self.neighbours < 0:
             raise PgvaeError(f"neighbours is {self.neighbours}", hint="give 0 or more; 0 leaves the shortcut out")
+        if self.graph_neighbours is not None and self.graph_neighbours < 0:
+            raise PgvaeError(
+                f"graph_neighbours is {self.graph_neighbours}", hint="give 0 or more; 0 leaves the convolution out"
+            )
         if self.segments is not None and not 0 <= self.segments <= 100:
             raise PgvaeError(f"segments is {self.segments}", hint="give 1 to 100, or 0 for none")
         for name in ("kl_weight", "token_dropout"):

@@ -22,9 +22,8 @@ _SHRINKAGE = 3.0
 _BLOCK = 16_000_000
 # Of a user with more items a random part: 5000 items are 25 million pairs.
 _MAX_USER_ITEMS = 1000
-# On so many others an item leans: with twice the weight of its own row as long as it has few users, with half of that
-# at 50 of them.
-_CONVOLVED = 4
+# How much the rows of others weigh in an item's, beside 1 for its own, as long as it has few users, and at how many
+# users half as much.
 _MOST_WEIGHT = 2.0
 _WELL_KNOWN = 50.0
 
@@ -40,20 +39,20 @@ class Convolution:
     weight: NDArray[np.float32]
 
 
-def convolution(dataset: Dataset, seed: int) -> Convolution:
-    """Gives the graph convolution of a catalogue: each item's most similar four, by their shares of the similarity,
-    times 2 / (1 + n / 50) for an item with n users.
+def convolution(dataset: Dataset, neighbours: int, seed: int) -> Convolution:
+    """Gives the graph convolution of a catalogue: each item's most similar ones, by their shares of the
+    similarity, times 2 / (1 + n / 50) for an item with n users.
 
     A light graph convolution (He et al. 2020, LightGCN, eq. 3) on the item-item graph, fading as an item gets known.
     """
     user, item, _ = bounded_events(dataset, seed)
     matrix = incidence(user, item, dataset.user_count, len(dataset.item_keys))
-    near = similar_items(matrix, _CONVOLVED)
+    near = similar_items(matrix, neighbours)
     counts = np.diff(near.indptr)
     row = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(near.nnz) - near.indptr[row]
-    others = np.zeros((len(counts), _CONVOLVED), dtype=np.int64)
-    weight = np.zeros((len(counts), _CONVOLVED), dtype=np.float32)
+    others = np.zeros((len(counts), neighbours), dtype=np.int64)
+    weight = np.zeros((len(counts), neighbours), dtype=np.float32)
     others[row, place] = near.indices
     weight[row, place] = near.data
     users = np.asarray(matrix.sum(axis=0)).ravel()

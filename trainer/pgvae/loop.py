@@ -48,6 +48,9 @@ SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _MOST_SCALE = 16.0
 # How fast events fade, in gates and in links: (1 + moments after it)^-exponent. The validation part chooses.
 RECENCIES = (0.0, 0.5, 1.0)
+# So many similar items an item leans on where the data has no order. Where it has one, links of what came before what
+# say as much as this does.
+_GRAPH_NEIGHBOURS = 4
 # Links of what came before what must be better without this share of the events, too.
 _NEWEST_SHARE = 0.1
 # Parameters that all users share move by this share of the learning rate.
@@ -117,7 +120,10 @@ def fit(
     torch.set_deterministic_debug_mode("error")
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
-    graph = None if "graph_convolution" in config.without else convolution(dataset, config.seed)
+    leaning = config.graph_neighbours
+    if leaning is None:
+        leaning = 0 if dataset.has_order else _GRAPH_NEIGHBOURS
+    graph = convolution(dataset, leaning, config.seed) if leaning else None
     if judges and config.future_share is None and dataset.has_order:
         run = _better_run(dataset, config, graph, judges, max_history, epochs, on_epoch)
         run.curve = [replace(epoch, phase=phase) for epoch in run.curve]

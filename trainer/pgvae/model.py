@@ -27,7 +27,6 @@ _PARAMETERS = {
     "event_types": ("event_type_embedding", "event_type_gate"),
     "age": ("age_embedding", "age_gate"),
     "order": ("order_embedding", "order_gate"),
-    "graph_convolution": (),
     "features": ("user_feature_embedding", "item_feature_embedding", "item_feature_output"),
     "shortcut": (),
 }

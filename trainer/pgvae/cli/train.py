@@ -72,6 +72,13 @@ def train(
     neighbours: Annotated[
         int, typer.Option(help="Items that the shortcut links an item with; 0: no shortcut.")
     ] = _DEFAULTS.neighbours,
+    graph_neighbours: Annotated[
+        int | None,
+        typer.Option(
+            help="Similar items that an item's embedding leans on in training; by default 4 where no user has events at"
+            " different times, else 0."
+        ),
+    ] = _DEFAULTS.graph_neighbours,
     segments: Annotated[
         int | None,
         typer.Option(help="Segments to divide the users into; 0: none; by default as many as fit the data."),
@@ -113,6 +120,7 @@ def train(
         temperature=temperature,
         negatives=negatives,
         neighbours=neighbours,
+        graph_neighbours=graph_neighbours,
         segments=segments,
         without=tuple(without or ()),
         device=device,
