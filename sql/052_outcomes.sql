@@ -16,7 +16,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].churn_of_user(plpy, model_id, user_key)
 $pgvae$;
 
--- row_security: as vae_private.recommend_all.
+-- The settings: as in vae_private.recommend_all.
 create or replace function vae_private.churn_all(model_id integer)
 returns table (
     user_key text, churn_probability float8, purchase_probability float8, expected_purchases float8, risk_band text,
@@ -29,6 +29,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+set enable_nestloop = off
+set jit = off
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].churn_all(plpy, model_id)
@@ -73,7 +75,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].audience(plpy, model_id, item_keys, k, options)
 $pgvae$;
 
--- row_security: as vae_private.recommend_all.
+-- The settings: as in vae_private.recommend_all.
 create or replace function vae_private.offer_audiences(model_id integer)
 returns table (
     offer_id bigint, rank integer, user_key text, response_probability real, has_bought boolean, model_version integer, uplift real)
@@ -84,6 +86,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+set enable_nestloop = off
+set jit = off
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].offer_audiences(plpy, model_id)

@@ -29,7 +29,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].because(plpy, model_id, user_key, item_key)
 $pgvae$;
 
--- row_security: as vae_private.recommend_all.
+-- The settings: as in vae_private.recommend_all.
 create or replace function vae_private.explain_all(model_id integer)
 returns table (
     user_key text, item_key text, because text, parts text, event_item_keys text, event_types text, times text,
@@ -41,6 +41,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+set enable_nestloop = off
+set jit = off
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].explain_all(plpy, model_id)

@@ -54,7 +54,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].basket(plpy, model_id, item_keys, k, options)
 $pgvae$;
 
--- row_security: as vae_private.recommend_all.
+-- The settings: as in vae_private.recommend_all.
 create or replace function vae_private.related_all(model_id integer, k integer)
 returns table (item_key text, item_keys text, scores text, lifts text, supports text, model_version integer)
 language plpython3u
@@ -64,6 +64,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+set enable_nestloop = off
+set jit = off
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].related_all(plpy, model_id, k)

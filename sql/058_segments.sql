@@ -13,7 +13,7 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].segment(plpy, model_id, user_key)
 $pgvae$;
 
--- row_security: as in vae_private.recommend_all.
+-- The settings: as in vae_private.recommend_all.
 create or replace function vae_private.segment_all(model_id integer)
 returns table (
     user_key text, segment integer, segment_name text, similarity real, is_cold_start boolean, model_version integer
@@ -25,6 +25,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+set enable_nestloop = off
+set jit = off
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].segment_all(plpy, model_id)

@@ -11,6 +11,8 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 set row_security = on
+-- These users are few: their events are found by an index.
+set enable_nestloop = on
 as $pgvae$
 if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
 return GD["@RUNTIME@"].recommend_all(plpy, model_id, k, users)
@@ -165,6 +167,8 @@ set search_path = pg_catalog, pg_temp
 set row_security = on
 -- Compiling took longer than comparing: 1.9 s of 4 million events.
 set jit = off
+-- As in vae_private.recommend_all.
+set enable_nestloop = off
 -- Scores that are carried over pass through text: fewer digits, as a role may have them, would change them.
 set extra_float_digits = 1
 as $$

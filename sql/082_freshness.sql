@@ -67,6 +67,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 -- As in vae_private.refreshed_recommendations, which compares the same.
 set jit = off
+set enable_nestloop = off
 as $$
 #variable_conflict use_column
 declare

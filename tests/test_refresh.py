@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -329,3 +330,18 @@ def test_an_operator_refreshes_views_that_it_does_not_own(
     assert "shop.recommendations: " in failed.stdout
     assert "shop.numbers" not in failed.stdout
     more.execute(f"drop owned by {role}".encode())
+
+
+def test_tables_that_nobody_analysed_are_joined_as_wholes(trained: Connection) -> None:
+    """As those of a restored dump: without statistics the planner expects one event, and joins the rest one by one."""
+    plans: list[str] = []
+    trained.add_notice_handler(lambda notice: plans.append(str(notice.message_primary)))
+    trained.execute("load 'auto_explain'")
+    for name, value in (("min_duration", "0"), ("nested_statements", "on"), ("level", "notice")):
+        trained.execute(f"set auto_explain.log_{name} = {value}")
+    for full in (False, True):
+        trained.execute("call vae.refresh('shop', full => %s)", [full])
+    trained.execute("select * from vae.check_freshness('shop')")
+    readers = [plan for plan in plans if re.search(r"e\.user_id::text as user_key|shop\.refresh_digests d", plan)]
+    assert len(readers) >= 4
+    assert [plan for plan in readers if "Nested Loop" in plan] == []
