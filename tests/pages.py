@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # The tutorials show trainings as people run them. Here they are cut short: what they reach is measured elsewhere.
-SHORT = ("--epochs=5",)
+SHORT = ("--epochs=3", "--future-share=0.5", "--hidden=64", "--latent=64")
 
 
 # Reading a page

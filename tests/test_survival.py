@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pwd
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from command import processes
 from conftest import FAST, create_database, drop_database
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
@@ -99,10 +99,6 @@ def add_users(connection: Connection) -> None:
 
 
 # The trainer
-
-processes = multiprocessing.get_context("forkserver")
-# Each trainer is a fresh process, but torch is imported once for all of them.
-processes.set_forkserver_preload(["pgvae.train"])
 
 
 def stand_still_at(moment: str, dsn: str, arrived: Any) -> None:
