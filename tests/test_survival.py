@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from command import processes
+from command import processes, start_server
 from conftest import FAST, create_database, drop_database
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
@@ -146,6 +146,7 @@ def test_a_killed_trainer_leaves_nothing_and_the_next_one_works(trained_database
         if moment == "evaluating":
             add_users(watcher)
         before = what_is_visible(watcher)
+        start_server()
         arrived = processes.Event()
         trainer = processes.Process(target=stand_still_at, args=(moment, trained_database, arrived))
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import log_softmax
 
+from command import processes, start_server
 from pgvae import checkpoints as checkpointing
 from pgvae.batches import Batches
 from pgvae.checkpoints import Checkpoints
@@ -84,6 +85,15 @@ def after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpointing, "_SECONDS_BETWEEN", 0.0)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The outcome of a training of some_events(), and a folder with its last checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, "_SECONDS_BETWEEN", 0.0)
+        return outcome(trained_on(some_events(), folder=folder)), folder
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes the number of each epoch that is computed."""
@@ -141,8 +151,11 @@ def train_and_die(folder: Path) -> None:
     trained_on(some_events(), folder=folder, on_epoch=die)
 
 
-def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path, passes: list[int]) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=train_and_die, args=(tmp_path,))
+def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, passes: list[int], finished: tuple[Any, Path]
+) -> None:
+    start_server()
+    process = processes.Process(target=train_and_die, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -152,11 +165,13 @@ def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_path:
     assert passes == [4, 5, 6]
     # Who watches is shown the whole curve.
     assert told == [1, 2, 3, 4, 5, 6]
-    assert outcome(resumed) == outcome(trained_on(some_events()))
+    assert outcome(resumed) == finished[0]
 
 
 @pytest.mark.parametrize("last", [1, 4, 6])
-def test_a_training_that_an_error_ended_goes_on(tmp_path: Path, passes: list[int], last: int) -> None:
+def test_a_training_that_an_error_ended_goes_on(
+    tmp_path: Path, passes: list[int], finished: tuple[Any, Path], last: int
+) -> None:
     def fail(epoch: Epoch) -> None:
         if epoch.epoch == last:
             raise KeyboardInterrupt
@@ -166,7 +181,7 @@ def test_a_training_that_an_error_ended_goes_on(tmp_path: Path, passes: list[int
     passes.clear()
     resumed = trained_on(some_events(), folder=tmp_path)
     assert passes == list(range(last + 1, 7))
-    assert outcome(resumed) == outcome(trained_on(some_events()))
+    assert outcome(resumed) == finished[0]
 
 
 def truncate(path: Path) -> None:
@@ -190,20 +205,23 @@ def put_a_list(path: Path) -> None:
 
 
 def put_another_training(path: Path) -> None:
-    trained_on(some_events(), replace(SMALL_CONFIG, latent=6), path.parent / "other")
+    trained_on(some_events(), replace(SMALL_CONFIG, latent=6, epochs=1), path.parent / "other")
     next((path.parent / "other").iterdir()).replace(path)
 
 
 @pytest.mark.parametrize("spoil", [truncate, overwrite, empty, put_something_else, put_a_list, put_another_training])
 def test_a_file_that_is_no_checkpoint_of_this_training_is_ignored(
-    tmp_path: Path, passes: list[int], spoil: Callable[[Path], None]
+    tmp_path: Path, passes: list[int], finished: tuple[Any, Path], spoil: Callable[[Path], None]
 ) -> None:
-    expected = outcome(trained_on(some_events(), folder=tmp_path))
-    (path,) = tmp_path.iterdir()
+    (path,) = Path(shutil.copytree(finished[1], tmp_path / "spoilt")).iterdir()
     spoil(path)
     passes.clear()
-    assert outcome(trained_on(some_events(), folder=tmp_path)) == expected
+    assert outcome(trained_on(some_events(), folder=path.parent)) == finished[0]
     assert passes == [1, 2, 3, 4, 5, 6]
+
+
+def stop(epoch: Epoch) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -218,19 +236,20 @@ def test_a_file_that_is_no_checkpoint_of_this_training_is_ignored(
     ],
 )
 def test_a_changed_configuration_is_another_training(
-    tmp_path: Path, passes: list[int], changes: dict[str, Any]
+    tmp_path: Path, passes: list[int], finished: tuple[Any, Path], changes: dict[str, Any]
 ) -> None:
-    trained_on(some_events(), folder=tmp_path)
-    passes.clear()
-    trained_on(some_events(), replace(SMALL_CONFIG, **changes), tmp_path)
-    assert passes[0] == 1
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(KeyboardInterrupt):
+        trained_on(some_events(), replace(SMALL_CONFIG, **changes), tmp_path, on_epoch=stop)
+    assert passes == [1]
 
 
 @pytest.mark.parametrize("column", ["item", "event_type", "occurred_at", "weight", "user_features", "item_features"])
-def test_changed_data_are_another_training(tmp_path: Path, passes: list[int], column: str) -> None:
+def test_changed_data_are_another_training(
+    tmp_path: Path, passes: list[int], finished: tuple[Any, Path], column: str
+) -> None:
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     dataset = some_events()
-    trained_on(dataset, folder=tmp_path)
-    passes.clear()
     value = getattr(dataset, column)
     if column.endswith("features"):
         # The same tokens in the same order, of others.
@@ -238,13 +257,14 @@ def test_changed_data_are_another_training(tmp_path: Path, passes: list[int], co
     else:
         changed = value.copy()
         changed[5] = value[5] * 0.5 if column == "weight" else 1 - value[5] if column == "event_type" else value[5] + 1
-    trained_on(replace(dataset, **{column: changed}), folder=tmp_path)
-    assert passes[0] == 1
+    with pytest.raises(KeyboardInterrupt):
+        trained_on(replace(dataset, **{column: changed}), folder=tmp_path, on_epoch=stop)
+    assert passes == [1]
 
 
-def test_where_no_checkpoint_can_be_written_the_training_goes_on_without() -> None:
+def test_where_no_checkpoint_can_be_written_the_training_goes_on_without(finished: tuple[Any, Path]) -> None:
     nowhere = Path("/dev/null/checkpoints")
-    assert outcome(trained_on(some_events(), folder=nowhere)) == outcome(trained_on(some_events()))
+    assert outcome(trained_on(some_events(), folder=nowhere)) == finished[0]
     # Called when the version is published already: what cannot be removed is no reason to fail.
     checkpoints = Checkpoints(nowhere)
     checkpoints.of(some_events(), TrainingConfig())
@@ -583,7 +603,7 @@ def test_a_best_seller_and_features_that_say_nothing_are_trained_on(database: st
         shop.make(connection)
         connection.execute(
             "insert into events select 1099511627776 + n %% 2000, %s, 'purchase',"
-            " timestamptz '2024-01-01' + n * interval '20 seconds' from generate_series(1, 200000) n",
+            " timestamptz '2024-01-01' + n * interval '100 seconds' from generate_series(1, 40000) n",
             [shop.items[0]],
         )
         connection.execute(

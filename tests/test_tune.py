@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -22,6 +21,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from command import processes, start_server
 from conftest import as_role, create_database, drop_database
 from pgvae import tune as tuning
 from pgvae.cli.train import train
@@ -271,9 +271,9 @@ def test_the_default_is_tried_whatever_the_time(shop: str) -> None:
 
 def test_two_workers_share_a_study(shop: str) -> None:
     # So long that the second worker has time to start.
-    slow = replace(QUICK, epochs=15, patience=15)
-    outcome = tune(shop, "shop", Search(trials=6, workers=2), slow)
-    assert 6 <= outcome.count("complete", "pruned") <= 7
+    slow = replace(QUICK, epochs=6, patience=6)
+    outcome = tune(shop, "shop", Search(trials=5, workers=2), slow)
+    assert 5 <= outcome.count("complete", "pruned") <= 6
     assert len({trial.config.learning_rate for trial in outcome.trials}) == len(outcome.trials)
     together = (
         "select count(*) > 0 from vae_optuna.trials a join vae_optuna.trials b on a.trial_id < b.trial_id"
@@ -304,7 +304,8 @@ QUIET = Search(trials=1, heartbeat=1, grace=3)
 
 def start(dsn: str) -> Any:
     """Starts a search whose first trial does not end, and waits until it runs."""
-    process = multiprocessing.get_context("spawn").Process(target=tune, args=(dsn, "shop", QUIET, LONG))
+    start_server()
+    process = processes.Process(target=tune, args=(dsn, "shop", QUIET, LONG))
     process.start()
     wait_for(dsn, RUNNING)
     return process
@@ -324,6 +325,7 @@ def wait_until_alone(dsn: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_trial_of_a_killed_worker_is_given_up_and_tried_again(shop: str) -> None:
     process = start(shop)
     (worker,) = children(process.pid)
@@ -371,6 +373,7 @@ def test_the_command_prints_what_to_run_next(shop: str, run_cli: RunCli) -> None
     assert_published_with(shop, result["best"]["config"])
 
 
+@pytest.mark.usefixtures("in_process")
 def test_train_publishes_with_the_best_configuration(shop: str, run_cli: RunCli) -> None:
     done = run_cli("tune", "shop", "--trials=2", "--epochs=2", "--train", dsn=shop)
     assert done.returncode == 0, done.stderr
