@@ -699,11 +699,11 @@ def test_a_split_is_measurable_with_enough_users_in_both_parts() -> None:
 
 @pytest.fixture(scope="module")
 def lively(server: Server, template: str) -> Iterator[str]:
-    """The DSN of a database with a shop of 600 users and 60 items, and one version of its model."""
+    """The DSN of a database with a shop of 500 users and 40 items, and one version of its model."""
     create_database(server, "lively", template)
     dsn = server.dsn("lively")
     with psycopg.connect(dsn, autocommit=True) as connection:
-        shop = Shop(user_keys=range(600), item_keys=range(60))
+        shop = Shop(user_keys=range(500), item_keys=range(40))
         shop.make(connection)
         shop.create_model(connection)
     train(dsn)

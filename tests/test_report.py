@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from conftest import as_role, create_database, drop_database
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
+from pgvae.report import charts
 from pgvae.report.insight import AGES, SAMPLE_USERS, Insight, look_into
 from pgvae.report.page import Report, read_report, render, write
 from pgvae.report.words import card, markdown, verdict
@@ -101,6 +105,16 @@ def report(measured_dsn: str) -> Report:
 @pytest.fixture(scope="module")
 def page(report: Report) -> Page:
     return Page(report.html())
+
+
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the charts of a page undrawn, but for their words: drawing them takes a second or two."""
+
+    def words(figure: Figure, label: str) -> Markup:
+        return Markup("<svg>{}</svg>").format(" ".join(text.get_text() for text in figure.findobj(Text)))
+
+    monkeypatch.setattr(charts, "_svg", words)
 
 
 # The page
@@ -288,6 +302,7 @@ def version_with(report: Report, *values: tuple[str, float, float]) -> Published
     return replace(report.version, metrics=metrics)
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     ("values", "tone", "words"),
     [
@@ -319,6 +334,7 @@ def test_a_paired_lead_decides_where_it_was_measured(report: Report) -> None:
     assert verdict(replace(version, metrics=[*version.metrics, lead])).tone == "good"
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_split_by_time_judges_where_there_are_several(report: Report) -> None:
     version = version_with(report, ("pgvae", 0.5, 0.01), ("popularity", 0.1, 0.01))
     others = [replace(row, split="strong", value=1 - row.value) for row in version.metrics]
@@ -329,6 +345,7 @@ def test_the_split_by_time_judges_where_there_are_several(report: Report) -> Non
     assert text.index("newest events") < text.index("Split: strong")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_slices_stand_beside_bestsellers(report: Report) -> None:
     version = version_with(report, ("pgvae", 0.5, 0.01), ("popularity", 0.1, 0.01))
     labels = ["activity: 101 to 300 events", "activity: 2 to 100 events", "category: Toys & <b>Games</b>"]
@@ -408,6 +425,7 @@ def test_a_reader_gets_what_a_reader_may_see(trained_database: str, trained: Con
         trained.execute(sql.SQL("drop owned by {}").format(sql.Identifier(role)))
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_settings_are_written_as_people_write_them(report: Report) -> None:
     shortcut = {"way": "regression_100", "scale": 2.0}
     config = {**report.version.config, "shortcut": shortcut, "segments": None, "without": []}
@@ -551,6 +569,7 @@ def points(curve: str, method: str, xy: Sequence[tuple[float, float]]) -> list[C
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_page_shows_what_was_measured_of_the_shop_and_says_what_was_not(report: Report) -> None:
     bare = replace(report.version, points=[], metrics=[m for m in report.version.metrics if m.split != "horizon"])
     text = Page(render(bare, report.insight)).text("business")
