@@ -42,13 +42,14 @@ def tuned(
                 raise optuna.TrialPruned
 
         try:
-            # Epochs are ranked without the shortcut, so none need be made.
+            # Epochs are ranked without shortcut and recency, so none need be chosen.
             config = replace(default, **values, neighbours=0)
             fit(
                 task.part,
                 config,
                 max_history=max_history,
                 phase="tune",
+                recency=0.0,
                 validation=task.validation,
                 on_epoch=on_epoch,
             )

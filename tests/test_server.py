@@ -359,6 +359,28 @@ def test_a_home_that_is_a_file_is_refused(run_cli: RunCli, tmp_path: Path, comma
     assert file.read_text() == "no folder"
 
 
+def test_somebody_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    for name in ("PGVAE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(PgvaeError, match="has no home folder") as caught:
+        Server.default()
+    assert caught.value.hint == "set HOME to a folder that this user may write to"
+
+
+def test_status_of_another_server_needs_no_home(database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    done = run_cli("status", dsn=database, env={"PGVAE_HOME": str(file)})
+    assert done.returncode == 0, done.stderr
+    assert f"embedded server: PGVAE_HOME is {file}: Not a directory" in done.stdout
+    assert "no model yet" in done.stdout
+
+
 def test_status_of_a_database_with_pgvae(run_cli: RunCli, database: str, role: str) -> None:
     done = run_cli("status", dsn=database)
     assert done.returncode == 0, done.stderr

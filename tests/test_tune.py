@@ -23,6 +23,7 @@ from psycopg import sql
 
 from command import processes, start_server
 from conftest import as_role, create_database, drop_database
+from pgvae import loop
 from pgvae import tune as tuning
 from pgvae.cli.train import train
 from pgvae.config import FUTURE_SHARES, TrainingConfig
@@ -148,6 +149,20 @@ def test_a_value_is_the_best_validation_ndcg_of_the_same_training(shop: str) -> 
             validation=found[1].validation,
         )
         assert trial.value == pytest.approx(max(epoch.validation_ndcg or 0 for epoch in again.curve))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_trial_ranks_the_validation_part_once_an_epoch(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[int] = []
+    real = loop._ndcg
+
+    def counted(*arguments: Any) -> float:
+        ranked.append(0)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_ndcg", counted)
+    tune(shop, "shop", Search(trials=1), replace(QUICK, future_share=0.5))
+    assert len(ranked) == QUICK.epochs
 
 
 @pytest.mark.usefixtures("in_process")
@@ -351,6 +366,26 @@ def test_workers_end_with_the_process_that_started_them(shop: str) -> None:
     process.kill()
     process.join()
     wait_until_alone(shop)
+    assert rows(shop, "select state::text from vae_optuna.trials") == [("FAIL",)]
+
+
+def test_an_interrupted_search_ends_quietly_and_leaves_no_trial_behind(
+    shop: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C reaches the workers, too: one that still imports is not to tell where."""
+    told: list[Outcome] = []
+
+    def tell(outcome: Outcome) -> None:
+        if not told:
+            for worker in children(os.getpid()):
+                os.kill(worker, signal.SIGINT)
+        told.append(outcome)
+        if outcome.trials[0].epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(shop, "shop", QUIET, LONG, on_progress=tell)
+    assert capfd.readouterr().err == ""
     assert rows(shop, "select state::text from vae_optuna.trials") == [("FAIL",)]
 
 

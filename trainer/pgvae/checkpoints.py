@@ -17,6 +17,7 @@ import torch
 from pgvae import __version__
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
+from pgvae.files import home_folder
 
 # Writing takes about a second for 40 000 items: a short training is sooner repeated.
 _SECONDS_BETWEEN = 60.0
@@ -29,7 +30,7 @@ State = dict[str, Any]
 
 def default_folder() -> Path:
     """Gives the folder of the current user's checkpoints."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgvae" / "checkpoints"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "pgvae" / "checkpoints"
 
 
 class Checkpoints:

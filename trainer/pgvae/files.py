@@ -1,4 +1,4 @@
-"""Files that a command writes: whole or not at all."""
+"""Files that a command writes: whole or not at all, and where they lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from pgvae.errors import PgvaeError
+
+
+def home_folder() -> Path:
+    """Gives the current user's home; PgvaeError where there is none, as under a number without a name."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise PgvaeError(
+            "this user has no home folder", hint="set HOME to a folder that this user may write to"
+        ) from error
 
 
 def write_file(path: Path, content: bytes, *, hint: str) -> None:

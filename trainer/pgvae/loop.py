@@ -102,7 +102,7 @@ def fit(
     max_history: int,
     phase: str,
     epochs: int | None = None,
-    recency: float = 0.0,
+    recency: float | None = None,
     shortcut: ShortcutChoice = DEFAULT_SHORTCUT,
     validation: Holdout | None = None,
     checkpoints: Checkpoints | None = None,
@@ -111,7 +111,7 @@ def fit(
     """Trains on all users of a dataset, from the last checkpoint of the same training where there is one.
 
     With a validation holdout, trains with the `future_share` that ranks better there, unless one is given, and keeps
-    the epoch that ranks best, then the recency of events that does, and then the shortcut.
+    the epoch that ranks best, then the recency of events that does, unless one is given, and then the shortcut.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
@@ -150,12 +150,13 @@ def fit(
     recencies = RECENCIES if has_order else (0.0,)
     if "encoder_attention" in config.without:
         recency = 0.0
-    elif judges:
+    elif recency is None and judges:
         # That of no recency is known. Of equal ones the first.
         ndcgs = {0.0: run.best_ndcg}
         for each in recencies[1:]:
             ndcgs[each] = _ndcg(judges, _fading(run.best_weights, each), max_history)
         recency = max(ndcgs, key=ndcgs.__getitem__)
+    recency = recency or 0.0
     weights = _fading(run.best_weights, recency)
     judged = {}
     if "shortcut" in config.without or not config.neighbours:

@@ -28,6 +28,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgvae.errors import PgvaeError
+from pgvae.files import home_folder
 
 SUPERUSER = "postgres"
 DATABASE = "pgvae"
@@ -101,7 +102,7 @@ class Server:
             return cls(Path(chosen))
         if os.geteuid() == 0:
             return cls(Path("/var/lib/pgvae"))
-        return cls(Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "pgvae")
+        return cls(Path(os.environ.get("XDG_DATA_HOME") or home_folder() / ".local/share") / "pgvae")
 
     # Lifecycle
 

@@ -9,11 +9,14 @@ import json
 import logging
 import multiprocessing
 import shlex
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,7 @@ _OWNER = "vae_trainer"
 _LOCK = 0x706774756E65
 _ATTRIBUTE = "pgvae"
 _POLL_SECONDS = 0.5
+_FAREWELL_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,10 +363,18 @@ def _supervise(
 ) -> None:
     """Runs the workers and tells of the study meanwhile; PgvaeError where all of them died before the end."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(task,), daemon=True) for _ in range(task.search.workers)]
-    for worker in workers:
-        worker.start()
+    pipes = [context.Pipe(duplex=False) for _ in range(task.search.workers)]
+    # The task goes through a pipe, so that starting takes no time: all import at once, and Ctrl-C is soon heeded.
+    workers = [context.Process(target=_work_on_what_comes, args=(read,), daemon=True) for read, _ in pipes]
     try:
+        for worker, (read, _) in zip(workers, pipes, strict=True):
+            with _ignored_interrupts():
+                worker.start()
+            read.close()
+        for _, write in pipes:
+            # Of a worker that died already is told below.
+            with suppress(BrokenPipeError):
+                write.send(task)
         while workers:
             workers[0].join(_POLL_SECONDS)
             on_progress(read_outcome(study, task.model, task.config))
@@ -377,8 +389,24 @@ def _supervise(
                 hint="what was tried is kept; run the command again to go on, with fewer --workers if memory ran out",
             )
     finally:
-        for worker in workers:
+        started = [worker for worker in workers if worker.pid]
+        for worker in started:
             worker.terminate()
+        for worker in started:
+            worker.join(_FAREWELL_SECONDS)
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Lets processes that are started within ignore Ctrl-C: they would print where in their imports it met them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _unfinished(task: _Task, study: optuna.Study) -> bool:
@@ -386,8 +414,19 @@ def _unfinished(task: _Task, study: optuna.Study) -> bool:
     return len(finished) < task.search.trials and not task.is_late()
 
 
+def _work_on_what_comes(tasks: Connection) -> None:
+    """Does the task that comes through a pipe; the body of a worker."""
+    # An interrupted trial is noted as failed: the next run need not wait a minute to see that it is dead.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _work(tasks.recv())
+    # Who started this one ends it, or is gone.
+    except (KeyboardInterrupt, EOFError):
+        raise SystemExit(130) from None
+
+
 def _work(task: _Task) -> None:
-    """Runs trials until the study holds enough of them; the body of a worker."""
+    """Runs trials until the study holds enough of them."""
     torch.set_num_threads(max(1, torch.get_num_threads() // task.search.workers))
     try:
         with _reported():
@@ -398,8 +437,6 @@ def _work(task: _Task) -> None:
                 study.optimize(lambda trial: _objective(task, study, trial), n_trials=1, catch=(_Stopped,))
     except PgvaeError as error:
         raise SystemExit(f"worker: {error.message}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _wait_for_turn(task: _Task, study: optuna.Study) -> bool:
@@ -458,10 +495,11 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
     try:
         fit(
             task.train,
-            # Epochs are ranked without the shortcut, so none need be made.
+            # Epochs are ranked without shortcut and recency, so none need be chosen.
             replace(task.config, **values, neighbours=0),
             max_history=task.max_history,
             phase="tune",
+            recency=0.0,
             validation=task.validation,
             on_epoch=on_epoch,
         )

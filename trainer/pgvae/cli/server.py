@@ -19,7 +19,7 @@ from pgvae.cli import Dsn, app
 from pgvae.connection import connect, resolve_dsn
 from pgvae.console import err, out
 from pgvae.errors import PgvaeError
-from pgvae.server import Server
+from pgvae.server import Server, Status
 
 
 @app.command()
@@ -91,7 +91,22 @@ def psql(context: typer.Context, dsn: Dsn = None) -> None:
 @app.command()
 def status(dsn: Dsn = None) -> None:
     """Show the embedded server, the database in use, and its models with their active versions."""
-    embedded = Server.default().status()
+    try:
+        embedded = Server.default().status()
+    except PgvaeError as error:
+        # With a server of one's own the embedded one need not be within reach.
+        if not dsn:
+            raise
+        out.print(f"embedded server: {error.message}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        _show_embedded(embedded)
+        if not dsn and not embedded.running:
+            return
+    with connect(dsn, autocommit=True) as connection:
+        _show_database(connection)
+
+
+def _show_embedded(embedded: Status) -> None:
     if embedded.running:
         out.print(f"embedded server: up, PostgreSQL {_short(embedded.version)}", highlight=False)
         out.print(f"  home  {embedded.home}", highlight=False, soft_wrap=True)
@@ -103,10 +118,6 @@ def status(dsn: Dsn = None) -> None:
         out.print(f"embedded server: down, its data is in {embedded.home}; start it with: pgvae up", highlight=False)
     else:
         out.print("embedded server: none; make one with: pgvae up", highlight=False)
-    if not dsn and not embedded.running:
-        return
-    with connect(dsn, autocommit=True) as connection:
-        _show_database(connection)
 
 
 @app.command()
