@@ -211,7 +211,7 @@ def _fit_until(
         phase=phase,
         epochs=final.best_epoch,
         recency=final.recency,
-        shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
+        shortcut=final.shortcut,
         checkpoints=checkpoints,
     )
 
