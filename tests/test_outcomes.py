@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 from conftest import as_role, create_database, drop_database
 from pgvae.checkpoints import Checkpoints
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset
-from pgvae.loop import NO_SHORTCUT, Fit, fit
+from pgvae.loop import Fit, fit
 from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
 from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
 from pgvae.outcomes import OutcomeFit, fit_outcomes
@@ -26,6 +26,7 @@ from pgvae.splits import temporal
 from pgvae.train import Training, _fit_until
 from pgvae.train import train as run_training
 from pgvae.transfer import export_version, import_version
+from pgvae.validation import NO_SHORTCUT
 from pgvae.versions import read_weights
 from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names

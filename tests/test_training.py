@@ -25,8 +25,8 @@ from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.item_graph import convolution
-from pgvae.loop import Fit, _Run, fit, scorer
-from pgvae.ranking import make_holdout
+from pgvae.loop import Fit, _Run, fit
+from pgvae.ranking import make_holdout, scorer
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
 from pgvae.softmax import SampledSoftmax
