@@ -251,6 +251,17 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on_without() -> No
     checkpoints.remove()
 
 
+def test_another_validation_part_is_another_training(tmp_path: Path, passes: list[int]) -> None:
+    dataset = some_events()
+    cuts = np.quantile(dataset.occurred_at, [0.8, 0.9])
+    before = dataset.between(-np.inf, cuts[0])
+    for end in (cuts[1], np.inf):
+        validation = make_holdout(before, dataset.between(cuts[0], end))
+        config = replace(SMALL_CONFIG, epochs=1)
+        fit(before, config, max_history=20, phase="test", validation=validation, checkpoints=Checkpoints(tmp_path))
+    assert passes == [1, 1]
+
+
 def test_what_nobody_went_on_with_is_removed_after_a_week(tmp_path: Path) -> None:
     old, young, foreign = tmp_path / f"{1:032x}.pt", tmp_path / f"{2:032x}.pt", tmp_path / "thesis.pt"
     for path, days in ((old, 8), (young, 6), (foreign, 800)):

@@ -105,7 +105,7 @@ def fit(
         run = _Run(dataset, config, graph, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
-    checkpoint = checkpoints.of(dataset, config, **names) if checkpoints else None
+    checkpoint = checkpoints.of(dataset, config, judges, **names) if checkpoints else None
     if checkpoint and (saved := checkpoint.load()):
         try:
             run.restore(saved)
