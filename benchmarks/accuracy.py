@@ -34,8 +34,8 @@ from pgvae import baselines
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.config import MODEL_PARTS, TrainingConfig
 from pgvae.console import err, out
-from pgvae.loop import fit, scorer
-from pgvae.ranking import per_user_metrics
+from pgvae.loop import fit
+from pgvae.ranking import per_user_metrics, scorer
 from pgvae.rows import CHOOSING, Epoch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

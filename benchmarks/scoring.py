@@ -27,11 +27,12 @@ from pgvae.config import TrainingConfig
 from pgvae.console import err
 from pgvae.dataset import read_dataset, read_definition
 from pgvae.install import install
-from pgvae.loop import NO_SHORTCUT, Fit
+from pgvae.loop import Fit
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
 from pgvae.server import Server
 from pgvae.shortcut import Links
+from pgvae.validation import NO_SHORTCUT
 
 _EVENTS = """
 create table events as

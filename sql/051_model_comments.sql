@@ -108,69 +108,24 @@ comment on function vae_private.object_comment(text, text) is
     'Gives the comment of an object of a model''s schema: its purpose, and what who uses it has to know.';
 
 
-create or replace function vae_private.event_comments()
-returns table (relation text, column_name text, comment text)
-language sql
-immutable
+create or replace function vae_private.comment_column(model text, relation text, column_name text, comment text)
+returns void
+language plpgsql
+volatile
 called on null input
-parallel safe
+parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-values
-    ('outlier_users', 'user_id', 'Key of the user.'),
-    ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
-    ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: ten times the 90th percentile of this shop''s users.'),
-    ('outlier_users', 'events', 'Events of the user in all.'),
-    ('clean_events', 'user_id', 'Key of the user.'),
-    ('clean_events', 'item_id', 'Key of the item.'),
-    ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
-    ('clean_events', 'occurred_at', 'When it happened.'),
-    ('clean_events', 'weight', 'How much the event counts as a training target.'),
-    ('refresh_events', 'user_id', 'Key of the user.'),
-    ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
-    ('refresh_events', 'event_type', 'Standard event type.'),
-    ('refresh_events', 'occurred_at', 'When it happened.'),
-    ('digested_events', 'user_id', 'Key of the user.'),
-    ('digested_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
-    ('digested_events', 'event_type', 'Standard event type.'),
-    ('digested_events', 'occurred_at', 'When it happened.'),
-    ('digested_events', 'digest', 'Hash of the row; in the row that stands for a user, of the features.'),
-    ('refresh_digests', 'user_id', 'Key of the user.'),
-    ('refresh_digests', 'digest', 'Sum of a hash of each event and of the features. Equal digests: nothing to score again.'),
-    ('user_features', 'user_id', 'Key of the user.'),
-    ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
-    ('item_features', 'item_id', 'Key of the item.'),
-    ('item_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
-    ('stored_digests', 'user_id', 'Key of the user.'),
-    ('stored_digests', 'digest', 'What refresh_digests gave for the user when the recommendations were scored.'),
-    ('recommendations', 'user_id', 'Key of the user.'),
-    ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
-    ('recommendations', 'item_id', 'Key of the item.'),
-    ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, see probability.'),
-    ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-    ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
-    ('recommendations', 'scored_at', 'When the row was scored.'),
-    ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a user without events, where the version has no probabilities, and where refreshes rank candidates only.')
-union all
-select r.relation, c.column_name, c.comment
-from (values ('recommendations_materialized'), ('recommendations_changed'), ('stored_recommendations')) as r (relation)
-cross join (values
-    ('user_id', 'Key of the user.'),
-    ('item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
-    ('scores', 'Scores of the items, in the same order.'),
-    ('is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
-    ('model_version', 'Version that scored the row, see vae.versions.'),
-    ('scored_at', 'When the row was scored.'),
-    ('digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
-    ('context', 'Hash of version, code and options that the row was scored with.')
-) as c (column_name, comment)
-union all
-values ('stored_recommendations', 'is_changed', 'Whether the row is one of recommendations_changed.')
+begin
+    if to_regclass(format('%I.%I', model, relation)) is not null then
+        execute format('comment on column %I.%I.%I is %L', model, relation, column_name, comment);
+    end if;
+end;
 $$;
 
-comment on function vae_private.event_comments() is
-    'Gives the comments of the columns about events and recommendations; part of vae_private.comment_model.';
+comment on function vae_private.comment_column(text, text, text, text) is
+    'Comments one column of a model''s view, where the model has that view; part of vae_private.build_model.';
 
 
 create or replace function vae_private.comment_model(m vae.models)
@@ -184,7 +139,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     made record;
-    line record;
 begin
     execute format('comment on schema %I is %L', m.name,
         format('pgvae model over %I.%I: live functions, cleaned events, prediction views.', m.events_schema, m.events_table));
@@ -194,18 +148,59 @@ begin
     loop
         execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object, vae_private.object_comment(made.object, made.purpose));
     end loop;
-    for line in
-        select * from vae_private.event_comments()
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
+        values
+            ('outlier_users', 'user_id', 'Key of the user.'),
+            ('outlier_users', 'busiest_day_events', 'Events on the user''s busiest day, in UTC.'),
+            ('outlier_users', 'threshold', 'Events on one day above which a user counts as an outlier: ten times the 90th percentile of this shop''s users.'),
+            ('outlier_users', 'events', 'Events of the user in all.'),
+            ('clean_events', 'user_id', 'Key of the user.'),
+            ('clean_events', 'item_id', 'Key of the item.'),
+            ('clean_events', 'event_type', 'Standard event type: view, add_to_cart, purchase, review, share.'),
+            ('clean_events', 'occurred_at', 'When it happened.'),
+            ('clean_events', 'weight', 'How much the event counts as a training target.'),
+            ('refresh_events', 'user_id', 'Key of the user.'),
+            ('refresh_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
+            ('refresh_events', 'event_type', 'Standard event type.'),
+            ('refresh_events', 'occurred_at', 'When it happened.'),
+            ('digested_events', 'user_id', 'Key of the user.'),
+            ('digested_events', 'item_id', 'Key of the item; null in the row that stands for a user of the users'' table.'),
+            ('digested_events', 'event_type', 'Standard event type.'),
+            ('digested_events', 'occurred_at', 'When it happened.'),
+            ('digested_events', 'digest', 'Hash of the row; in the row that stands for a user, of the features.'),
+            ('refresh_digests', 'user_id', 'Key of the user.'),
+            ('refresh_digests', 'digest', 'Sum of a hash of each event and of the features. Equal digests: nothing to score again.'),
+            ('user_features', 'user_id', 'Key of the user.'),
+            ('user_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
+            ('item_features', 'item_id', 'Key of the item.'),
+            ('item_features', 'features', 'The columns that the model reads, by name; times are seconds since 1970.'),
+            ('stored_digests', 'user_id', 'Key of the user.'),
+            ('stored_digests', 'digest', 'What refresh_digests gave for the user when the recommendations were scored.'),
+            ('recommendations', 'user_id', 'Key of the user.'),
+            ('recommendations', 'rank', 'Position in the user''s list, from 1.'),
+            ('recommendations', 'item_id', 'Key of the item.'),
+            ('recommendations', 'score', 'Share of the model''s probability over the catalogue: relative, see probability.'),
+            ('recommendations', 'is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
+            ('recommendations', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('recommendations', 'scored_at', 'When the row was scored.'),
+            ('recommendations', 'probability', 'Calibrated probability that the user buys the item within the horizon of the model; null for a user without events, where the version has no probabilities, and where refreshes rank candidates only.')
         union all
-        select * from vae_private.demand_comments()
+        select r.relation, c.column_name, c.comment
+        from (values ('recommendations_materialized'), ('recommendations_changed'), ('stored_recommendations')) as r (relation)
+        cross join (values
+            ('user_id', 'Key of the user.'),
+            ('item_ids', 'Keys of the items, best first; empty for a user who is gone.'),
+            ('scores', 'Scores of the items, in the same order.'),
+            ('is_cold_start', 'True where the user had no known events: scored by features where the version knows some, else the popular items.'),
+            ('model_version', 'Version that scored the row, see vae.versions.'),
+            ('scored_at', 'When the row was scored.'),
+            ('digest', 'What refresh_digests gave for the user when the row was scored; null for a user who is gone.'),
+            ('context', 'Hash of version, code and options that the row was scored with.')
+        ) as c (column_name, comment)
         union all
-        select * from vae_private.outcome_comments()
-        union all
-        select * from vae_private.uplift_comments()
-    loop
-        continue when to_regclass(format('%I.%I', m.name, line.relation)) is null;
-        execute format('comment on column %I.%I.%I is %L', m.name, line.relation, line.column_name, line.comment);
-    end loop;
+        values ('stored_recommendations', 'is_changed', 'Whether the row is one of recommendations_changed.')
+    ) as c (relation, column_name, comment);
 end;
 $$;
 

@@ -178,6 +178,28 @@ begin
         '\nselect c.user_id, c.churn_probability, c.purchase_probability, c.expected_purchases, c.risk_band, c.reasons,'
         '\n    c.last_event_at, c.horizon_days, c.is_cold_start, c.model_version, c.scored_at'
         '\nfrom %1$I.churn_materialized c', m.name);
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
+        select r.relation, c.column_name, c.comment
+        from (values ('churn'), ('churn_materialized')) as r (relation)
+        cross join (values
+            ('user_id', 'Key of the user.'),
+            ('churn_probability', 'Calibrated probability that the user buys nothing within the horizon; null for a user without events.'),
+            ('purchase_probability', 'Calibrated probability that the user buys anything within the horizon.'),
+            ('expected_purchases', 'Number of purchases within the horizon, on average; each item of an order counts.'),
+            ('risk_band', 'low: churn_probability under 0.5, medium: under 0.8, high: from 0.8 on.'),
+            ('reasons', 'What raises the probability of leaving most above that of the average user, up to three things, strongest first.'),
+            ('last_event_at', 'When the user''s last event happened.'),
+            ('horizon_days', 'Days ahead that the row speaks of.'),
+            ('is_cold_start', 'True where the user had no events: nobody can leave who never came.'),
+            ('model_version', 'Version that scored the row, see vae.versions.'),
+            ('scored_at', 'When the row was scored.')
+        ) as c (column_name, comment)
+        union all
+        values
+            ('churn_materialized', 'item_offset', 'The user''s part of the probability of an item: see docs/outcomes.md.'),
+            ('churn_materialized', 'item_slope', 'Weight of the logarithm of an item''s score in its probability.')
+    ) as c (relation, column_name, comment);
 end;
 $$;
 
@@ -299,72 +321,42 @@ begin
         '\n    group by q.offer_id'
         '\n) r'
         '\njoin vae.offers o on o.offer_id = r.offer_id', m.name, m.model_id);
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
+        values
+            ('offer_responses_materialized', 'offer_id', 'Number of the offer, see vae.offers.'),
+            ('offer_responses_materialized', 'rank', 'Position in the offer''s list, from 1.'),
+            ('offer_responses_materialized', 'user_id', 'Key of the user.'),
+            ('offer_responses_materialized', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon.'),
+            ('offer_responses_materialized', 'has_bought', 'Whether the user bought one of the items before.'),
+            ('offer_responses_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('offer_responses_materialized', 'scored_at', 'When the row was scored.'),
+            ('offer_responses', 'offer', 'Name of the offer.'),
+            ('offer_responses', 'rank', 'Position in the offer''s list, from 1.'),
+            ('offer_responses', 'user_id', 'Key of the user.'),
+            ('offer_responses', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon, because of the offer or not.'),
+            ('offer_responses', 'has_bought', 'Whether the user bought one of the items before.'),
+            ('offer_responses', 'expected_profit', 'response_probability times what a buyer brings, less the cost of asking; null where the offer has no value.'),
+            ('offer_responses', 'is_chosen', 'Whether the budget reaches this far, and the user is worth the cost.'),
+            ('offer_responses', 'model_version', 'Version that scored the row, see vae.versions.'),
+            ('offer_responses', 'scored_at', 'When the row was scored.'),
+            ('offers', 'offer', 'Name of the offer.'),
+            ('offers', 'items', 'How many items are offered.'),
+            ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
+            ('offers', 'expected_buyers', 'How many of them buy one of the items within the horizon, on average, because of the offer or not.'),
+            ('offers', 'expected_revenue', 'expected_buyers times what a buyer brings; null where the offer has no value.'),
+            ('offers', 'total_cost', 'What it costs to make the offer to them.'),
+            ('offers', 'expected_profit', 'expected_revenue less total_cost.'),
+            ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
+            ('offers', 'ends_at', 'When it ends; null: never.'),
+            ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
+            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined.')
+    ) as c (relation, column_name, comment);
 end;
 $$;
 
 comment on function vae_private.build_offers(vae.models) is
     'Makes or remakes the views about offers in a model''s schema; part of vae_private.build_model.';
-
-
-create or replace function vae_private.outcome_comments()
-returns table (relation text, column_name text, comment text)
-language sql
-immutable
-called on null input
-parallel safe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-select r.relation, c.column_name, c.comment
-from (values ('churn'), ('churn_materialized')) as r (relation)
-cross join (values
-    ('user_id', 'Key of the user.'),
-    ('churn_probability', 'Calibrated probability that the user buys nothing within the horizon; null for a user without events.'),
-    ('purchase_probability', 'Calibrated probability that the user buys anything within the horizon.'),
-    ('expected_purchases', 'Number of purchases within the horizon, on average; each item of an order counts.'),
-    ('risk_band', 'low: churn_probability under 0.5, medium: under 0.8, high: from 0.8 on.'),
-    ('reasons', 'What raises the probability of leaving most above that of the average user, up to three things, strongest first.'),
-    ('last_event_at', 'When the user''s last event happened.'),
-    ('horizon_days', 'Days ahead that the row speaks of.'),
-    ('is_cold_start', 'True where the user had no events: nobody can leave who never came.'),
-    ('model_version', 'Version that scored the row, see vae.versions.'),
-    ('scored_at', 'When the row was scored.')
-) as c (column_name, comment)
-union all
-values
-    ('churn_materialized', 'item_offset', 'The user''s part of the probability of an item: see docs/outcomes.md.'),
-    ('churn_materialized', 'item_slope', 'Weight of the logarithm of an item''s score in its probability.'),
-    ('offer_responses_materialized', 'offer_id', 'Number of the offer, see vae.offers.'),
-    ('offer_responses_materialized', 'rank', 'Position in the offer''s list, from 1.'),
-    ('offer_responses_materialized', 'user_id', 'Key of the user.'),
-    ('offer_responses_materialized', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon.'),
-    ('offer_responses_materialized', 'has_bought', 'Whether the user bought one of the items before.'),
-    ('offer_responses_materialized', 'model_version', 'Version that scored the row, see vae.versions.'),
-    ('offer_responses_materialized', 'scored_at', 'When the row was scored.'),
-    ('offer_responses', 'offer', 'Name of the offer.'),
-    ('offer_responses', 'rank', 'Position in the offer''s list, from 1.'),
-    ('offer_responses', 'user_id', 'Key of the user.'),
-    ('offer_responses', 'response_probability', 'Calibrated probability that the user buys one of the offer''s items within the horizon, because of the offer or not.'),
-    ('offer_responses', 'has_bought', 'Whether the user bought one of the items before.'),
-    ('offer_responses', 'expected_profit', 'response_probability times what a buyer brings, less the cost of asking; null where the offer has no value.'),
-    ('offer_responses', 'is_chosen', 'Whether the budget reaches this far, and the user is worth the cost.'),
-    ('offer_responses', 'model_version', 'Version that scored the row, see vae.versions.'),
-    ('offer_responses', 'scored_at', 'When the row was scored.'),
-    ('offers', 'offer', 'Name of the offer.'),
-    ('offers', 'items', 'How many items are offered.'),
-    ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
-    ('offers', 'expected_buyers', 'How many of them buy one of the items within the horizon, on average, because of the offer or not.'),
-    ('offers', 'expected_revenue', 'expected_buyers times what a buyer brings; null where the offer has no value.'),
-    ('offers', 'total_cost', 'What it costs to make the offer to them.'),
-    ('offers', 'expected_profit', 'expected_revenue less total_cost.'),
-    ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
-    ('offers', 'ends_at', 'When it ends; null: never.'),
-    ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
-    ('offers', 'scored_at', 'When its users were scored; null: not since it was defined.')
-$$;
-
-comment on function vae_private.outcome_comments() is
-    'Gives the comments of the columns about outcomes; part of vae_private.comment_model.';
 
 
 create or replace function vae.create_offer(

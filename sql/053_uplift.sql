@@ -168,36 +168,24 @@ begin
     perform vae_private.make_function(
         m.name, format('uplift(user_id %s, item_id %s)', m.user_id_type, m.item_id_type), 'real',
         format('select vae_private.uplift(%s, $1::text, $2::text)', m.model_id));
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
+        values
+            ('clean_assignments', 'user_id', 'Key of the user.'),
+            ('clean_assignments', 'item_id', 'Key of the item that was offered, or would have been.'),
+            ('clean_assignments', 'occurred_at', 'When chance decided.'),
+            ('clean_assignments', 'is_exposed', 'True: the offer was made; false: it was withheld.'),
+            ('offer_responses_materialized', 'uplift', 'By how much the offer raises the probability of buying; null where the version claims none.'),
+            ('offer_responses', 'uplift', 'By how much the offer raises the probability of buying: P(buys if offered) less P(buys if not). Null where the version '
+                'claims none (no_uplift of vae.versions says why) and for an offer of several items.'),
+            ('offer_responses', 'incremental_profit', 'uplift times what a buyer brings, less the cost of asking: what the offer itself brings; null where uplift is.'),
+            ('offers', 'choose_by', 'What ranks and chooses the users: response or uplift.'),
+            ('offers', 'incremental_buyers', 'How many of expected_buyers buy because of the offer; null where the version claims no uplift (no_uplift of '
+                'vae.versions says why) and for an offer of several items.'),
+            ('offers', 'incremental_profit', 'incremental_buyers times what a buyer brings, less total_cost: what the offer itself brings; null as incremental_buyers.')
+    ) as c (relation, column_name, comment);
 end;
 $$;
 
 comment on function vae_private.build_uplift(vae.models) is
     'Makes or remakes what a model''s schema holds about uplift; part of vae_private.build_model.';
-
-
-create or replace function vae_private.uplift_comments()
-returns table (relation text, column_name text, comment text)
-language sql
-immutable
-called on null input
-parallel safe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-values
-    ('clean_assignments', 'user_id', 'Key of the user.'),
-    ('clean_assignments', 'item_id', 'Key of the item that was offered, or would have been.'),
-    ('clean_assignments', 'occurred_at', 'When chance decided.'),
-    ('clean_assignments', 'is_exposed', 'True: the offer was made; false: it was withheld.'),
-    ('offer_responses_materialized', 'uplift', 'By how much the offer raises the probability of buying; null where the version claims none.'),
-    ('offer_responses', 'uplift', 'By how much the offer raises the probability of buying: P(buys if offered) less P(buys if not). Null where the version '
-        'claims none (no_uplift of vae.versions says why) and for an offer of several items.'),
-    ('offer_responses', 'incremental_profit', 'uplift times what a buyer brings, less the cost of asking: what the offer itself brings; null where uplift is.'),
-    ('offers', 'choose_by', 'What ranks and chooses the users: response or uplift.'),
-    ('offers', 'incremental_buyers', 'How many of expected_buyers buy because of the offer; null where the version claims no uplift (no_uplift of '
-        'vae.versions says why) and for an offer of several items.'),
-    ('offers', 'incremental_profit', 'incremental_buyers times what a buyer brings, less total_cost: what the offer itself brings; null as incremental_buyers.')
-$$;
-
-comment on function vae_private.uplift_comments() is
-    'Gives the comments of the columns about uplift; part of vae_private.comment_model.';

@@ -113,49 +113,38 @@ begin
                 '\norder by s.units desc, s.category',
                 m.model_id, m.name));
     end if;
+    perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
+    from (
+        select r.relation, c.column_name, c.comment
+        from (values ('demand'), ('demand_materialized')) as r (relation)
+        cross join (values
+            ('item_id', 'Key of the item.'),
+            ('expected_units', 'Units that will be sold within the horizon, on average.'),
+            ('units_low', 'In nine of ten cases at least as many units are sold.'),
+            ('units_high', 'In nine of ten cases at most as many units are sold; between the two bounds in 80 %.'),
+            ('expected_buyers', 'Users who will buy the item within the horizon, on average; anonymous buyers are not counted.'),
+            ('buyers_low', 'In nine of ten cases at least as many buyers.'),
+            ('buyers_high', 'In nine of ten cases at most as many buyers.'),
+            ('last_period_units', 'Units that were sold in as many days before.'),
+            ('horizon_days', 'Days ahead that the row speaks of.'),
+            ('model_version', 'Version that scored the row, see vae.versions.'),
+            ('scored_at', 'When the row was scored.')
+        ) as c (column_name, comment)
+        union all
+        select r.relation, c.column_name, c.comment
+        from (values ('demand_deviations'), ('demand_materialized')) as r (relation)
+        cross join (values
+            ('units_deviation', 'Standard deviation of the units around what is expected.'),
+            ('buyers_deviation', 'Standard deviation of the buyers around what is expected.')
+        ) as c (column_name, comment)
+        union all
+        values ('demand_deviations', 'item_id', 'Key of the item.')
+    ) as c (relation, column_name, comment);
 end;
 $$;
 
 comment on function vae_private.build_demand(vae.models) is
     'Makes or remakes the functions and views about demand in a model''s schema; part of vae_private.build_model.';
-
-
-create or replace function vae_private.demand_comments()
-returns table (relation text, column_name text, comment text)
-language sql
-immutable
-called on null input
-parallel safe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-select r.relation, c.column_name, c.comment
-from (values ('demand'), ('demand_materialized')) as r (relation)
-cross join (values
-    ('item_id', 'Key of the item.'),
-    ('expected_units', 'Units that will be sold within the horizon, on average.'),
-    ('units_low', 'In nine of ten cases at least as many units are sold.'),
-    ('units_high', 'In nine of ten cases at most as many units are sold; between the two bounds in 80 %.'),
-    ('expected_buyers', 'Users who will buy the item within the horizon, on average; anonymous buyers are not counted.'),
-    ('buyers_low', 'In nine of ten cases at least as many buyers.'),
-    ('buyers_high', 'In nine of ten cases at most as many buyers.'),
-    ('last_period_units', 'Units that were sold in as many days before.'),
-    ('horizon_days', 'Days ahead that the row speaks of.'),
-    ('model_version', 'Version that scored the row, see vae.versions.'),
-    ('scored_at', 'When the row was scored.')
-) as c (column_name, comment)
-union all
-select r.relation, c.column_name, c.comment
-from (values ('demand_deviations'), ('demand_materialized')) as r (relation)
-cross join (values
-    ('units_deviation', 'Standard deviation of the units around what is expected.'),
-    ('buyers_deviation', 'Standard deviation of the buyers around what is expected.')
-) as c (column_name, comment)
-union all
-values ('demand_deviations', 'item_id', 'Key of the item.')
-$$;
-
-comment on function vae_private.demand_comments() is 'Gives the comments of the columns of demand; part of vae_private.comment_model.';
 
 
 create or replace function vae_private.item_column(id integer, column_name text)

@@ -177,21 +177,3 @@ $$;
 
 comment on function vae_private.build_related(vae.models) is
     'Makes or remakes the functions and views of a model that say what goes with what; part of vae_private.build_model.';
-
-
-create or replace function vae_private.comment_column(model text, relation text, column_name text, comment text)
-returns void
-language plpgsql
-volatile
-called on null input
-parallel unsafe
-security invoker
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    execute format('comment on column %I.%I.%I is %L', model, relation, column_name, comment);
-end;
-$$;
-
-comment on function vae_private.comment_column(text, text, text, text) is
-    'Comments one column of a model''s view; part of making a model''s schema.';

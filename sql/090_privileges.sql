@@ -156,17 +156,13 @@ grant execute on function
     vae_private.build_segments(vae.models),
     vae_private.comment_model(vae.models),
     vae_private.object_comment(text, text),
-    vae_private.event_comments(),
     vae_private.grant_model(vae.models),
     vae_private.item_days_select(vae.models, text, text, text, text),
     vae_private.build_demand(vae.models),
-    vae_private.demand_comments(),
     vae_private.build_churn(vae.models),
     vae_private.build_audiences(vae.models),
     vae_private.build_offers(vae.models),
-    vae_private.outcome_comments(),
-    vae_private.build_uplift(vae.models),
-    vae_private.uplift_comments()
+    vae_private.build_uplift(vae.models)
 to vae_trainer;
 
 -- Lifecycle: parity, gates, retention.

@@ -14,16 +14,19 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from conftest import as_role, create_database, drop_database
-from pgvae.dataset import Dataset, read_dataset
+from pgvae.checkpoints import Checkpoints
+from pgvae.dataset import Dataset, ModelDefinition, read_dataset
+from pgvae.loop import Fit, fit
 from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
 from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
 from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.server import Server
 from pgvae.splits import temporal
-from pgvae.train import Training
+from pgvae.train import Training, _fit_until
 from pgvae.train import train as run_training
 from pgvae.transfer import export_version, import_version
+from pgvae.validation import NO_SHORTCUT
 from pgvae.versions import read_weights
 from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
@@ -264,8 +267,6 @@ def test_a_part_of_a_window_is_that_of_its_users() -> None:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Any]:
     """A network whose only knowledge is which items are popular."""
-    from pgvae.loop import fit
-
     dataset, _ = simulated()
     return fit(dataset.between(0.0, 92 * DAY), QUICK, max_history=50, phase="test", epochs=1).weights
 
@@ -332,6 +333,14 @@ def test_a_horizon_in_which_half_of_the_users_bought_nothing_is_told(weights: di
     fitted = fit_outcomes(few, earlier=weights, earlier_end=92 * DAY, horizon=14, max_history=50, seed=1)
     assert (fitted.tensors, fitted.metrics) == ({}, [])
     assert fitted.missing.startswith("nobody in one half of the users bought in the horizon from 1970-04-03 on")
+
+
+def test_the_odds_of_items_are_fitted_with_a_network_of_the_published_kind(weights: dict[str, Any]) -> None:
+    dataset, _ = simulated()
+    final = Fit(weights=weights, best_epoch=1, curve=[], shortcut=NO_SHORTCUT)
+    definition = ModelDefinition(model_id=1, name="shop", max_history=50, quality=[])
+    earlier = _fit_until(dataset, 92 * DAY, QUICK, final, definition, "outcomes", Checkpoints(Path("/dev/null")))
+    assert earlier.weights["shortcut_item"].size == 0
 
 
 # In the database

@@ -12,10 +12,11 @@ import pytest
 from conftest import create_database, drop_database
 from pgvae.connection import connect
 from pgvae.dataset import read_dataset, read_definition
-from pgvae.loop import NO_SHORTCUT, Fit
+from pgvae.loop import Fit
 from pgvae.publish import publish
 from pgvae.segments import Segment, Segments
 from pgvae.server import Server
+from pgvae.validation import NO_SHORTCUT
 from pgvae_runtime import behaviour, outcomes
 from pgvae_runtime.demand import FEATURES, Equation, Head, Interval
 from shop import QUICK, Shop

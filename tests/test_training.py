@@ -26,8 +26,8 @@ from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.item_graph import convolution
-from pgvae.loop import Fit, _Run, fit, scorer
-from pgvae.ranking import make_holdout
+from pgvae.loop import Fit, _Run, fit
+from pgvae.ranking import make_holdout, scorer
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
 from pgvae.softmax import SampledSoftmax
@@ -269,6 +269,17 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on_without(finishe
     checkpoints = Checkpoints(nowhere)
     checkpoints.of(some_events(), TrainingConfig())
     checkpoints.remove()
+
+
+def test_another_validation_part_is_another_training(tmp_path: Path, passes: list[int]) -> None:
+    dataset = some_events()
+    cuts = np.quantile(dataset.occurred_at, [0.8, 0.9])
+    before = dataset.between(-np.inf, cuts[0])
+    for end in (cuts[1], np.inf):
+        validation = make_holdout(before, dataset.between(cuts[0], end))
+        config = replace(SMALL_CONFIG, epochs=1)
+        fit(before, config, max_history=20, phase="test", validation=validation, checkpoints=Checkpoints(tmp_path))
+    assert passes == [1, 1]
 
 
 def test_what_nobody_went_on_with_is_removed_after_a_week(tmp_path: Path) -> None:

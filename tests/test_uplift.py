@@ -248,7 +248,7 @@ def test_what_cannot_be_judged_is_told() -> None:
 
 
 def test_an_effect_is_measured_and_foretold() -> None:
-    made, asked = world(), []
+    made, asked = world(effect=0.3), []
     found = fitted(made, asked=asked)
     assert (found.missing, set(found.tensors)) == ("", set(SHAPES))
     # The network has learned from no outcome of an assignment, nor from what the heads are fitted to.

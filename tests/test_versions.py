@@ -23,23 +23,14 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.golden import golden_users
 from pgvae.install import install
-from pgvae.loop import (
-    NO_SHORTCUT,
-    RECENCIES,
-    SHORTCUT_SCALES,
-    VALIDATION_K,
-    Fit,
-    ShortcutChoice,
-    fit,
-    scorer,
-    with_links,
-)
-from pgvae.ranking import Holdout, make_holdout, per_user_metrics
+from pgvae.loop import Fit, fit
+from pgvae.ranking import Holdout, make_holdout, per_user_metrics, scorer
 from pgvae.server import Server
 from pgvae.shortcut import UNORDERED_WAYS, WAYS, Links, shortcuts
 from pgvae.splits import hold_out
 from pgvae.train import Listener
 from pgvae.train import train as run_training
+from pgvae.validation import NO_SHORTCUT, RECENCIES, SHORTCUT_SCALES, VALIDATION_K, ShortcutChoice, with_links
 from pgvae_runtime import forward
 from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History, order_bucket, recency_of_orders
@@ -412,7 +403,7 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
         for scale in SHORTCUT_SCALES
     ]
     for choice in choices:
-        ndcg[choice] = validation_ndcg(validation, with_links(own, links[choice.way or ""], choice))
+        ndcg[choice] = validation_ndcg(validation, with_links(own, links, choice))
     chosen = validation_ndcg(validation, fitted.weights)
     assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
     # Equal but for the last bit of a score.
@@ -495,12 +486,12 @@ def test_a_bucket_of_orders_fades_as_the_number_in_its_middle() -> None:
 
 def test_a_heavy_shortcut_ranks_as_if_it_weighed_more_and_leaves_every_item_a_share(learnable: Dataset) -> None:
     own = fit(learnable, replace(FAST_LEARNER, neighbours=0), max_history=20, phase="publish", epochs=2).weights
-    links = shortcuts(learnable, 64, seed=1, ways=["regression_30"])["regression_30"]
+    ways = shortcuts(learnable, 64, seed=1, ways=["regression_30"])
     history = learnable.history(np.arange(200))
     light, heavy = (
-        with_links(own, links, ShortcutChoice(way="regression_30", scale=scale, recency=1.0)) for scale in (4.0, 128.0)
+        with_links(own, ways, ShortcutChoice(way="regression_30", scale=scale, recency=1.0)) for scale in (4.0, 128.0)
     )
-    links = links.fading(1.0)
+    links = ways["regression_30"].fading(1.0)
     plain = scorer(light, 20)(history)
     np.testing.assert_array_equal(plain, scorer(own | links.tensors(4.0), 20)(history))
     scores = scorer(heavy, 20)(history)

@@ -23,11 +23,12 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset, read_dataset, read_definition
 from pgvae.install import install
 from pgvae.item_graph import Convolution
-from pgvae.loop import NO_SHORTCUT, Fit
+from pgvae.loop import Fit
 from pgvae.model import AttentionVae
 from pgvae.publish import publish
 from pgvae.shortcut import Links
 from pgvae.transfer import _digest, read_file
+from pgvae.validation import NO_SHORTCUT
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import ORDER_BUCKETS, History
 

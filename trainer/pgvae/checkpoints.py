@@ -18,6 +18,7 @@ from pgvae import __version__
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.files import home_folder
+from pgvae.ranking import Holdout
 
 # Writing takes about a second for 40 000 items: a short training is sooner repeated.
 _SECONDS_BETWEEN = 60.0
@@ -40,14 +41,19 @@ class Checkpoints:
         self._folder = folder
         self._used: set[Path] = set()
 
-    def of(self, dataset: Dataset, config: TrainingConfig, **others: object) -> Checkpoint:
-        """Gives the checkpoint of the training of these data with this configuration."""
+    def of(
+        self, dataset: Dataset, config: TrainingConfig, validation: Holdout | None = None, **others: object
+    ) -> Checkpoint:
+        """Gives the checkpoint of the training of these data with this configuration, judged by this holdout."""
         digest = hashlib.sha256(repr((sorted(asdict(config).items()), others, __version__, torch.__version__)).encode())
         for array in (dataset.user, dataset.item, dataset.event_type, dataset.occurred_at, dataset.weight):
             digest.update(np.ascontiguousarray(array).data)
         for bag in (dataset.user_features, dataset.item_features):
             digest.update(np.ascontiguousarray(bag.start).data)
             digest.update(np.ascontiguousarray(bag.token).data)
+        if validation is not None:
+            for array in (validation.users, validation.truth_start, validation.truth_item):
+                digest.update(np.ascontiguousarray(array).data)
         digest.update("\0".join((*dataset.event_types, "", *dataset.item_keys)).encode())
         path = self._folder / f"{digest.hexdigest()[:32]}.pt"
         self._used.add(path)

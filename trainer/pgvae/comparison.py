@@ -14,9 +14,9 @@ from pgvae.checkpoints import Checkpoints
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
-from pgvae.loop import Fit, fit, scorer
+from pgvae.loop import Fit, fit
 from pgvae.measurement import Measurement, calibration_error, measure
-from pgvae.ranking import Holdout, Scorer, hits_of, list_metrics, per_user_metrics
+from pgvae.ranking import Holdout, Scorer, hits_of, list_metrics, per_user_metrics, scorer
 from pgvae.rows import ALL, Epoch, Metric
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,62 +19,35 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.item_graph import Convolution, convolution
 from pgvae.model import PER_ITEM, AttentionVae, kl_divergence, to_device
-from pgvae.ranking import (
-    Holdout,
-    Scorer,
-    best_items,
-    histories,
-    hits_of,
-    leave_out,
-    list_metrics,
-    per_user_metrics,
-    some_users,
-)
+from pgvae.ranking import Holdout, some_users
 from pgvae.rows import CHOOSING, Epoch
-from pgvae.shortcut import UNORDERED_WAYS, WAYS, Links, shortcuts
+from pgvae.shortcut import UNORDERED_WAYS, WAYS, shortcuts
 from pgvae.softmax import SampledSoftmax
-from pgvae_runtime import forward
-from pgvae_runtime.scoring import score_users
-from pgvae_runtime.tokens import History, recency_of_orders
+from pgvae.validation import (
+    DEFAULT_SHORTCUT,
+    NO_SHORTCUT,
+    RECENCIES,
+    ShortcutChoice,
+    choose_recency,
+    choose_shortcut,
+    fading,
+    ndcg,
+    with_links,
+)
 
-VALIDATION_K = 20
 # After so many steps a future_share is chosen: on all data that was tried the better one led from then on.
 _CHOOSING_STEPS = 200
 # After each epoch so many users of the validation part are ranked.
 _VALIDATION_USERS = 5000
-# How much the shortcut's links weigh beside the decoder's logits; the validation part chooses.
-SHORTCUT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-# From there on the decoder's logits are divided instead: float32 has no e^-104, and items without a share would tie.
-_MOST_SCALE = 16.0
-# How fast events fade, in gates and in links: (1 + moments after it)^-exponent. The validation part chooses.
-RECENCIES = (0.0, 0.5, 1.0)
 # So many similar items an item leans on where the data has no order. Where it has one, links of what came before what
 # say as much as this does.
 _GRAPH_NEIGHBOURS = 4
-# Links of what came before what must be better without this share of the events, too.
-_NEWEST_SHARE = 0.1
 # Parameters that all users share move by this share of the learning rate.
 _SHARED_RATE = 0.1
 # Share of the past epochs in the averaged network, after the first few. 0.7 is a mean over the last three or so.
 _AVERAGE_DECAY = 0.7
 # A loss that is so many times one nat more than that of the first epoch will not come down again.
 _EXPLODED = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShortcutChoice:
-    """One of the ways of pgvae.shortcut, how much it weighs beside the decoder, and how fast items fade in it; no way,
-    no shortcut.
-    """
-
-    way: str | None
-    scale: float
-    recency: float = 0.0
-
-
-NO_SHORTCUT = ShortcutChoice(way=None, scale=0.0)
-# Where nothing can be validated.
-DEFAULT_SHORTCUT = ShortcutChoice(way="cooccurrence", scale=4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +105,7 @@ def fit(
         run = _Run(dataset, config, graph, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
-    checkpoint = checkpoints.of(dataset, config, **names) if checkpoints else None
+    checkpoint = checkpoints.of(dataset, config, judges, **names) if checkpoints else None
     if checkpoint and (saved := checkpoint.load()):
         try:
             run.restore(saved)
@@ -151,32 +124,19 @@ def fit(
     if "encoder_attention" in config.without:
         recency = 0.0
     elif recency is None and judges:
-        # That of no recency is known. Of equal ones the first.
-        ndcgs = {0.0: run.best_ndcg}
-        for each in recencies[1:]:
-            ndcgs[each] = _ndcg(judges, _fading(run.best_weights, each), max_history)
-        recency = max(ndcgs, key=ndcgs.__getitem__)
+        recency = choose_recency(judges, run.best_weights, recencies, max_history, run.best_ndcg)
     recency = recency or 0.0
-    weights = _fading(run.best_weights, recency)
-    judged = {}
+    weights = fading(run.best_weights, recency)
+    judged: dict[ShortcutChoice, float] = {}
     if "shortcut" in config.without or not config.neighbours:
-        shortcut = NO_SHORTCUT
+        ways, shortcut = {}, NO_SHORTCUT
     elif judges:
         ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if has_order else UNORDERED_WAYS)
-        judged = shortcut_ndcgs(judges, weights, ways, max_history)
-        # Which way is best hardly depends on the recency: the others are spared.
-        best_ways = (_best(judged, UNORDERED_WAYS).way, _best(judged, WAYS).way)
-        for exponent in recencies[1:]:
-            few = {way: links for way, links in ways.items() if way in best_ways}
-            judged |= shortcut_ndcgs(judges, weights, few, max_history, exponent)
-        plain, shortcut = _best(judged, UNORDERED_WAYS), _best(judged, WAYS)
-        if shortcut != plain and not _lasts(dataset, config, judges, weights, max_history, shortcut, plain):
-            shortcut = plain
+        shortcut, judged = choose_shortcut(judges, weights, ways, recencies, dataset, config, max_history)
     else:
         ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
-    links = ways[shortcut.way] if shortcut.way else Links.none(len(dataset.item_keys))
     return Fit(
-        weights=with_links(weights, links, shortcut),
+        weights=with_links(weights, ways, shortcut),
         best_epoch=run.best_epoch,
         curve=run.curve,
         shortcut=shortcut,
@@ -184,42 +144,6 @@ def fit(
         recency=recency,
         judged=judged,
     )
-
-
-def _best(judged: dict[ShortcutChoice, float], ways: Sequence[str]) -> ShortcutChoice:
-    """Gives the best choice among these ways and none; of equal ones the first: none, then the lighter one."""
-    return max((choice for choice in judged if choice.way is None or choice.way in ways), key=judged.__getitem__)
-
-
-def _lasts(
-    dataset: Dataset,
-    config: TrainingConfig,
-    judges: Holdout,
-    weights: dict[str, NDArray[Any]],
-    max_history: int,
-    choice: ShortcutChoice,
-    plain: ShortcutChoice,
-) -> bool:
-    """Tells whether one choice of a shortcut is better than another with links that lack the newest events, too.
-
-    What came before what changes with the assortment: a lead that fresh links alone have is gone after some weeks.
-    """
-    older = dataset.between(-np.inf, float(np.quantile(dataset.occurred_at, 1.0 - _NEWEST_SHARE)))
-    if not len(older.user):
-        return True
-    links = shortcuts(older, config.neighbours, config.seed, [each.way for each in (choice, plain) if each.way])
-
-    def ndcg(each: ShortcutChoice) -> float:
-        own = links[each.way] if each.way else Links.none(len(dataset.item_keys))
-        ranked = per_user_metrics(judges, scorer(with_links(weights, own, each), max_history), VALIDATION_K)
-        return float(ranked["ndcg"].mean())
-
-    return ndcg(choice) > ndcg(plain)
-
-
-def _fading(weights: dict[str, NDArray[Any]], recency: float) -> dict[str, NDArray[Any]]:
-    """Gives the weights with gates that fade as fast as that."""
-    return weights | {"gate_recency": recency_of_orders(recency)}
 
 
 def _better_run(
@@ -283,7 +207,7 @@ class _Run:
         exploded = self.curve and loss > _EXPLODED * (1.0 + self.curve[0].loss)
         if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
             raise _diverged(number, loss, self.config)
-        ndcg = _ndcg(judges, weights, self.max_history) if judges else None
+        ranked = ndcg(judges, with_links(weights, {}, NO_SHORTCUT), self.max_history) if judges else None
         self.curve.append(
             Epoch(
                 phase=phase,
@@ -291,12 +215,12 @@ class _Run:
                 loss=loss,
                 reconstruction=reconstruction,
                 kl=kl,
-                validation_ndcg=ndcg,
+                validation_ndcg=ranked,
                 seconds=time.perf_counter() - begun,
             )
         )
-        if ndcg is None or ndcg > self.best_ndcg:
-            self.best_weights, self.best_epoch, self.best_ndcg = weights, number, ndcg or 0.0
+        if ranked is None or ranked > self.best_ndcg:
+            self.best_weights, self.best_epoch, self.best_ndcg = weights, number, ranked or 0.0
 
     def pass_over_users(self) -> tuple[float, float, float]:
         """Gives the loss, reconstruction and KL divergence of an epoch, means per user in nats."""
@@ -406,54 +330,6 @@ def _losses(
     return reconstruction, kl_divergence(mean, log_variance).mean()
 
 
-def _ndcg(judges: Holdout, weights: dict[str, NDArray[Any]], max_history: int) -> float:
-    """Gives the mean NDCG@20 of these weights without a shortcut."""
-    alone = weights | Links.none(len(weights["output_weight"])).tensors()
-    return float(per_user_metrics(judges, scorer(alone, max_history), VALIDATION_K)["ndcg"].mean())
-
-
-def with_links(weights: dict[str, NDArray[Any]], links: Links, choice: ShortcutChoice) -> dict[str, NDArray[Any]]:
-    """Gives the weights with links that weigh `choice.scale` times as much beside the decoder's logits.
-
-    Above 16 it is the logits that are divided, which ranks alike.
-    """
-    share = min(1.0, _MOST_SCALE / max(choice.scale, 1.0))
-    decoder = {name: weights[name] * np.float32(share) for name in ("output_weight", "output_bias")}
-    return weights | (decoder if share < 1.0 else {}) | links.fading(choice.recency).tensors(choice.scale * share)
-
-
-def shortcut_ndcgs(
-    judges: Holdout,
-    weights: dict[str, NDArray[Any]],
-    ways: dict[str, Links],
-    max_history: int,
-    recency: float = 0.0,
-) -> dict[ShortcutChoice, float]:
-    """Gives the mean NDCG@20 of these weights without a shortcut and with each way in each scale.
-
-    Logits and links are linear: both are computed once per user, and added up for each choice.
-    """
-    choices = [ShortcutChoice(way=way, scale=scale, recency=recency) for way in ways for scale in SHORTCUT_SCALES]
-    hits = {choice: np.zeros((len(judges.users), VALIDATION_K), dtype=bool) for choice in (NO_SHORTCUT, *choices)}
-
-    def judge(choice: ShortcutChoice, part: slice, history: History, scores: NDArray[np.float32]) -> None:
-        leave_out(judges, history, scores)
-        hits[choice][part] = hits_of(best_items(scores, VALIDATION_K), *judges.truth(part))
-
-    for part, history in histories(judges):
-        tokens = history.tokens(max_history)
-        logits = forward.decode(weights, forward.encode(weights, tokens))
-        judge(NO_SHORTCUT, part, history, logits.copy())
-        for way, links in ways.items():
-            sums = np.zeros_like(logits)
-            forward.add_shortcut(links.fading(recency).tensors(), tokens, sums)
-            for scale in SHORTCUT_SCALES:
-                choice = ShortcutChoice(way=way, scale=scale, recency=recency)
-                judge(choice, part, history, logits + np.float32(scale) * sums)
-    counts = np.diff(judges.truth_start)
-    return {choice: float(list_metrics(found, counts, VALIDATION_K)["ndcg"].mean()) for choice, found in hits.items()}
-
-
 def choose_device(config: TrainingConfig) -> torch.device:
     """Gives the device to train on: a GPU where there is one, unless the configuration says otherwise."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -469,13 +345,3 @@ def chooses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     supported: bool = torch.cpu._is_amx_tile_supported()
     return supported
-
-
-def scorer(weights: dict[str, NDArray[Any]], max_history: int) -> Scorer:
-    """Gives the runtime's own scores for these weights: what is evaluated is what the database will compute."""
-
-    def score(history: History) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = score_users(weights, history, max_history=max_history)[0]
-        return scores
-
-    return score

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgvae.dataset import Dataset
 from pgvae_runtime import forward
+from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import History
 
 # The scores of a batch of users take at most this much memory: users × items × 4 bytes.
@@ -88,6 +90,16 @@ def _item_share(dataset: Dataset) -> NDArray[np.float64]:
     counts = np.bincount(pairs % items, minlength=items)
     share: NDArray[np.float64] = counts / max(1, len(np.unique(pairs // items)))
     return share
+
+
+def scorer(weights: Mapping[str, NDArray[Any]], max_history: int) -> Scorer:
+    """Gives the runtime's own scores for these weights: what is evaluated is what the database will compute."""
+
+    def score(history: History) -> NDArray[np.float32]:
+        scores: NDArray[np.float32] = score_users(weights, history, max_history=max_history)[0]
+        return scores
+
+    return score
 
 
 def ranked_batches(holdout: Holdout, scorer: Scorer) -> Iterator[tuple[slice, NDArray[np.float32]]]:

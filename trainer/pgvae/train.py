@@ -19,7 +19,7 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
-from pgvae.loop import DEFAULT_SHORTCUT, Fit, fit
+from pgvae.loop import Fit, fit
 from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.publish import check_publishable, publish
@@ -27,6 +27,7 @@ from pgvae.rows import Epoch, Metric
 from pgvae.segments import find_segments, read_previous
 from pgvae.trials import Assignments, read_assignments
 from pgvae.uplift import NO_COLUMN, UpliftFit, fit_uplift
+from pgvae.validation import DEFAULT_SHORTCUT
 
 # Passes over the data where no validation could choose their number.
 _UNVALIDATED_EPOCHS = 12
@@ -211,7 +212,7 @@ def _fit_until(
         phase=phase,
         epochs=final.best_epoch,
         recency=final.recency,
-        shortcut=final.shortcut if final.shortcut.way else DEFAULT_SHORTCUT,
+        shortcut=final.shortcut,
         checkpoints=checkpoints,
     )
 

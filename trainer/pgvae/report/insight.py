@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from pgvae.dataset import Dataset
-from pgvae.loop import scorer
 from pgvae.measurement import calibration_error, measure
-from pgvae.ranking import Holdout, target_pairs
+from pgvae.ranking import Holdout, scorer, target_pairs
 from pgvae.splits import MIN_USERS
 from pgvae.versions import PublishedVersion, read_weights, readable
 from pgvae_runtime import forward
@@ -254,7 +253,7 @@ def _since(version: PublishedVersion, weights: forward.Weights, before: Dataset,
         item_share=np.ones(items),
         seen=before.targets,
     )
-    measured = measure(holdout, scorer(dict(weights), version.max_history), (K,), are_probabilities=True)
+    measured = measure(holdout, scorer(weights, version.max_history), (K,), are_probabilities=True)
     assert measured.reliability is not None
     return Since(
         users=len(users),
