@@ -36,7 +36,12 @@ def lists_table(metrics: Sequence[Metric], title: str) -> Table:
     cells = {(metric.method, metric.metric, metric.k): metric for metric in shown}
     methods = list(dict.fromkeys(metric.method for metric in shown))
     stacked = len(columns) > 3
-    table = Table(box=SIMPLE_HEAD, title=f"{title}, with 95 % intervals" if stacked else title)
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{title}, with 95 % intervals" if stacked else title,
+        # Elsewhere a star says that a difference is significant.
+        caption="* the best of its column" if any(name not in _DESCRIPTIVE for name, _ in columns) else None,
+    )
     table.add_column("method", overflow="fold")
     for name, k in columns:
         header = f"{name}@{k}" if k else name
@@ -57,7 +62,7 @@ def slices_table(metrics: Sequence[Metric], k: int) -> Table | None:
     if not slices:
         return None
     methods = list(dict.fromkeys(metric.method for metric in shown))
-    table = Table(box=SIMPLE_HEAD, title=f"ndcg@{k} of parts of the users and items")
+    table = Table(box=SIMPLE_HEAD, title=f"ndcg@{k} of parts of the users and items", caption="* the best of its row")
     table.add_column("slice")
     table.add_column("users", justify="right")
     for method in methods:
