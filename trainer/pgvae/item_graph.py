@@ -63,7 +63,7 @@ def convolution(dataset: Dataset, neighbours: int, seed: int) -> Convolution:
 def bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Gives user, item and moment of the events, of a user with too many items those on a random part of them."""
     user, item, moment = dataset.user, dataset.item, dataset.moments
-    pairs = np.unique(user * len(dataset.item_keys) + item)
+    pairs = dataset.pairs()
     owner = pairs // len(dataset.item_keys)
     counts = np.bincount(owner)
     if counts.max(initial=0) <= _MAX_USER_ITEMS:
