@@ -190,6 +190,12 @@ def regressions(plain: sparse.csr_array, near: sparse.csr_array, l2s: Sequence[f
     return [sparse.csr_array((own, near.indices, near.indptr), shape=near.shape) for own in weights]
 
 
+def normalised(plain: sparse.csr_array) -> sparse.csr_array:
+    """Gives D_U^-1/2 R D_I^-1/2 of a matrix R, [U, I], with D its sums: a factor of the normalised item-item graph."""
+    users, items = (sparse.diags_array(inverse_root(np.asarray(plain.sum(axis=axis)).ravel())) for axis in (1, 0))
+    return sparse.csr_array(users @ plain @ items)
+
+
 def inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:
     """Gives degree^-1/2, and 0 for 0."""
     scale: NDArray[np.float32] = np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, 1.0)), 0.0).astype(np.float32)
