@@ -26,6 +26,7 @@ from conftest import as_role, create_database, drop_database
 from pgvae import loop
 from pgvae import tune as tuning
 from pgvae.cli.train import train
+from pgvae.cli.tune import _show
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
@@ -33,7 +34,7 @@ from pgvae.install import uninstall
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import read_checked
-from pgvae.tune import SPACE, Outcome, Search, train_command, tune
+from pgvae.tune import SPACE, Outcome, Search, Tried, train_command, tune
 from shop import Shop, create_model
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
@@ -110,6 +111,17 @@ def test_the_command_line_names_what_differs_and_is_understood() -> None:
     config = replace(TrainingConfig(), learning_rate=0.00123, seed=7)
     assert train_command("my shop", config) == "pgvae train 'my shop' --learning-rate=0.00123 --seed=7"
     assert train_command("shop", TrainingConfig()) == "pgvae train shop"
+
+
+def test_where_the_default_gives_no_figure_the_best_is_told_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    default = Tried(number=0, state="pruned", value=None, epoch=0, config=TrainingConfig(), is_default=True)
+    best = Tried(
+        number=1, state="complete", value=0.1, epoch=2, config=TrainingConfig(learning_rate=0.001), is_default=False
+    )
+    _show(Outcome(study="shop", model="shop", trials=[default, best]))
+    told = capsys.readouterr().out
+    assert "best: NDCG@20 0.1000 on the validation part; the default configuration gave none" in told
+    assert "next: pgvae train shop --learning-rate=0.001" in told
 
 
 # The search

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from pgvae.dataset import Dataset
-from pgvae.item_graph import heaviest, heaviest_products, incidence, inverse_root, regressions, similar_items
+from pgvae.item_graph import (
+    heaviest,
+    heaviest_products,
+    incidence,
+    inverse_root,
+    normalised,
+    regressions,
+    similar_items,
+)
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
 from pgvae_runtime.tokens import History
 
@@ -125,11 +133,10 @@ def _item_knn(dataset: Dataset, sizes: Sequence[float]) -> list[Scorer]:
 def _graph_filter(dataset: Dataset, alphas: Sequence[float]) -> list[Scorer]:
     plain = _of_dataset(dataset)
     item_degree = np.asarray(plain.sum(axis=0)).ravel()
-    user_scale, item_scale = (inverse_root(degree) for degree in (np.asarray(plain.sum(axis=1)).ravel(), item_degree))
-    graph = sparse.csr_array(sparse.diags_array(user_scale) @ plain @ sparse.diags_array(item_scale))
+    graph = normalised(plain)
     near = sparse.csr_array(heaviest_products(graph, EDGES // max(1, len(item_degree))).T)
     _, low = truncated_svd(graph, RANK)
-    into = item_scale[:, None] * low
+    into = inverse_root(item_degree)[:, None] * low
     back = (low * np.sqrt(item_degree)[:, None]).T
 
     def make(alpha: float) -> Scorer:

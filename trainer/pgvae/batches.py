@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
-from pgvae_runtime.tokens import History, Tokens
+from pgvae_runtime.tokens import Tokens
 
 # Of items with features so many are known by the features alone in a step, so that these learn to stand for an item
 # that nobody had an event on yet.
@@ -86,14 +86,8 @@ class Batches:
         visible, wanted = self._hide(self._dataset.occurred_at[rows], row, counts)
         target_row, target_item, target_weight = self._targets(row[wanted], rows[wanted])
         candidates, log_multiplicity = self._candidates(target_item)
-        seen = rows[visible]
-        tokens = History(
-            counts=np.bincount(row[visible], minlength=len(users)),
-            item=self._dataset.item[seen],
-            event_type=self._dataset.event_type[seen],
-            occurred_at=self._dataset.occurred_at[seen],
-            features=self._dataset.user_features.take(users) if self._dataset.user_pipeline.size else None,
-        ).tokens(self._max_history)
+        seen = np.bincount(row[visible], minlength=len(users))
+        tokens = self._dataset.history_of(users, rows[visible], seen).tokens(self._max_history)
         return Batch(
             tokens=tokens,
             candidates=candidates,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -80,7 +81,10 @@ class Dataset:
 
     def between(self, begin: float, end: float) -> Dataset:
         """Gives the events with begin <= occurred_at < end; users and items keep their numbers."""
-        chosen = (self.occurred_at >= begin) & (self.occurred_at < end)
+        return self.of((self.occurred_at >= begin) & (self.occurred_at < end))
+
+    def of(self, chosen: NDArray[np.bool_]) -> Dataset:
+        """Gives some of the events; users and items keep their numbers."""
         return replace(
             self,
             user=self.user[chosen],
@@ -90,9 +94,17 @@ class Dataset:
             weight=self.weight[chosen],
         )
 
+    def pairs(self, types: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """Gives user · I + item of each (user, item) pair with an event of these types, once each, ascending."""
+        chosen = slice(None) if types is None else np.isin(self.event_type, types)
+        return np.unique(self.user[chosen] * len(self.item_keys) + self.item[chosen])
+
     def history(self, users: NDArray[np.int64]) -> History:
         """Gives the events of the users with these numbers, in this order."""
-        rows, counts = self.rows_of(users)
+        return self.history_of(users, *self.rows_of(users))
+
+    def history_of(self, users: NDArray[np.int64], rows: NDArray[np.int64], counts: NDArray[np.int64]) -> History:
+        """Gives some of the events of these users: their rows, one user after the other, and how many each has."""
         return History(
             counts=counts,
             item=self.item[rows],
@@ -110,9 +122,8 @@ class Dataset:
 
     def popularity(self) -> NDArray[np.float32]:
         """Gives each item's share of the (user, item) pairs with a target event, [I], summing to 1."""
-        chosen = np.isin(self.event_type, self.targets)
-        pairs = np.unique(self.user[chosen] * len(self.item_keys) + self.item[chosen])
-        counts = np.bincount(pairs % len(self.item_keys), minlength=len(self.item_keys)).astype(np.float64)
+        items = len(self.item_keys)
+        counts = np.bincount(self.pairs(self.targets) % items, minlength=items).astype(np.float64)
         shares: NDArray[np.float32] = (counts / max(counts.sum(), 1.0)).astype(np.float32)
         return shares
 

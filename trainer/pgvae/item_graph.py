@@ -63,7 +63,7 @@ def convolution(dataset: Dataset, neighbours: int, seed: int) -> Convolution:
 def bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Gives user, item and moment of the events, of a user with too many items those on a random part of them."""
     user, item, moment = dataset.user, dataset.item, dataset.moments
-    pairs = np.unique(user * len(dataset.item_keys) + item)
+    pairs = dataset.pairs()
     owner = pairs // len(dataset.item_keys)
     counts = np.bincount(owner)
     if counts.max(initial=0) <= _MAX_USER_ITEMS:
@@ -188,6 +188,12 @@ def regressions(plain: sparse.csr_array, near: sparse.csr_array, l2s: Sequence[f
                 system = gram[:-1, :-1] + l2 * np.eye(end - begin)
                 weights[number, begin:end] = np.linalg.solve(system, gram[:-1, -1])
     return [sparse.csr_array((own, near.indices, near.indptr), shape=near.shape) for own in weights]
+
+
+def normalised(plain: sparse.csr_array) -> sparse.csr_array:
+    """Gives D_U^-1/2 R D_I^-1/2 of a matrix R, [U, I], with D its sums: a factor of the normalised item-item graph."""
+    users, items = (sparse.diags_array(inverse_root(np.asarray(plain.sum(axis=axis)).ravel())) for axis in (1, 0))
+    return sparse.csr_array(users @ plain @ items)
 
 
 def inverse_root(degree: NDArray[np.float32]) -> NDArray[np.float32]:

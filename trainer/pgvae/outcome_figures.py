@@ -108,7 +108,6 @@ def _measure_items(
     """
     half = np.flatnonzero(in_half(checked.window.users, 1))
     window, items = checked.window.of(half), len(setting.dataset.item_keys)
-    random = np.random.default_rng(setting.seed)
     popularity = setting.dataset.between(-np.inf, window.moment).popularity()
     buyers = np.bincount(window.bought_item, minlength=items)
     offers = np.argsort(-buyers, kind="stable")[:_OFFERS]
@@ -153,16 +152,12 @@ def _measure_items(
     curves += _lift_curve("pgvae", bins[::-1, 0], bins[::-1, 2], pairs)
     curves += _lift_curve("popularity", by_popularity[:, 0], by_popularity[:, 1], pairs)
     if len(offers):
-        own_truth = np.zeros((len(offers), users_), dtype=bool)
-        position = np.full(items, -1)
-        position[offers] = np.arange(len(offers))
-        chosen = position[window.bought_item] >= 0
-        own_truth[position[window.bought_item[chosen]], window.bought_user[chosen]] = True
+        own_truth = np.stack([np.isin(np.arange(users_), window.bought_user[window.bought_item == i]) for i in offers])
         ways = {
             "pgvae": to_offers.T,
             # The users who bought most: what a shop without a model would mail to.
             "rfm": np.broadcast_to(_rfm_order(checked, setting)[half], own_truth.shape),
-            "random": random.random(own_truth.shape),
+            "random": np.random.default_rng(setting.seed).random(own_truth.shape),
         }
         for method, order in ways.items():
             lifts = [top_lift(row, own) for row, own in zip(order, own_truth, strict=True)]

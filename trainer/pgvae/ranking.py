@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,17 +48,21 @@ class Holdout:
 
 
 def make_holdout(
-    before: Dataset, after: Dataset, *, learned: Dataset | None = None, seen: Sequence[int] | None = None
+    before: Dataset,
+    after: Dataset,
+    *,
+    item_share: NDArray[np.float64] | None = None,
+    seen: Sequence[int] | None = None,
 ) -> Holdout:
     """Gives the holdout of the users who have events in `before` and a target event on a new item in `after`.
 
-    Methods learn from `learned`, or from `before` where that is not given. An item is new to a user without an earlier
-    event of a type in `seen`, which are the target types where they are not given.
+    `item_share` is that of `before` where it is not given. An item is new to a user without an earlier event of a type
+    in `seen`, which are the target types where they are not given.
     """
     items = len(before.item_keys)
-    item_share = _item_share(learned or before)
+    item_share = item_shares(before) if item_share is None else item_share
     seen = before.targets if seen is None else tuple(seen)
-    pairs = np.setdiff1d(target_pairs(after), pairs_of(before, seen), assume_unique=True)
+    pairs = np.setdiff1d(after.pairs(after.targets), before.pairs(seen), assume_unique=True)
     # No method here can know an item that nobody had an event on; it is left out of the truth for all.
     pairs = pairs[item_share[pairs % items] > 0]
     pairs = pairs[np.isin(pairs // items, before.user)]
@@ -73,20 +77,10 @@ def make_holdout(
     )
 
 
-def target_pairs(dataset: Dataset) -> NDArray[np.int64]:
-    """Gives user · I + item of each (user, item) pair with a target event, once each, in ascending order."""
-    return pairs_of(dataset, dataset.targets)
-
-
-def pairs_of(dataset: Dataset, types: Sequence[int]) -> NDArray[np.int64]:
-    """Gives user · I + item of each (user, item) pair with an event of these types, once each, in ascending order."""
-    chosen = np.isin(dataset.event_type, types)
-    return np.unique(dataset.user[chosen] * len(dataset.item_keys) + dataset.item[chosen])
-
-
-def _item_share(dataset: Dataset) -> NDArray[np.float64]:
+def item_shares(dataset: Dataset) -> NDArray[np.float64]:
+    """Gives each item's share of the users who have an event, [I]."""
     items = len(dataset.item_keys)
-    pairs = np.unique(dataset.user * items + dataset.item)
+    pairs = dataset.pairs()
     counts = np.bincount(pairs % items, minlength=items)
     share: NDArray[np.float64] = counts / max(1, len(np.unique(pairs // items)))
     return share
@@ -178,11 +172,9 @@ def some_users(holdout: Holdout, most: int, seed: int) -> Holdout:
     kept = np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
     lengths = np.diff(holdout.truth_start)
     chosen = np.repeat(np.isin(np.arange(count), kept), lengths)
-    return Holdout(
-        before=holdout.before,
+    return replace(
+        holdout,
         users=holdout.users[kept],
         truth_start=np.concatenate(([0], np.cumsum(lengths[kept]))),
         truth_item=holdout.truth_item[chosen],
-        item_share=holdout.item_share,
-        seen=holdout.seen,
     )

@@ -21,7 +21,7 @@ from pgvae.item_graph import (
     heaviest,
     heaviest_products,
     incidence,
-    inverse_root,
+    normalised,
     regressions,
     similar_items,
     successions,
@@ -88,10 +88,7 @@ def shortcuts(dataset: Dataset, neighbours: int, seed: int, ways: Sequence[str] 
     matrix = incidence(user, item, dataset.user_count, items)
     found = {}
     if _COOCCURRENCE in ways:
-        user_scale, item_scale = (
-            sparse.diags_array(inverse_root(np.asarray(matrix.sum(axis=axis)).ravel())) for axis in (1, 0)
-        )
-        found[_COOCCURRENCE] = heaviest_products(sparse.csr_array(user_scale @ matrix @ item_scale), neighbours)
+        found[_COOCCURRENCE] = heaviest_products(normalised(matrix), neighbours)
     l2s = [l2 for way, l2 in _REGRESSIONS.items() if way in ways]
     if l2s:
         solved = regressions(matrix, similar_items(matrix, neighbours), l2s)

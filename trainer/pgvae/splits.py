@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgvae.dataset import Dataset
-from pgvae.ranking import Holdout, make_holdout, target_pairs
+from pgvae.ranking import Holdout, item_shares, make_holdout
 
 # Without folds, validation and test are a tenth each.
 _PARTS = 10
@@ -103,7 +103,7 @@ def deal_out(
     dataset: Dataset, count: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Gives the pairs with a target event, and the part of each, from 0: each user's pairs are dealt out in turn."""
-    pairs = target_pairs(dataset)
+    pairs = dataset.pairs(dataset.targets)
     user = pairs // len(dataset.item_keys)
     order = np.lexsort((generator.random(len(pairs)), user))
     # The users start at a random part, so that those with few items leave no part short.
@@ -115,25 +115,14 @@ def deal_out(
 def hold_out(dataset: Dataset, pairs: NDArray[np.int64]) -> tuple[Dataset, Dataset]:
     """Gives the events on all other (user, item) pairs, and those on these."""
     chosen = np.isin(dataset.user * len(dataset.item_keys) + dataset.item, pairs)
-    return _subset(dataset, ~chosen), _subset(dataset, chosen)
+    return dataset.of(~chosen), dataset.of(chosen)
 
 
 def _fold_in(dataset: Dataset, learned: Dataset, generator: np.random.Generator) -> Holdout:
     pairs, part = deal_out(dataset, _FOLD_IN_PARTS, generator)
     before, after = hold_out(dataset, pairs[part == 0])
-    return make_holdout(before, after, learned=learned)
+    return make_holdout(before, after, item_share=item_shares(learned))
 
 
 def _of_users(dataset: Dataset, users: NDArray[np.int64]) -> Dataset:
-    return _subset(dataset, np.isin(dataset.user, users))
-
-
-def _subset(dataset: Dataset, chosen: NDArray[np.bool_]) -> Dataset:
-    return replace(
-        dataset,
-        user=dataset.user[chosen],
-        item=dataset.item[chosen],
-        event_type=dataset.event_type[chosen],
-        occurred_at=dataset.occurred_at[chosen],
-        weight=dataset.weight[chosen],
-    )
+    return dataset.of(np.isin(dataset.user, users))

@@ -169,14 +169,7 @@ def histories_before(dataset: Dataset, users: Integers, moments: Floats) -> Hist
     rows, counts = dataset.rows_of(users)
     earlier = dataset.occurred_at[rows] < np.repeat(moments, counts)
     owner = np.repeat(np.arange(len(users)), counts)
-    rows = rows[earlier]
-    return History(
-        counts=np.bincount(owner[earlier], minlength=len(users)),
-        item=dataset.item[rows],
-        event_type=dataset.event_type[rows],
-        occurred_at=dataset.occurred_at[rows],
-        features=dataset.user_features.take(users) if dataset.user_pipeline.size else None,
-    )
+    return dataset.history_of(users, rows[earlier], np.bincount(owner[earlier], minlength=len(users)))
 
 
 def has_bought(history: History, owner: Integers, item: Integers, targets: Sequence[int]) -> NDArray[np.bool_]:

@@ -125,23 +125,23 @@ def _log(outcome: Outcome, told: set[int]) -> None:
 
 
 def _show(outcome: Outcome) -> None:
-    if not (outcome.best and outcome.default):
+    if not outcome.best:
         out.print(f"study {outcome.study} holds no complete trial yet; run the command again to go on", markup=False)
         return
-    gain = (outcome.best.value or 0.0) / max(outcome.default.value or 0.0, 1e-12) - 1
     out.print(
         f"study {outcome.study}: {outcome.count('complete')} trials complete, {outcome.count('pruned')} stopped early",
         highlight=False,
         markup=False,
     )
+    best = f"best: NDCG@20 {_score(outcome.best)} on the validation part"
     if outcome.best.is_default:
         out.print(f"nothing tried beats the default configuration, NDCG@20 {_score(outcome.default)}", highlight=False)
+    elif outcome.default is None:
+        # Its loss exploded.
+        out.print(f"{best}; the default configuration gave none", highlight=False)
     else:
-        out.print(
-            f"best: NDCG@20 {_score(outcome.best)} on the validation part, the default {_score(outcome.default)}"
-            f" ({gain:+.1%})",
-            highlight=False,
-        )
+        gain = (outcome.best.value or 0.0) / max(outcome.default.value or 0.0, 1e-12) - 1
+        out.print(f"{best}, the default {_score(outcome.default)} ({gain:+.1%})", highlight=False)
     out.print(f"next: {outcome.command()}", highlight=False, markup=False, soft_wrap=True)
 
 

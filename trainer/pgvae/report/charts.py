@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -249,14 +249,9 @@ def gains(points: Sequence[CurvePoint], title: str) -> Markup:
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1.0, linestyle="--", label="by chance")
-        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
-            own = [point for point in points if point.method == method]
+        for colour, method, own in _by_method(points):
             _line(axes, [0.0, *(p.x for p in own)], [0.0, *(p.y for p in own)], colour, method_name(method))
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_xlabel("share of all possible offers that is sent")
-        axes.set_ylabel("share of the purchases reached")
-        axes.legend()
+        _share_axes(axes, "share of all possible offers that is sent", "share of the purchases reached")
         return _svg(figure, title)
 
 
@@ -268,19 +263,14 @@ def uplift(points: Sequence[CurvePoint], title: str) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
-        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
-            own = [point for point in points if point.method == method]
+        for colour, method, own in _by_method(points):
             if method == OWN:
                 ends = [0.0, 1.0], [0.0, own[-1].y]
                 axes.plot(*ends, color=_MUTED, linewidth=1.0, linestyle="--", label="by chance")
                 low, high = ([getattr(p, name) or 0.0 for p in own] for name in ("lower", "upper"))
                 axes.fill_between([p.x for p in own], low, high, color=colour, alpha=0.15, linewidth=0)
             _line(axes, [p.x for p in own], [p.y for p in own], colour, method_name(method))
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_xlabel("share that gets the offer, best first")
-        axes.set_ylabel("extra buyers per offer of all")
-        axes.legend()
+        _share_axes(axes, "share that gets the offer, best first", "extra buyers per offer of all")
         return _svg(figure, title)
 
 
@@ -291,14 +281,9 @@ def calibration(points: Sequence[CurvePoint], title: str) -> Markup:
         axes = figure.subplots()
         most = max(max(point.x, point.y) for point in points)
         axes.plot([0, most], [0, most], color=_MUTED, linewidth=1.0, linestyle="--", label="calibrated")
-        for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
-            own = [point for point in points if point.method == method]
+        for colour, method, own in _by_method(points):
             _line(axes, [p.x for p in own], [p.y for p in own], colour, method_name(method))
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("happened")
-        axes.legend()
+        _share_axes(axes, "predicted", "happened")
         return _svg(figure, title)
 
 
@@ -306,6 +291,20 @@ def _interval(axes: Axes, place: float, value: float, lower: float | None, upper
     if lower is not None and upper is not None:
         axes.plot([lower, upper], [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
     axes.plot(value, place, "o", color=colour, markersize=6.5)
+
+
+def _by_method(points: Sequence[CurvePoint]) -> Iterator[tuple[str, str, list[CurvePoint]]]:
+    """Gives the colour, the name and the points of each method."""
+    for colour, method in zip(_SERIES, dict.fromkeys(point.method for point in points), strict=False):
+        yield colour, method, [point for point in points if point.method == method]
+
+
+def _share_axes(axes: Axes, x: str, y: str) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend()
 
 
 def _percent_axis(axes: Axes) -> None:

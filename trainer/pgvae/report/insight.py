@@ -11,7 +11,7 @@ from psycopg import sql
 
 from pgvae.dataset import Dataset
 from pgvae.measurement import calibration_error, measure
-from pgvae.ranking import Holdout, scorer, target_pairs
+from pgvae.ranking import make_holdout, scorer
 from pgvae.splits import MIN_USERS
 from pgvae.versions import PublishedVersion, read_weights, readable
 from pgvae_runtime import forward
@@ -238,26 +238,15 @@ def _groups(events: Dataset, users: NDArray[np.int64]) -> tuple[NDArray[np.int64
 
 def _since(version: PublishedVersion, weights: forward.Weights, before: Dataset, after: Dataset) -> Since | None:
     """Judges the version by new target events after its training window; None where too few users have one."""
-    items = len(before.item_keys)
-    pairs = np.setdiff1d(target_pairs(after), target_pairs(before), assume_unique=True)
-    pairs = pairs[np.isin(pairs // items, before.user)]
-    users, counts = np.unique(pairs // items, return_counts=True)
-    if len(users) < MIN_USERS:
+    # The version knows its whole catalogue, whatever the sample bought.
+    holdout = make_holdout(before, after, item_share=np.ones(len(before.item_keys)))
+    if len(holdout.users) < MIN_USERS:
         return None
-    holdout = Holdout(
-        before=before,
-        users=users,
-        truth_start=np.concatenate(([0], np.cumsum(counts))),
-        truth_item=pairs % items,
-        # The version knows its whole catalogue, whatever the sample bought.
-        item_share=np.ones(items),
-        seen=before.targets,
-    )
     measured = measure(holdout, scorer(weights, version.max_history), (K,), are_probabilities=True)
     assert measured.reliability is not None
     return Since(
-        users=len(users),
+        users=len(holdout.users),
         recall=float(measured.values["recall", K].mean()),
-        reliability=measured.reliability / len(users),
+        reliability=measured.reliability / len(holdout.users),
         error=calibration_error(measured.reliability),
     )
