@@ -140,6 +140,8 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+-- Where it is on, a type has a name in quotes.
+set quote_all_identifiers = off
 as $$
 declare
     found regtype;
@@ -187,12 +189,22 @@ begin
             using errcode = 'datatype_mismatch',
                 hint = 'keys are bigint, integer, uuid or text: give a view that casts the column';
     end if;
+    -- Two spellings would be one key to PostgreSQL, and two to the runtime, which compares bytes.
+    if exists (
+        select from pg_attribute a
+        join pg_collation c on c.oid = a.attcollation
+        where a.attrelid = relation and a.attname = column_name and not c.collisdeterministic)
+    then
+        raise exception 'column "%" of % has a nondeterministic collation', column_name, relation
+            using errcode = 'datatype_mismatch',
+                hint = format('a key has one spelling: give a view with one, as in select lower(%1$I) collate "default" as %1$I, …', column_name);
+    end if;
     return found;
 end;
 $$;
 
 comment on function vae_private.key_type(regclass, text, text) is
-    'Gives the type of a key column; an error where it is not bigint, integer, uuid or text.';
+    'Gives the type of a key column; an error where it is not bigint, integer, uuid or text, or where two spellings are equal.';
 
 
 create or replace function vae_private.looks_personal(column_name text)
@@ -222,6 +234,7 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
 as $$
 with columns as (
     select
@@ -365,6 +378,7 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+set quote_all_identifiers = off
 as $$
 begin
     if model is null or model !~ '^[a-z_][a-z0-9_]*$' or quote_ident(model) <> model or octet_length(model) > 48

@@ -351,7 +351,8 @@ declare
     relation regclass;
     found text;
     gone text;
-    remedy constant text := 'restore it, or drop the model with vae.drop_model and create it anew';
+    remedy constant text := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L);'
+        ' else drop the model with vae.drop_model and create it anew', m.name);
 begin
     for wanted in
         select * from (values
@@ -527,6 +528,35 @@ $$;
 comment on function vae_private.check_schema(vae.models) is 'Refuses where the schema of a model is gone.';
 
 
+create or replace function vae_private.moved_table(m vae.models)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- A view follows a table that is renamed; the functions take the one that has its name.
+select format('%I.%I', t.table_schema, t.table_name)
+from (values
+    (1, m.events_schema, m.events_table), (2, m.users_schema, m.users_table), (3, m.items_schema, m.items_table)
+) as t (place, table_schema, table_name)
+where t.table_name is not null and not exists (
+    select from pg_depend d
+    join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid
+    join pg_class v on v.oid = r.ev_class and v.relname = 'clean_events'
+    join pg_namespace vn on vn.oid = v.relnamespace and vn.nspname = m.name
+    join pg_class c on d.refclassid = 'pg_class'::regclass and c.oid = d.refobjid and c.relname = t.table_name
+    join pg_namespace n on n.oid = c.relnamespace and n.nspname = t.table_schema)
+order by t.place
+limit 1
+$$;
+
+comment on function vae_private.moved_table(vae.models) is
+    'Gives the first table of a model that the views of its schema do not read, since it is gone or they read another one; else null.';
+
+
 create or replace function vae_private.check_views(m vae.models)
 returns void
 language plpgsql
@@ -537,7 +567,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    moved text;
+    moved constant text := vae_private.moved_table(m);
 begin
     perform vae_private.check_schema(m);
     if exists (
@@ -552,18 +582,6 @@ begin
                 hint = format('dropping one of its tables with cascade took them along; its owner remakes them:'
                     ' select vae.rebuild_model(%L)', m.name);
     end if;
-    -- A view follows a table that is renamed; the functions take the one that has its name.
-    select format('%I.%I', t.table_schema, t.table_name) into moved
-    from (values
-        (1, m.events_schema, m.events_table), (2, m.users_schema, m.users_table), (3, m.items_schema, m.items_table)
-    ) as t (place, table_schema, table_name)
-    where t.table_name is not null and not exists (
-        select from pg_depend d
-        join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid
-        where r.ev_class = to_regclass(format('%I.clean_events', m.name)) and d.refclassid = 'pg_class'::regclass
-            and d.refobjid = vae_private.shop_table(t.table_schema, t.table_name))
-    order by t.place
-    limit 1;
     if moved is not null then
         raise exception 'the views of model % read another table than %', m.name, moved
             using errcode = 'undefined_table',
@@ -730,6 +748,7 @@ as $$
 declare
     m vae.models;
     owner name;
+    locked text;
     caller constant name := current_user;
     role_before constant text := current_setting('role');
 begin
@@ -746,6 +765,16 @@ begin
         end;
     end if;
     perform vae_private.check_tables(m);
+    -- Whoever reads a view locks it before the views beneath it, and the shop's events (up to step 6) before what is stored: locked in
+    -- another order, they would end in deadlocks.
+    for locked in
+        select o.object
+        from vae_private.model_objects(m.model_id) o
+        where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
+        order by o.step > 6, o.step desc
+    loop
+        execute format('alter view %I.%I reset (security_barrier)', m.name, locked);
+    end loop;
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
     -- Before recommendations, whose view reads churn_materialized.

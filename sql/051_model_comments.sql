@@ -146,7 +146,8 @@ begin
         select * from vae_private.model_objects(m.model_id) o
         where o.kind = 'function' or to_regclass(format('%I.%I', m.name, o.object)) is not null
     loop
-        execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object, vae_private.object_comment(made.object, made.purpose));
+        execute format('comment on %s %I.%s is %L', made.kind, m.name, made.object, vae_private.object_comment(
+            made.object, case when made.is_public then '' else 'internal: ' end || made.purpose));
     end loop;
     perform vae_private.comment_column(m.name, c.relation, c.column_name, c.comment)
     from (

@@ -261,7 +261,7 @@ begin
         coalesce(told ->> 'action', 'activate'),
         coalesce((told ->> 'forced')::boolean, true),
         case when told is null then 'set without vae.activate' else told ->> 'reason' end,
-        told ->> 'overridden'
+        case when told is null then 'no gate was asked' else told ->> 'overridden' end
     );
     return null;
 end;

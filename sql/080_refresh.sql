@@ -76,7 +76,7 @@ begin
                     case when failure_detail like 'pgvae: %' then failure_detail
                         when failure_detail <> '' then failure || ': ' || failure_detail
                         else failure
-                    end, '^pgvae: ', '');
+                    end, '^(pgvae|spiexceptions\.[A-Za-z]+): ', '');
             end;
             exit when failure is not null;
             exit when result.mode is null or result.mode not like 'needs %';
@@ -228,6 +228,11 @@ as $$
 declare
     m vae.models;
 begin
+    if current_setting('transaction_read_only')::boolean then
+        raise exception 'a refresh writes, and this %', case when pg_is_in_recovery() then 'server is a standby' else 'session is read-only' end
+            using errcode = 'read_only_sql_transaction',
+                hint = case when pg_is_in_recovery() then 'refresh on its primary' else 'set default_transaction_read_only = off' end;
+    end if;
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
     if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
@@ -238,7 +243,8 @@ end;
 $$;
 
 comment on function vae_private.check_refresh(integer) is
-    'Refuses a refresh of a model without an active version, or whose views are gone or read another table; part of vae.refresh.';
+    'Refuses a refresh where nothing can be written, of a model without an active version, or whose views are gone or read another table; '
+    'part of vae.refresh.';
 
 
 create or replace function vae_private.active_version_id(id integer)
@@ -335,6 +341,10 @@ called on null input
 parallel unsafe
 security definer
 set search_path = pg_catalog, pg_temp
+-- PostgreSQL itself writes a wrong name for its temporary table where it is on.
+set quote_all_identifiers = off
+-- What holds nothing stands as NULL in the runtime's array literals.
+set array_nulls = on
 as $$
 declare
     model_name text;

@@ -31,16 +31,18 @@ with facts as (
     group by f.model
 ), checks as (
     select f.model, 1 as place, 'views' as check_name,
-        case when g.gone is null then 'ok' else 'critical' end as status,
+        case when coalesce(g.gone[1], g.moved) is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
+            when g.gone is null then format('they read another table than %s, which was renamed or replaced', g.moved)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
         case when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
     cross join lateral (
-        select array_agg(o.object order by o.object) as gone
+        select array_agg(o.object order by o.object) as gone,
+            (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved
         from vae_private.model_objects(f.model_id) o
         where o.kind <> 'function' and not exists (
             select
@@ -181,7 +183,7 @@ with facts as (
         select
             case when bool_or(o.status = 'critical') then 'critical' when bool_or(o.status = 'warning') then 'warning'
                 when bool_or(o.status = 'ok') then 'ok' when count(*) > 0 then 'unknown' end as status,
-            string_agg(format('%s: %s (index %s)', o.subject, o.detail, round(o.value::numeric, 3)), '; ' order by o.value desc nulls last)
+            string_agg(concat(o.subject, ': ', o.detail, ' (index ' || round(o.value::numeric, 3) || ')'), '; ' order by o.value desc nulls last)
                 filter (where o.status in ('critical', 'warning')) as problem,
             (array_agg(o.remedy order by array_position(array['critical', 'warning', 'unknown'], o.status), o.value desc)
                 filter (where o.status in ('critical', 'warning')))[1] as remedy,

@@ -12,8 +12,8 @@ grant select on
     vae.models, vae.event_types, vae.versions, vae.metrics, vae.curves, vae.epochs, vae.activations, vae.refreshes,
     vae.freshness
 to vae_reader;
--- vae.health_checks calls it.
-grant execute on function vae_private.model_objects(integer) to vae_reader;
+-- vae.health_checks calls them.
+grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models) to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
 grant usage on schema vae_private to vae_scorer;

@@ -151,6 +151,9 @@ def test_every_relation_and_column_has_a_comment(described: psycopg.Connection) 
     )
     assert {"vae.models", "shop.refresh_events", "shop.recommendations"} <= set(rows(described, relations))
     assert rows(described, relations + " and obj_description(c.oid, 'pg_class') is null") == []
+    internal = rows(described, relations + " and obj_description(c.oid, 'pg_class') like 'Internal: %'")
+    helpers = "select format('shop.%I', o.object) from vae_private.model_objects(1) o where not o.is_public"
+    assert set(internal) == set(rows(described, helpers))
     # What the views of vae_private give is described where the tables beneath are.
     columns = rows(
         described,

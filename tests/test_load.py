@@ -280,7 +280,12 @@ def test_a_table_in_the_way_is_added_to_or_exchanged_only_on_demand(
     assert again.returncode == 1
     assert "--append" in again.stderr
     assert "--replace" in again.stderr
-    assert run_cli("load", "events", csv_file, "--yes", "--append", dsn=empty_database).returncode == 0
+    read_only = {"PGOPTIONS": "-c default_transaction_read_only=on"}
+    refused = run_cli("load", "events", csv_file, "--yes", "--append", dsn=empty_database, env=read_only)
+    assert "hint: a standby is read-only: name its primary" in refused.stderr
+    # A role may have types' names in quotes.
+    quoted = {"PGOPTIONS": "-c quote_all_identifiers=on"}
+    assert run_cli("load", "events", csv_file, "--yes", "--append", dsn=empty_database, env=quoted).returncode == 0
     assert len(rows(empty_database)) == 6
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute("create view in_use as select * from events")

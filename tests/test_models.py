@@ -711,6 +711,24 @@ def test_keys_of_different_collations_belong_together(connection: psycopg.Connec
     assert connection.execute("select features from shop.features('user 1')").fetchone() == ({"digit": "1"},)
 
 
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_keys_of_which_two_spellings_are_equal_need_a_view(connection: psycopg.Connection, column: str) -> None:
+    connection.execute("create collation same (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+    types = {"user_type": "text", "item_type": "text"} | {column.replace("_id", "_type"): "text collate same"}
+    Shop(**types).make(connection)
+    refused = refused_model(connection)
+    assert (refused.sqlstate, refused.message_primary) == (
+        "42804",
+        f'column "{column}" of public.events has a nondeterministic collation',
+    )
+    columns = "user_id, item_id, event_type, occurred_at"
+    better = columns.replace(column, f'lower({column}) collate "default" as {column}')
+    assert f'lower({column}) collate "default" as {column}' in str(refused.message_hint)
+    connection.execute(f"create view better as select {better} from events".encode())
+    Shop(events="better").create_model(connection)
+    assert report(connection)["enough_users"] == ("pass", 30)
+
+
 def test_keys_of_other_types_need_a_view_that_casts_them(connection: psycopg.Connection) -> None:
     Shop(user_type="smallint", user_keys=range(30)).make(connection)
     refused = refused_model(connection)

@@ -424,9 +424,20 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute(str(checks(trained)["views"][2]))
     trained.execute("call vae.refresh('shop', views => array['demand'])")
     assert problems(trained) == {}
+    trained.execute("alter table events rename to old")
+    assert problems(trained) == {"views": "critical"}
+    assert "they read another table than public.events" in health(trained)["detail"]
+    trained.execute("create table events (like old)")
+    assert problems(trained) == {"views": "critical"}
+    trained.execute("select vae.rebuild_model('shop')")
+    assert problems(trained) == {}
     trained.execute("drop table events cascade")
     assert problems(trained) == {"views": "critical"}
     assert health(trained)["remedy"] == "select vae.rebuild_model('shop')"
+    # Without vae.activate no gate is asked.
+    trained.execute("update vae.versions set state = 'retired' where version = 1")
+    trained.execute("update vae.versions set state = 'active', activated_at = now() where version = 2")
+    assert checks(trained)["gates"][:2] == ("warning", "postgres forced past a gate: no gate was asked")
 
 
 def test_health_is_cheap_however_long_the_log(trained: Connection) -> None:

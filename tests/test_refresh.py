@@ -11,9 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from conftest import as_role
-from shop import QUICK, Shop, refusal
+from shop import QUICK, Shop, refusal, train
 from variants import publish_network
 
 Connection = psycopg.Connection[Any]
@@ -281,6 +282,43 @@ def test_a_change_during_a_refresh_locks_nobody_out_and_two_changes_keep_both(
         "select options ->> 'recommendations', options ->> 'min_events', item_features from vae.models"
     )
     assert stored.fetchall() == [("7", "77", [])]
+
+
+@pytest.mark.parametrize(
+    ("above", "beneath"),
+    [
+        ("recommendations", "stored_recommendations"),
+        ("refresh_digests", "clean_events"),
+        ("refresh_digests", "stored_digests"),
+    ],
+)
+def test_a_rebuild_waits_for_readers_without_a_deadlock(
+    trained: Connection, trained_database: str, above: str, beneath: str
+) -> None:
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(trained_database) as reader:
+        # Locks the one view, as a query does a moment before it locks what that view reads.
+        reader.execute(sql.SQL("comment on view {} is 'read'").format(sql.Identifier("shop", above)))
+        rebuilding = threads.submit(trained.execute, "select vae.rebuild_model('shop')")
+        waits = "select count(*) from pg_locks where relation = %s::regclass and not granted"
+        while reader.execute(waits, [f"shop.{above}"]).fetchone() == (0,):
+            time.sleep(0.01)
+        reader.execute(sql.SQL("select from {} limit 0").format(sql.Identifier("shop", beneath)))
+        reader.commit()
+        rebuilding.result(60)
+
+
+def test_settings_of_a_role_that_change_how_names_and_null_are_written(trained: Connection) -> None:
+    # Of a user who is known by an item outside the catalogue alone, nothing of the history speaks for an item.
+    trained.execute("insert into events values (99, 99, 'view', now())")
+    dsn = make_conninfo(trained.info.dsn, options="-c quote_all_identifiers=on -c array_nulls=off")
+    with psycopg.connect(dsn, autocommit=True) as session:
+        session.execute("select vae.rebuild_model('shop')")
+        session.execute("call vae.refresh('shop')")
+        query = "select item_id is not null, part, event_item_id from shop.explanations where user_id = 99"
+        assert session.execute(query).fetchall() == [(True, "popularity", None)]
+        Shop(events="visits", user_type="text", item_type="uuid").make(session)
+        Shop(events="visits").create_model(session, "other")
+    assert train(dsn, force=True) == 2
 
 
 def test_an_index_that_somebody_drops_comes_back_with_a_rebuild(trained: Connection) -> None:

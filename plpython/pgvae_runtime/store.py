@@ -91,7 +91,7 @@ where d.datname = pg_catalog.current_database()
 
 # `{views}` is scoring: active versions, for whoever scores; or published: all of them, for operators.
 _VERSION = """
-select v.version, v.name, v.user_id_type, v.format, v.trainer_version, v.config::text as config, v.max_history,
+select v.version, v.name, v.user_id_type, v.format, v.config::text as config, v.max_history,
     v.user_count, v.model_id, v.features::text as features, extract(epoch from v.created_at)::float8 as created_at,
     extract(epoch from v.window_end)::float8 as window_end
 from vae_private.{views}_versions v
@@ -196,8 +196,7 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
             f"version {row['version']} of model {row['name']} has tensor format {row['format']},"
             f" this database's runtime scores format {FORMAT}",
             sqlstate=INCOMPATIBLE_VERSION,
-            hint=f"train again with: pgvae train {row['name']}; or install the pgvae release that made it,"
-            f" {row['trainer_version']}",
+            hint=f"train again with: pgvae train {row['name']}",
         )
     # Imported here: a session's first call pays for every import.
     import json

@@ -142,7 +142,7 @@ def readable(connection: psycopg.Connection, relation: str) -> sql.Identifier:
     else that on those of active versions.
     """
     row = connection.execute(
-        "select pg_catalog.has_table_privilege(pg_catalog.format('vae_private.published_%%I', %s::text), 'select')",
+        "select pg_catalog.has_table_privilege(pg_catalog.format('vae_private.published_%%s', %s::text), 'select')",
         [relation],
     ).fetchone()
     return sql.Identifier("vae_private", f"{'published' if row and row[0] else 'scoring'}_{relation}")

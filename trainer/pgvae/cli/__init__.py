@@ -165,12 +165,14 @@ def _explain(error: psycopg.Error, command: str) -> tuple[str, str | None]:
 
 
 def _remedy(error: psycopg.Error, message: str, command: str) -> str | None:
-    """Gives what to do about an error of PostgreSQL itself where pgvae is not there, or a right to it."""
+    """Gives what to do about an error of PostgreSQL itself where pgvae is not there, or a right to it, or to write."""
     is_missing = isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName)
     if is_missing and re.search(r"\bvae(_private)?\b", message):
         return "pgvae is not installed in this database: run pgvae install, or check --dsn and PGVAE_DSN"
     if isinstance(error, psycopg.errors.InsufficientPrivilege) and command in _NEEDED:
         return f"pgvae {command} needs {_NEEDED[command]}"
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+        return "a standby is read-only: name its primary; a role or database with default_transaction_read_only is, too"
     return None
 
 

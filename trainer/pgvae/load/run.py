@@ -220,8 +220,9 @@ def _create(connection: psycopg.Connection, plan: Plan, schema: str, target: sql
 
 def _existing(connection: psycopg.Connection, schema: str, table: str) -> dict[str, str]:
     rows = connection.execute(
-        "select a.attname, pg_catalog.format_type(a.atttypid, null) from pg_catalog.pg_attribute a"
-        " join pg_catalog.pg_class c on c.oid = a.attrelid join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
+        "select a.attname, pg_catalog.btrim(pg_catalog.format_type(a.atttypid, null), '\"')"
+        " from pg_catalog.pg_attribute a join pg_catalog.pg_class c on c.oid = a.attrelid"
+        " join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
         " where n.nspname = %s and c.relname = %s and a.attnum > 0 and not a.attisdropped",
         [schema, table],
     ).fetchall()
