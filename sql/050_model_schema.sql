@@ -773,7 +773,7 @@ begin
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
         order by o.step > 6, o.step desc
     loop
-        execute format('alter view %I.%I reset (security_barrier)', m.name, locked);
+        execute format('alter view %I.%I reset (check_option)', m.name, locked);
     end loop;
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
