@@ -459,7 +459,7 @@ def test_a_study_is_for_one_model_and_one_configuration(shop: str) -> None:
     with pytest.raises(PgvaeError, match="was begun with another model: shop, not second") as caught:
         tune(shop, "second", Search(trials=1, study="shop"), QUICK)
     assert caught.value.hint == "give the search another name with --study"
-    with pytest.raises(PgvaeError, match="was begun with another configuration"):
+    with pytest.raises(PgvaeError, match="was begun with another configuration: seed 1, not 5"):
         tune(shop, "shop", Search(trials=1), replace(QUICK, seed=5))
 
 
