@@ -180,8 +180,8 @@ begin
                 'claims none (no_uplift of vae.versions says why) and for an offer of several items.'),
             ('offer_responses', 'incremental_profit', 'uplift times what a buyer brings, less the cost of asking: what the offer itself brings; null where uplift is.'),
             ('offers', 'choose_by', 'What ranks and chooses the users: response or uplift.'),
-            ('offers', 'incremental_buyers', 'How many of expected_buyers buy because of the offer; null where the version claims no uplift (no_uplift of '
-                'vae.versions says why) and for an offer of several items.'),
+            ('offers', 'incremental_buyers', 'How many buy because of the offer; more than expected_buyers where such users had few offers so far, for these are counted '
+                'from what they bought then. Null where the version claims no uplift (no_uplift of vae.versions says why) and for an offer of several items.'),
             ('offers', 'incremental_profit', 'incremental_buyers times what a buyer brings, less total_cost: what the offer itself brings; null as incremental_buyers.')
     ) as c (relation, column_name, comment);
 end;

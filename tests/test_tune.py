@@ -23,7 +23,7 @@ from psycopg import sql
 
 from command import processes, start_server
 from conftest import as_role, create_database, drop_database
-from pgvae import loop
+from pgvae import loop, validation
 from pgvae import tune as tuning
 from pgvae.cli.train import train
 from pgvae.cli.tune import _show
@@ -166,13 +166,14 @@ def test_a_value_is_the_best_validation_ndcg_of_the_same_training(shop: str) -> 
 @pytest.mark.usefixtures("in_process")
 def test_a_trial_ranks_the_validation_part_once_an_epoch(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[int] = []
-    real = loop._ndcg
+    real = validation.ndcg
 
     def counted(*arguments: Any) -> float:
         ranked.append(0)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_ndcg", counted)
+    for module in (loop, validation):
+        monkeypatch.setattr(module, "ndcg", counted)
     tune(shop, "shop", Search(trials=1), replace(QUICK, future_share=0.5))
     assert len(ranked) == QUICK.epochs
 
@@ -474,7 +475,7 @@ def test_a_study_is_for_one_model_and_one_configuration(shop: str) -> None:
     with pytest.raises(PgvaeError, match="was begun with another model: shop, not second") as caught:
         tune(shop, "second", Search(trials=1, study="shop"), QUICK)
     assert caught.value.hint == "give the search another name with --study"
-    with pytest.raises(PgvaeError, match="was begun with another configuration"):
+    with pytest.raises(PgvaeError, match="was begun with another configuration: seed 1, not 5"):
         tune(shop, "shop", Search(trials=1), replace(QUICK, seed=5))
 
 

@@ -327,7 +327,13 @@ def _try_again(study: optuna.Study, trial: FrozenTrial) -> None:
 def _check_terms(name: str, kept: dict[str, Any], terms: dict[str, Any]) -> None:
     for what, shown in (("model", "model"), ("config", "configuration"), ("space", "search space")):
         if kept[what] != terms[what]:
-            told = f": {kept[what]}, not {terms[what]}" if what == "model" else ""
+            told = ""
+            if what == "model":
+                told = f": {kept[what]}, not {terms[what]}"
+            elif what == "config":
+                then, now = kept[what], terms[what]
+                names = [name for name in now if then.get(name) != now[name]]
+                told = ": " + ", ".join(f"{name} {then.get(name)}, not {now[name]}" for name in names)
             raise PgvaeError(
                 f"study {name} was begun with another {shown}{told}", hint="give the search another name with --study"
             )

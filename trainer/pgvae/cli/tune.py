@@ -32,7 +32,9 @@ def tune(
     model: Annotated[str, typer.Argument(help="Name of the model, as given to vae.create_model.")],
     dsn: Dsn = None,
     trials: Annotated[int, typer.Option(help="Trials that the study shall hold, earlier runs included.")] = 30,
-    timeout: Annotated[float | None, typer.Option(help="End the search after this many seconds.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="End the search after this many seconds, once the defaults are tried.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Trials at the same time, each in a process of its own.")] = 1,
     study: Annotated[str | None, typer.Option(help="Name of the study; by default that of the model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search and of every training.")] = _DEFAULTS.seed,
