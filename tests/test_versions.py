@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -266,6 +268,19 @@ def test_an_upgrade_does_not_wait_for_ever_behind_an_open_transaction(
         assert rows(analyst, "select * from shop.recommend(%s)", USER) == before
         assert hint_about_k(analyst) == "ask for 1 to 10000 items, as in: k => 10"
     install_variant(trained_database, "api", NEW_WORDS)
+
+
+def test_an_upgrade_and_who_scores_do_not_end_in_a_deadlock(trained_database: str) -> None:
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(trained_database) as scoring:
+        scoring.execute("select from vae.models limit 0")
+        upgrading = threads.submit(install, trained_database)
+        waits = "select count(*) from pg_locks where relation = 'vae.models'::regclass and not granted"
+        while scoring.execute(waits).fetchone() == (0,):
+            time.sleep(0.01)
+        # What the upgrade has locked, if it did not let go.
+        scoring.execute("select from vae.freshness limit 0")
+        scoring.commit()
+        assert upgrading.result(60).models == 1
 
 
 def test_a_database_of_a_newer_release_is_left_alone(trained_database: str, run_cli: RunCli) -> None:

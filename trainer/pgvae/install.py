@@ -30,6 +30,47 @@ select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), m.
 from vae.models m
 order by m.model_id
 """
+# All that is remade, before any of it. Who scores holds some and is about to lock others: where both would wait for
+# each other the installation lets go, sooner than PostgreSQL would call it a deadlock and end either, and tries again.
+_RELATION_LOCKS = """
+do $$
+declare
+    relation record;
+    patience constant text := pg_catalog.current_setting('lock_timeout');
+    last_try constant timestamptz := pg_catalog.clock_timestamp() + patience::interval;
+begin
+    loop
+        begin
+            perform pg_catalog.set_config('lock_timeout', '500ms', true);
+            for relation in
+                select c.oid::regclass as name, c.relkind
+                from pg_catalog.pg_class c
+                join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                where (n.nspname in ('vae', 'vae_private') and c.relkind in ('r', 'v'))
+                    or (n.nspname in (select m.name from vae.models m) and c.relkind = 'v')
+                -- First what everybody begins with, so that nobody new comes in while those who are at it finish.
+                order by case
+                    when c.relname in ('scoring_versions', 'published_versions') then 1
+                    when n.nspname = 'vae' and c.relkind = 'v' then 2
+                    when n.nspname = 'vae' and c.relname in ('models', 'versions') then 3
+                    else 4 end, c.oid desc
+            loop
+                -- lock table would lock what a view reads, the shop's tables too.
+                execute pg_catalog.format(
+                    case relation.relkind when 'v' then 'alter view %s reset (check_option)'
+                        else 'lock table %s in access exclusive mode' end, relation.name);
+            end loop;
+            exit;
+        exception when lock_not_available or deadlock_detected then
+            if pg_catalog.clock_timestamp() > last_try then
+                raise;
+            end if;
+        end;
+        perform pg_catalog.pg_sleep(0.02);
+    end loop;
+    perform pg_catalog.set_config('lock_timeout', patience, true);
+end $$;
+"""
 
 
 _FOREIGN_SCHEMA = """
@@ -69,7 +110,7 @@ def install(dsn: str | None = None) -> Installation:
         with engine.begin() as sqlalchemy_connection:
             return _install(sqlalchemy_connection, warnings)
     except DBAPIError as error:
-        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
             raise PgvaeError(
                 "another session holds pgvae's tables in an open transaction, or refreshes a model:"
                 f" {_LOCK_TIMEOUT} were not enough",
@@ -94,6 +135,7 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
     _check_revision(connection, config)
     if connection.execute(text("select pg_catalog.to_regclass('vae.models') is not null")).scalar_one():
         connection.execute(text(_REFRESH_LOCKS))
+        connection.execution_options(no_parameters=True).exec_driver_sql(_RELATION_LOCKS)
     command.upgrade(config, "head")
     _create_extension(connection)
     for path in resources.sql_files():
