@@ -11,11 +11,10 @@ import psycopg
 def test_the_demo_goes_the_whole_way_and_can_be_run_again(
     empty_database: str, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    # Of few users it claims nothing.
-    for users, said in (("1000", "pgvae beats popularity"), ("300", "yours now")):
-        done = run_cli("demo", "--users", users, "--items", "200", dsn=empty_database)
+    for _ in range(2):
+        done = run_cli("demo", "--users", "1000", "--items", "200", dsn=empty_database)
         assert done.returncode == 0, done.stderr
-        assert said in done.stdout
+        assert "pgvae beats popularity" in done.stdout
         assert "yours now" in done.stdout
     with psycopg.connect(empty_database) as connection:
         rows = connection.execute(
@@ -23,7 +22,7 @@ def test_the_demo_goes_the_whole_way_and_can_be_run_again(
         ).fetchone()
         assert rows is not None
         count, users, first, last = rows
-        assert 1000 > users >= 300
+        assert users >= 1000
         assert (first, last) == (1, 20)
         assert count == 20 * users
         # The visitor of a minute ago is not a cold start.

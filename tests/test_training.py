@@ -614,7 +614,7 @@ def test_a_best_seller_and_features_that_say_nothing_are_trained_on(database: st
         shop.make(connection)
         connection.execute(
             "insert into events select 1099511627776 + n %% 2000, %s, 'purchase',"
-            " timestamptz '2024-01-01' + n * interval '100 seconds' from generate_series(1, 40000) n",
+            " timestamptz '2024-01-01' + n * interval '20 seconds' from generate_series(1, 200000) n",
             [shop.items[0]],
         )
         connection.execute(
