@@ -140,6 +140,38 @@ def test_no_share_is_chosen_where_no_user_has_events_in_an_order() -> None:
     assert fitted.judged
 
 
+@pytest.mark.parametrize("diverging", [*FUTURE_SHARES, None])
+def test_a_share_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch, diverging: float | None) -> None:
+    plain = _Run.pass_over_users
+
+    def exploding(self: _Run) -> tuple[float, float, float]:
+        if len(self.curve) == 1 and diverging in (None, self.config.future_share):
+            return np.inf, np.inf, np.inf
+        return plain(self)
+
+    monkeypatch.setattr(_Run, "pass_over_users", exploding)
+    config = replace(SMALL_CONFIG, future_share=None, epochs=2)
+    if diverging is None:
+        with pytest.raises(PgvaeError, match="diverged in epoch 2"):
+            trained_on(some_events(), config=config)
+    else:
+        fitted = trained_on(some_events(), config=config)
+        assert (fitted.future_share, len(fitted.curve)) == (1.5 - diverging, 2)
+
+
+def test_data_has_an_order_where_a_twentieth_of_those_with_several_events_has() -> None:
+    # Users of two events each, at once but for some, and users of one event.
+    def dataset(users: int, ordered: int, single: int) -> Dataset:
+        events = [(user, item, 0, item * (user < ordered)) for user in range(users) for item in (0, 1)]
+        return dataset_of(events + [(user, 0, 0, 0) for user in range(users, users + single)], users + single, 2)
+
+    assert not dataset(100, ordered=1, single=0).has_order
+    assert not dataset(100, ordered=5, single=0).has_order
+    assert dataset(100, ordered=6, single=1000).has_order
+    assert dataset(1, ordered=1, single=9).has_order
+    assert not dataset(0, ordered=0, single=9).has_order
+
+
 def train_and_die(folder: Path) -> None:
     """Trains in a process of its own, which is killed after its third epoch."""
     checkpointing._SECONDS_BETWEEN = 0.0

@@ -158,18 +158,23 @@ def _better_run(
     """Gives the training with the one of FUTURE_SHARES that leads after a few hundred steps, so far.
 
     It is by far the better one where tastes and assortments change, and by far the worse one where they do not.
+    One that diverges is none; PgvaeError where both do.
     """
-    best: _Run | None = None
+    runs: list[_Run] = []
     for share in FUTURE_SHARES:
         run = _Run(dataset, replace(config, future_share=share), graph, max_history)
         while run.goes_on(min(epochs, -(-_CHOOSING_STEPS // run.batches.steps)), judges):
-            run.train_epoch(CHOOSING, judges)
+            try:
+                run.train_epoch(CHOOSING, judges)
+            except PgvaeError:
+                if share == FUTURE_SHARES[-1] and not runs:
+                    raise
+                break
             on_epoch(run.curve[-1])
-        # Of equal ones the first.
-        if best is None or run.best_ndcg > best.best_ndcg:
-            best = run
-    assert best is not None
-    return best
+        else:
+            runs.append(run)
+    # Of equal ones the first.
+    return max(runs, key=lambda run: run.best_ndcg)
 
 
 class _Run:

@@ -75,8 +75,8 @@ def train(
     graph_neighbours: Annotated[
         int | None,
         typer.Option(
-            help="Similar items that an item's embedding leans on in training; by default 4 where no user has events at"
-            " different times, else 0."
+            help="Similar items that an item's embedding leans on in training; by default 4 where 5 % or fewer of the"
+            " users with several events have them at different times, else 0."
         ),
     ] = _DEFAULTS.graph_neighbours,
     segments: Annotated[
