@@ -68,7 +68,7 @@ cross join lateral (values
     (21, 'function', format('segment(%s)', m.user_id_type), true, 'the segment of one user, now'),
     (22, 'materialized view', 'user_segments_materialized', false, 'what user_segments and segments read: a row per user'),
     (23, 'view', 'user_segments', true, 'the segment of every user, as of the last vae.refresh'),
-    (24, 'view', 'segments', true, 'groups of users with similar tastes: name, size and what they buy')
+    (24, 'view', 'segments', true, 'groups of users with similar tastes: name, size and what sets them apart')
 ) as o (step, kind, object, is_public, purpose)
 where m.model_id = model_objects.model_id
     and (m.exposure_column is not null or o.object <> 'clean_assignments')

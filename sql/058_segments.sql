@@ -94,7 +94,7 @@ begin
         from (values
             ('user_id', 'Key of the user.'),
             ('segment', 'Number of the segment, the same from one version to the next as long as most of its users stay; null for a user of whom nothing is known.'),
-            ('segment_name', 'Name of the segment, by what its users buy more often than others do.'),
+            ('segment_name', 'Name of the segment, by what its users have events on, of any type, more often than all users do.'),
             ('similarity', 'Cosine of the user''s latent position and the segment''s centre, at most 1: how typical the user is of the segment.'),
             ('is_cold_start', 'True where the user had no known events: placed by features where the version knows some, else in no segment.'),
             ('model_version', 'Version that scored the row, see vae.versions.'),
@@ -105,10 +105,10 @@ begin
         select 'segments', c.column_name, c.comment
         from (values
             ('segment', 'Number of the segment, the same from one version to the next as long as most of its users stay.'),
-            ('name', 'Name of the segment, by what its users buy more often than others do.'),
+            ('name', 'Name of the segment, by what its users have events on, of any type, more often than all users do.'),
             ('users', 'Users of the segment, as of the last vae.refresh.'),
             ('share', 'Share of the users that are in a segment.'),
-            ('top_categories', 'What its users buy more often than others do, and by which factor: values of a column of the items, else keys of items.'),
+            ('top_categories', 'What its users have events on, of any type, more often than all users do, and by which factor: values of a column of the items, else keys of items.'),
             ('mean_similarity', 'Mean cosine of its users and the segment''s centre: how much they resemble each other.'),
             ('mean_events', 'Mean number of events of its users when the version was trained.'),
             ('overlap', 'Users in common with the segment of this number in the version before, of those in either; null: new in this version.'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -431,6 +432,17 @@ def test_a_training_says_what_the_experiment_says(shop: Connection, training: li
         ("pgvae",),
         ("response",),
     }
+
+
+def test_every_metric_is_named_in_the_comment(shop: Connection) -> None:
+    metrics = {row[0] for row in shop.execute("select distinct metric from vae.metrics").fetchall()}
+    assert {"ndcg", "demand_buyers_wape", "churn_auc", "uplift_qini"} <= metrics
+    comment = one(
+        shop,
+        "select col_description('vae.metrics'::regclass, attnum) from pg_attribute"
+        " where attrelid = 'vae.metrics'::regclass and attname = 'metric'",
+    )
+    assert metrics <= set(re.findall(r"\w+", comment))
 
 
 def test_uplift_live_and_materialized_is_the_same(shop: Connection) -> None:
