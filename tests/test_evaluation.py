@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from psycopg import sql
+from rich.table import Table
 
 from conftest import as_role, create_database, drop_database
 from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
 from pgvae.comparison import METHODS, compare, evaluate, summarise
+from pgvae.console import out
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
@@ -718,6 +720,15 @@ def stored(dsn: str, split: str) -> list[tuple[Any, ...]]:
             " where split = %s order by 1, 2, 3, 4, 5",
             [split],
         ).fetchall()
+
+
+def test_in_a_log_a_sentence_is_one_line_and_a_table_has_a_width(capsys: pytest.CaptureFixture[str]) -> None:
+    out.print("word " * 100)
+    assert capsys.readouterr().out.count("\n") == 1
+    table = Table("column")
+    table.add_row("word " * 100)
+    out.print(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) == out.width
 
 
 def test_the_command_measures_writes_and_shows(lively: str, run_cli: RunCli) -> None:

@@ -26,11 +26,12 @@ from conftest import as_role, create_database, drop_database
 from pgvae import loop, validation
 from pgvae import tune as tuning
 from pgvae.cli.train import train
-from pgvae.cli.tune import _show
+from pgvae.cli.tune import _difference, _show
 from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.install import uninstall
+from pgvae.rows import CHOOSING, Epoch
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import read_checked
@@ -227,9 +228,33 @@ def test_a_training_that_fails_is_set_aside_with_its_reason(shop: str, monkeypat
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_trial_far_behind_is_stopped_early(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pgvae.rows import Epoch
+def test_a_trial_that_chooses_its_share_says_how_far_it_is(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+    real = tuning.fit
 
+    def fit(*arguments: Any, on_epoch: Callable[[Epoch], None], **named: Any) -> Any:
+        def watched(epoch: Epoch) -> None:
+            on_epoch(epoch)
+            ((note,),) = rows(shop, "select value_json from vae_optuna.trial_user_attributes where key = 'note'")
+            trial = Tried(
+                number=0, state="running", value=None, epoch=0, config=QUICK, is_default=True, note=json.loads(note)
+            )
+            shown.append((epoch.phase, _difference(trial)))
+
+        return real(*arguments, on_epoch=watched, **named)
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    outcome = tune(shop, "shop", Search(trials=1), QUICK)
+    chosen = [told for phase, told in shown if phase == CHOOSING]
+    assert [told.split(", NDCG")[0] for told in chosen] == [
+        f"(the default) – choosing --future-share, epoch {epoch}" for epoch in (1, 2, 1, 2)
+    ]
+    assert {told for phase, told in shown if phase != CHOOSING} == {"(the default)"}
+    assert outcome.trials[0].note == ""
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_trial_far_behind_is_stopped_early(shop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(dataset: Dataset, config: TrainingConfig, *, on_epoch: Callable[[Epoch], None], **arguments: Any) -> None:
         number = len(seen)
         seen.append(0)

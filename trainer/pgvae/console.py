@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 # A file or a pipe has no width, and rich takes 80: tables would lose the ends of their columns there.
 _PIPE_WIDTH = 160
 
 
+class _Console(Console):
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Prints as rich does, but a sentence in a file or a pipe stays in one line."""
+        if soft_wrap is None:
+            soft_wrap = not self.is_terminal and all(isinstance(each, str | Text) for each in objects)
+        super().print(*objects, soft_wrap=soft_wrap, **options)
+
+
 def _console(*, stderr: bool = False) -> Console:
     # A key or a name such as a:x:b stays what it is.
-    console = Console(stderr=stderr, emoji=False)
+    console = _Console(stderr=stderr, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
     return console

@@ -486,12 +486,17 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
     def on_epoch(epoch: Epoch) -> None:
         nonlocal best
         assert epoch.validation_ndcg is not None
-        if epoch.phase == CHOOSING:
-            return
-        best = max(best, epoch.validation_ndcg)
-        trial.report(best, epoch.epoch)
         if _is_orphan():
             raise _Stopped
+        if epoch.phase == CHOOSING:
+            # What trains before the trial's own first epoch.
+            what = f"choosing --future-share, epoch {epoch.epoch}, NDCG@20 {epoch.validation_ndcg:.4f}"
+            trial.set_user_attr("note", what)
+            return
+        if epoch.epoch == 1:
+            trial.set_user_attr("note", "")
+        best = max(best, epoch.validation_ndcg)
+        trial.report(best, epoch.epoch)
         if is_default:
             return
         if task.is_late():

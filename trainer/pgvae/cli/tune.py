@@ -102,11 +102,10 @@ def _display(outcome: Outcome, wanted: int) -> Group:
 
 
 def _difference(tried: Tried) -> str:
-    if tried.is_default:
-        return "(the default)"
     default = asdict(_DEFAULTS) | {"seed": tried.config.seed, "epochs": tried.config.epochs}
     changed = [f"{name} {value:g}" for name, value in asdict(tried.config).items() if value != default[name]]
-    return escape(", ".join(changed) + (f" – {tried.note}" if tried.note else ""))
+    told = "(the default)" if tried.is_default else ", ".join(changed)
+    return escape(told + (f" – {tried.note}" if tried.note else ""))
 
 
 def _summary(outcome: Outcome, wanted: int) -> str:
