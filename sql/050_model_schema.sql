@@ -723,8 +723,8 @@ declare
 begin
     perform vae_private.make_planned_function(
         m.name, format('history(user_id %s)', u), format('table (item_id %s, event_type text, occurred_at timestamptz)', i),
-        format(E'select c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at',
-            vae_private.clean_select(m.model_id, 'one user')));
+        format(E'select c.item_id::%s, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at',
+            i, vae_private.clean_select(m.model_id, 'one user')));
     if m.users_table is not null then
         perform vae_private.make_planned_function(
             m.name, format('features(user_id %s)', u), 'table (features jsonb)',
