@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +20,11 @@ import typer
 from benchmarks.report import Figure, report
 from benchmarks.scoring import make_model, throwaway_server, timed
 from pgvae.console import err
+from pgvae.server import find_bindir
 
 _RECOMMEND = "select * from shop.recommend(%s, 10)"
+# Calls of a session before those that count.
+_WARM_UP = 10
 _PAIRS = """
 select count(s.score)
 from (
@@ -42,7 +46,9 @@ def main(
     neighbours: Annotated[int, typer.Option(help="Links of an item in the shortcut; 0 leaves it out.")] = 64,
     calls: Annotated[int, typer.Option(help="Live calls to time.")] = 400,
     sessions: Annotated[int, typer.Option(help="Sessions that ask at once.")] = 8,
-    pace: Annotated[float, typer.Option(help="Seconds between two calls of a session, as a dashboard asks.")] = 0.1,
+    pace: Annotated[
+        float, typer.Option(help="Mean seconds between two calls of a session, as a dashboard asks.")
+    ] = 0.1,
     idle: Annotated[int, typer.Option(help="Sessions that asked once and stay open.")] = 100,
     paired: Annotated[int, typer.Option(help="Users with ten pairs each to score.")] = 20_000,
 ) -> None:
@@ -77,7 +83,7 @@ def _one_session(dsn: str, users: int, calls: int) -> list[Figure]:
         with psycopg.connect(dsn, autocommit=True) as connection:
             first.append(timed(connection, "select * from shop.recommend(1, 10)"))
     # The first of all sessions shares the weights with those to come.
-    milliseconds = _call(dsn, users, calls, seed=1)
+    milliseconds = _call(dsn, users, calls)
     return [
         Figure(figure="first call of a session", value=1000 * statistics.median(first), unit="ms", target=350),
         Figure(figure="live call, median", value=statistics.median(milliseconds), unit="ms", target=4),
@@ -86,9 +92,20 @@ def _one_session(dsn: str, users: int, calls: int) -> list[Figure]:
 
 
 def _many_sessions(dsn: str, users: int, calls: int, sessions: int, pace: float = 0.0) -> list[Figure]:
-    with ThreadPoolExecutor(sessions) as threads:
-        runs = threads.map(lambda seed: _call(dsn, users, calls, seed, pace), range(sessions))
-        milliseconds = [value for run in runs for value in run]
+    """Gives the latency of sessions that ask again at once, or every `pace` seconds in the mean, as pgbench has it.
+
+    A call that is late because the one before it took too long counts from when it was due.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "recommend.sql")
+        script.write_text(f"\\set user random(1, {users})\nselect * from shop.recommend(:user, 10);\n")
+        rate = ["--rate", str(sessions / pace)] if pace else []
+        command = [find_bindir() / "pgbench", "--no-vacuum", "--client", str(sessions), "--transactions", str(calls)]
+        log = ["--log", "--log-prefix", Path(folder, "calls")]
+        subprocess.run([*command, *rate, *log, "--file", script, dsn], check=True, capture_output=True)
+        lines = [line.split() for path in Path(folder).glob("calls.*") for line in path.read_text().splitlines()]
+    # Its session, its number in it, its microseconds. The first ones load the weights.
+    milliseconds = [int(line[2]) / 1000 for line in lines if int(line[1]) > _WARM_UP]
     name = f"live call in {sessions} sessions at once" + (f", one in {1000 * pace:.0f} ms each" if pace else "")
     return [
         Figure(figure=f"{name}, median", value=statistics.median(milliseconds), unit="ms"),
@@ -96,26 +113,16 @@ def _many_sessions(dsn: str, users: int, calls: int, sessions: int, pace: float 
     ]
 
 
-def _call(dsn: str, users: int, calls: int, seed: int, pace: float = 0.0) -> list[float]:
-    """Gives the milliseconds of each call of a session, which asks again at once, or every `pace` seconds.
-
-    A call that is late because the one before it took too long counts from when it was due.
-    """
-    generator = np.random.default_rng(seed)
+def _call(dsn: str, users: int, calls: int) -> list[float]:
+    """Gives the milliseconds of each call of a session, which asks again at once."""
+    generator = np.random.default_rng(1)
     milliseconds = []
     with psycopg.connect(dsn, autocommit=True) as connection:
-        for user in generator.integers(1, users, 10):
-            connection.execute(_RECOMMEND, [int(user)]).fetchall()
-        due = time.perf_counter() + generator.random() * pace
-        for user in generator.integers(1, users, calls):
+        for user in generator.integers(1, users, _WARM_UP + calls):
             begun = time.perf_counter()
-            if pace:
-                time.sleep(max(0.0, due - begun))
-                begun = time.perf_counter() if begun < due else due
-                due += pace
             connection.execute(_RECOMMEND, [int(user)]).fetchall()
             milliseconds.append(1000 * (time.perf_counter() - begun))
-    return milliseconds
+    return milliseconds[_WARM_UP:]
 
 
 def _idle_sessions(dsn: str, sessions: int) -> list[Figure]:

@@ -686,6 +686,28 @@ comment on function vae_private.make_function(text, text, text, text) is
     'Makes or remakes a function of a model''s schema, of one query in SQL; part of vae_private.build_model.';
 
 
+create or replace function vae_private.make_planned_function(model text, signature text, result text, body text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    execute format(
+        'create or replace function %I.%s returns %s'
+        ' language plpgsql stable called on null input parallel unsafe security invoker set search_path = pg_catalog, pg_temp as %L',
+        model, signature, result, E'\n#variable_conflict use_column\nbegin\nreturn query\n' || body || E';\nend\n');
+end;
+$$;
+
+comment on function vae_private.make_planned_function(text, text, text, text) is
+    'Makes or remakes a set-returning function of one query whose plan a session keeps, for live calls: before PostgreSQL 18 a function in SQL '
+    'is planned anew in each call; part of vae_private.build_model.';
+
+
 create or replace function vae_private.build_live_functions(m vae.models)
 returns void
 language plpgsql
@@ -699,16 +721,16 @@ declare
     u constant text := m.user_id_type;
     i constant text := m.item_id_type;
 begin
-    perform vae_private.make_function(
+    perform vae_private.make_planned_function(
         m.name, format('history(user_id %s)', u), format('table (item_id %s, event_type text, occurred_at timestamptz)', i),
-        format(E'select c.item_id, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at',
-            vae_private.clean_select(m.model_id, 'one user')));
+        format(E'select c.item_id::%s, c.event_type, c.occurred_at from (\n%s\n) c order by c.occurred_at',
+            i, vae_private.clean_select(m.model_id, 'one user')));
     if m.users_table is not null then
-        perform vae_private.make_function(
+        perform vae_private.make_planned_function(
             m.name, format('features(user_id %s)', u), 'table (features jsonb)',
             format(E'select s.features from (\n%s\n) s', vae_private.feature_select(m.model_id, 'users', 'one key')));
     end if;
-    perform vae_private.make_function(
+    perform vae_private.make_planned_function(
         m.name, format('recommend(user_id %s, k integer default 10, options jsonb default null)', u),
         format('table (rank integer, item_id %s, score real, is_cold_start boolean, model_version integer, probability real)', i),
         format(

@@ -149,6 +149,7 @@ grant execute on function
     vae_private.build_model(integer),
     vae_private.build_event_views(vae.models),
     vae_private.make_function(text, text, text, text),
+    vae_private.make_planned_function(text, text, text, text),
     vae_private.build_live_functions(vae.models),
     vae_private.build_explain(vae.models),
     vae_private.build_related(vae.models),

@@ -8,6 +8,7 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pgvae_runtime import batch, blas, forward, tensors
 from pgvae_runtime.cpu import CpuScorer
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
+from pgvae_runtime.item_keys import ItemKeys
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.store import Version, check_shapes
 from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History, Tokens, age_bucket, order_bucket
@@ -328,6 +330,22 @@ def test_the_sums_of_a_large_batch_are_exact() -> None:
     np.testing.assert_allclose(forward.sum_rows(tokens.start, values), expected, rtol=1e-5, atol=1e-5)
 
 
+# Keys of items
+
+
+def test_items_are_found_by_their_keys_and_the_other_way_round() -> None:
+    # The first two have the same checksum.
+    names = ["plumless", "buckeroo", "Größe 42", "", "x" * 300, "plumles"]
+    keys = ItemKeys(ItemKeys.arrays_of(names))
+    assert keys.all() == names
+    assert keys.items(names) == {name: item for item, name in enumerate(names)}
+    assert keys.of_items([2, 0]) == {2: "Größe 42", 0: "plumless"}
+    assert [keys.item(name) for name in ("buckeroo", "grosse 42", "")] == [1, None, 3]
+    few = ItemKeys(ItemKeys.arrays_of(["plumless"]))
+    assert crc32(b"plumless") == crc32(b"buckeroo") and few.item("buckeroo") is None
+    assert len(ItemKeys.none()) == 0 and ItemKeys.none().item("plumless") is None
+
+
 # Batches
 
 
@@ -343,6 +361,7 @@ def version(weights: dict[str, Any], **changes: Any) -> Version:
         "targets": (2,),
         "max_history": 7,
         "user_count": 40,
+        "item_keys": ItemKeys(ItemKeys.arrays_of([f"item {i}" for i in range(ITEMS)])),
         "user_pipeline": FeaturePipeline(columns=(FeatureColumn(name="x", kind="number", first=0, edges=(1.0,) * 7),)),
     }
     return Version(**(values | changes))
@@ -376,7 +395,6 @@ def histories(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], History]
     generator = np.random.default_rng(5)
     batches = [([f"{b}-{u}" for u in range(20)], random_history(generator, 20, 6)) for b in range(3)]
     monkeypatch.setattr(batch, "read_histories", lambda *_, **__: iter(batches))
-    monkeypatch.setattr(batch, "item_keys", lambda plpy, version: [f"item {i}" for i in range(ITEMS)])
     return batches
 
 
@@ -407,7 +425,6 @@ def test_a_batch_run_gives_each_user_the_list_of_a_single_call(histories: list[t
 def test_who_has_seen_everything_gets_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = history_of([[(item, 2, 0.0) for item in range(ITEMS)], [(1, 2, 0.0)]])
     monkeypatch.setattr(batch, "read_histories", lambda *_, **__: iter([(["greedy", "modest"], everything)]))
-    monkeypatch.setattr(batch, "item_keys", lambda *_: [str(i) for i in range(ITEMS)])
     greedy, modest = batch.recommend_all(Plpy(), None, version(random_weights()), ITEMS)
     assert greedy[1:3] == ("{}", "{}")
     assert len(modest[1].split(",")) == len(modest[2].split(",")) == ITEMS - 1

@@ -267,6 +267,7 @@ def test_a_query_keeps_the_version_that_its_snapshot_sees(
             "the shortcut's links do not fit 12 items",
         ),
         ("update vae_private.tensors set dtype = '<f4' where name = 'shortcut_item'", "'shortcut_item'"),
+        ("delete from vae_private.items where item_index = 3", "11 items have a key, 12 have weights"),
     ],
 )
 def test_corrupt_weights_are_refused(trained: psycopg.Connection, change: str, message: str) -> None:

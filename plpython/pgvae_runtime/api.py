@@ -23,7 +23,7 @@ from .errors import (
 from .explain import explain_item
 from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
 from .gpu_costs import Work
-from .history import item_index, keys_of_items, read_history, unknown_items
+from .history import read_history, unknown_items
 from .options import TRUE_OR_FALSE, Option, from_0_to_1, one_of, read_options, whole_number
 from .related import ORDERS, given_items
 from .related import related as find_related
@@ -148,7 +148,7 @@ def _best(
         mask_seen(scores, history, version.targets)
     best = best_items(plpy, version, scores, k, filters)
     items = [item for item, _ in best]
-    keys = keys_of_items(plpy, version, items)
+    keys = version.item_keys.of_items(items)
     rows = [
         (rank, keys[item], value, bool(cold[0]), version.version) for rank, (item, value) in enumerate(best, start=1)
     ]
@@ -204,13 +204,13 @@ def explain(
     if user_key is None or item_key is None:
         return []
     version = active_version(plpy, model_id)
-    item = item_index(plpy, version, item_key)
+    item = version.item_keys.item(item_key)
     if item is None:
         raise unknown_items(version, [item_key])
     history = read_history(plpy, version, user_key)
     parts = explain_item(version.weights, history, item, max_history=version.max_history, by_item=by == "item")
     names = {index: name for name, index in version.event_types.items()}
-    keys = keys_of_items(plpy, version, {part.item for part in parts if part.item is not None})
+    keys = version.item_keys.of_items(part.item for part in parts if part.item is not None)
     speaks_for = sum(max(part.contribution, 0.0) for part in parts if part.item is not None)
     return [
         (
@@ -235,7 +235,7 @@ def because(plpy: Any, model_id: int, user_key: str | None, item_key: str | None
     if user_key is None or item_key is None:
         return None
     version = active_version(plpy, model_id)
-    item = item_index(plpy, version, item_key)
+    item = version.item_keys.item(item_key)
     if item is None:
         raise unknown_items(version, [item_key])
     return explanations.because(plpy, version, user_key, item)
@@ -305,7 +305,7 @@ def score(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) 
     if user_key is None or item_key is None:
         return None
     version = active_version(plpy, model_id)
-    item = item_index(plpy, version, item_key)
+    item = version.item_keys.item(item_key)
     if item is None:
         return None
     return float(score_again(version, read_history(plpy, version, user_key))[0, item])
@@ -471,7 +471,7 @@ def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str
     if user_key is None or item_keys is None or item_keys == [None]:
         return None
     version = churn.version_with_heads(plpy, model_id)
-    items = audiences.offered_items(plpy, version, "items", item_keys)
+    items = audiences.offered_items(version, "items", item_keys)
     return audiences.response_of(plpy, version, user_key, items)
 
 
@@ -481,7 +481,7 @@ def uplift(plpy: Any, model_id: int, user_key: str | None, item_key: str | None)
     if user_key is None or item_key is None:
         return None
     version = churn.version_with_heads(plpy, model_id)
-    items = audiences.offered_items(plpy, version, "items", [item_key])
+    items = audiences.offered_items(version, "items", [item_key])
     return audiences.uplift_of_user(plpy, version, user_key, items)
 
 
@@ -519,7 +519,7 @@ def audience(
     if item_keys is None or item_keys == [None]:
         return iter(())
     version = churn.version_with_heads(plpy, model_id)
-    items = audiences.offered_items(plpy, version, "items", item_keys)
+    items = audiences.offered_items(version, "items", item_keys)
     rank_by = chosen.get("rank_by", audiences.RESPONSE)
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))

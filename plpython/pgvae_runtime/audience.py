@@ -17,7 +17,7 @@ from .batch import Batch, report_progress, score_on_cpu
 from .churn import look_ahead
 from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
-from .history import item_indexes, read_histories, read_history, unknown_items
+from .history import read_histories, read_history, unknown_items
 from .scoring import score_users
 from .store import Version, execute
 from .tokens import History
@@ -56,11 +56,11 @@ def read_offers(plpy: Any, model_id: int) -> list[Offer]:
     return [Offer(**row) for row in execute(plpy, _OFFERS, ["integer"], [model_id])]
 
 
-def offered_items(plpy: Any, version: Version, what: str, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
+def offered_items(version: Version, what: str, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
     """Gives the rows of some items; ScoringError where there is none, one is null, unknown or stands there twice."""
     if not item_keys:
         raise ScoringError(f"{what} names no item", sqlstate=INVALID_PARAMETER, hint="name one or more items")
-    indexes = item_indexes(plpy, version, {key for key in item_keys if key is not None})
+    indexes = version.item_keys.items({key for key in item_keys if key is not None})
     # In the order of the items.
     seen: dict[str, None] = {}
     for key in item_keys:
@@ -192,7 +192,7 @@ def _criteria_of(plpy: Any, version: Version, offer: Offer) -> Criteria:
     if offer.choose_by == UPLIFT:
         check_uplift(version, "choose_by", len(offer.item_keys))
     return Criteria(
-        items=offered_items(plpy, version, f"offer {offer.name}", offer.item_keys),
+        items=offered_items(version, f"offer {offer.name}", offer.item_keys),
         k=offer.max_users,
         exclude_buyers=offer.exclude_buyers,
         rank_by=offer.choose_by,

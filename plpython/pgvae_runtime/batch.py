@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from . import blas, limits, runs, workers
 from .cpu import CpuScorer, Scored, own_bytes, shared_bytes
 from .device import Gpu
-from .history import MAX_EVENTS, item_keys, read_histories
+from .history import MAX_EVENTS, read_histories
 from .literals import ItemLiterals, write_scores
 from .store import Version
 from .tokens import History
@@ -44,7 +44,7 @@ def recommend_all(
     One row per user with two array literals is the fastest way into a table that SQL can unpack. Without a GPU, and
     from where one fails on the way, the CPU scores.
     """
-    keys = item_keys(plpy, version)
+    keys = version.item_keys.all()
     ranked = keys if version.ranked is None else [keys[item] for item in version.ranked.tolist()]
     literals = ItemLiterals(ranked)
 

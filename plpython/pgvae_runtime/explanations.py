@@ -15,7 +15,7 @@ from . import blas, limits, runs
 from .batch import look, report_progress
 from .errors import NOT_READY, ScoringError
 from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
-from .history import item_keys, item_type, keys_of_items, read_histories, read_history
+from .history import item_type, read_histories, read_history
 from .literals import array_element
 from .store import Version, execute
 from .tokens import History
@@ -83,7 +83,7 @@ def because(plpy: Any, version: Version, user_key: str, item: int) -> str:
             for row in rows
             if row.part == "features" and row.contribution > 0
         ]
-    keys = keys_of_items(plpy, version, [part.item for part in parts if part.item is not None])
+    keys = version.item_keys.of_items(part.item for part in parts if part.item is not None)
     return _sentence(parts, keys, _titles(plpy, version, keys.values()))
 
 
@@ -92,7 +92,7 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     relation = f"{plpy.quote_ident(version.model)}.recommendations_materialized"
     if not execute(plpy, _IS_READY, ["text"], [relation])[0]["is_ready"]:
         raise _refresh_first(version, f"model {version.model} has no recommendations yet")
-    keys = item_keys(plpy, version)
+    keys = version.item_keys.all()
     numbers = {key: number for number, key in enumerate(keys)}
 
     threads, events = _sizes(limits.max_memory(plpy), limits.max_threads(plpy), version)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from . import forward
 from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, QUERY_CANCELED, UNDEFINED_COLUMN, ScoringError
 from .forward import Array
-from .history import keys_of_items
 from .store import Version, execute
 
 
@@ -220,6 +219,6 @@ def _values_of(plpy: Any, version: Version, column: str, items: list[int]) -> Ma
         key=plpy.quote_ident(row["items_key_column"]),
         key_type=row["item_id_type"],
     )
-    keys = keys_of_items(plpy, version, items)
+    keys = version.item_keys.of_items(items)
     values = {row["item_key"]: row["value"] for row in execute(plpy, query, ["text[]"], [list(keys.values())])}
     return {item: values[key] for item, key in keys.items() if key in values}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -26,28 +26,6 @@ _ONE_USER = """
 select h.item_id::text as item_key, h.event_type, extract(epoch from h.occurred_at)::float8 as occurred_at
 from {schema}.history($1::{key_type}) h
 where h.event_type = any ($2)
-"""
-# By the index, one by one: a join would read the whole catalogue, since its view is a security barrier, and so would
-# `any` as long as nobody has analysed a new version's items.
-_ITEM_INDEXES = """
-select k.item_key, i.item_index
-from unnest($2) k (item_key)
-cross join lateral (
-    select i.item_index
-    from vae_private.scoring_items i
-    where i.version_id = $1 and i.item_key = k.item_key
-    offset 0
-) i
-"""
-_KEYS_OF_ITEMS = """
-select k.item_index, i.item_key
-from unnest($2) k (item_index)
-cross join lateral (
-    select i.item_key
-    from vae_private.scoring_items i
-    where i.version_id = $1 and i.item_index = k.item_index
-    offset 0
-) i
 """
 # No join with the catalogue, whose size the planner cannot know beneath the views: it sorted all events by item for it.
 # Numbers come in PostgreSQL's binary form, an object for each user in place of one for each event.
@@ -89,7 +67,7 @@ def read_history(plpy: Any, version: Version, user_key: str, *, all_items: bool 
     """
     query = _ONE_USER.format(schema=plpy.quote_ident(version.model), key_type=version.user_id_type)
     events = execute(plpy, query, ["text", "text[]"], [user_key, list(version.event_types)])
-    indexes = item_indexes(plpy, version, {row["item_key"] for row in events})
+    indexes = version.item_keys.items({row["item_key"] for row in events})
     if all_items:
         unknown = sorted({row["item_key"] for row in events} - indexes.keys())
         indexes |= {key: version.catalogue_size + place for place, key in enumerate(unknown)}
@@ -149,7 +127,7 @@ def read_histories(
     pipeline = version.user_pipeline
     if pipeline.size:
         query = _ALL_USERS_FEATURES.format(schema=schema, histories=query, only=only.format(alias="u"))
-    numbers = _ItemNumbers(item_keys(plpy, version) if keys is None else keys, version.catalogue_size)
+    numbers = _ItemNumbers(version.item_keys.all() if keys is None else keys, version.catalogue_size)
     parameters = [list(version.event_types), *([list(chosen)] if chosen is not None else [])]
     plan = plpy.prepare(query, ["text[]", "text[]"][: len(parameters)])
     cursor = plpy.cursor(plan, parameters)
@@ -232,34 +210,6 @@ class _ItemNumbers:
             _, place = np.unique([given[event] for event in others.tolist()], return_inverse=True)
             found[others] = self._catalogue_size + place
         return found
-
-
-def item_keys(plpy: Any, version: Version) -> list[str]:
-    """Gives the key of each item of the catalogue, in the order of the tensors' rows."""
-    rows = execute(
-        plpy,
-        "select i.item_key from vae_private.scoring_items i where i.version_id = $1 order by i.item_index",
-        ["bigint"],
-        [version.version_id],
-    )
-    return [row["item_key"] for row in rows]
-
-
-def item_indexes(plpy: Any, version: Version, keys: Collection[str]) -> dict[str, int]:
-    """Gives the row in the tensors of each of these items; an item outside the catalogue is not among them."""
-    rows = execute(plpy, _ITEM_INDEXES, ["bigint", "text[]"], [version.version_id, list(keys)])
-    return {row["item_key"]: row["item_index"] for row in rows}
-
-
-def keys_of_items(plpy: Any, version: Version, items: Collection[int]) -> dict[int, str]:
-    """Gives the key of each of these items by its row in the tensors."""
-    rows = execute(plpy, _KEYS_OF_ITEMS, ["bigint", "integer[]"], [version.version_id, list(items)])
-    return {row["item_index"]: row["item_key"] for row in rows}
-
-
-def item_index(plpy: Any, version: Version, item_key: str) -> int | None:
-    """Gives the row of an item in the tensors; None for an item outside the catalogue."""
-    return item_indexes(plpy, version, [item_key]).get(item_key)
 
 
 def item_type(plpy: Any, version: Version) -> str:

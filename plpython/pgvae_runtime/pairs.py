@@ -14,7 +14,7 @@ from .batch import Batch, report_progress, score_on_cpu
 from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
-from .history import MAX_EVENTS, item_indexes, read_histories
+from .history import MAX_EVENTS, read_histories
 from .scoring import score_users
 from .store import Version
 from .tokens import History
@@ -47,7 +47,7 @@ def _scored(
     plpy: Any, version: Version, user_keys: Sequence[str | None], item_keys: Sequence[str | None]
 ) -> Iterator[Row]:
     users = list(dict.fromkeys(key for key in user_keys if key is not None))
-    pairs = _Pairs(users, user_keys, _item_indexes(plpy, version, item_keys))
+    pairs = _Pairs(users, user_keys, _items(version, item_keys))
     done = 0
     for pair in pairs.without_user.tolist():
         yield user_keys[pair], item_keys[pair], None
@@ -59,9 +59,9 @@ def _scored(
         report_progress(plpy, f"pgvae {version.model}: {done} pairs scored")
 
 
-def _item_indexes(plpy: Any, version: Version, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
+def _items(version: Version, item_keys: Sequence[str | None]) -> NDArray[np.int64]:
     """Gives the row of each item in the tensors, [P]; -1 outside the catalogue."""
-    index = item_indexes(plpy, version, {key for key in item_keys if key is not None})
+    index = version.item_keys.items({key for key in item_keys if key is not None})
     return np.fromiter((-1 if key is None else index.get(key, -1) for key in item_keys), np.int64, count=len(item_keys))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from . import batch, forward, limits, runs
 from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
-from .history import item_indexes, item_keys, item_type, keys_of_items, not_in_catalogue, unknown_items
+from .history import item_type, not_in_catalogue, unknown_items
 from .literals import array_element
 from .scoring import score_users
 from .session import default_type, null_in_array
@@ -110,7 +110,7 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
     texts = [key for key in keys if key is not None]
     if len(texts) < len(keys):
         raise null_in_array(name, keys.index(None))
-    known = item_indexes(plpy, version, texts)
+    known = version.item_keys.items(texts)
     unknown = [key for key in texts if key not in known]
     if not known:
         raise unknown_items(version, unknown)
@@ -137,7 +137,7 @@ def related(
     wanted = max(k, _COUNTED) if min_support else k
     best, values = forward.top_k(ranking, wanted)
     found = [item for item, value in zip(best[0].tolist(), values[0].tolist(), strict=True) if value >= 0]
-    keys = keys_of_items(plpy, version, {*items, *found})
+    keys = version.item_keys.of_items({*items, *found})
     support = _support(plpy, version, [keys[item] for item in items], [keys[item] for item in found])
     kept = [item for item in found if support.get(keys[item], 0) >= min_support][:k]
     return [
@@ -165,7 +165,7 @@ def _target_names(version: Version) -> list[str]:
 
 def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, str, str, int]]:
     """Gives (item_key, item_keys, scores, lifts, supports, model_version) of each item, the lists as array literals."""
-    keys = item_keys(plpy, version)
+    keys = version.item_keys.all()
     literals = [array_element(key) for key in keys]
     base = baseline(version)
     start, users, user_count = _buyers(plpy, version)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag, feature_bag
-from .history import item_indexes, item_type, not_in_catalogue
+from .history import item_type, not_in_catalogue
 from .store import Version, execute
 from .tokens import History
 
@@ -166,7 +166,7 @@ def _known_items(plpy: Any, version: Version, events: Sequence[GivenEvent]) -> l
 
     names, keys = [event.name for event in events], [event.item_key for event in events]
     spelled = _read_each(plpy, read, names, keys, f"give keys of the type {key_type}")
-    indexes = item_indexes(plpy, version, set(spelled))
+    indexes = version.item_keys.items(set(spelled))
     if unknown := [key for key in spelled if key not in indexes]:
         plpy.notice(f"{not_in_catalogue(version, unknown)}: left out")
     return [indexes.get(key) for key in spelled]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from .errors import (
 )
 from .features import NO_FEATURES, FeaturePipeline
 from .forward import FORMAT, INTEGERS, SHAPES
+from .item_keys import ItemKeys
 from .tensors import Assembler
 from .tokens import AGE_BUCKETS, ORDER_BUCKETS
 
@@ -50,6 +51,8 @@ class Version:
     max_history: int
     user_count: int
     user_pipeline: FeaturePipeline = NO_FEATURES
+    # Of a version that scores: of others nobody asks.
+    item_keys: ItemKeys = field(default_factory=ItemKeys.none)
     # In seconds since 1970: when it was published, and its newest event.
     created_at: float = 0.0
     window_end: float = 0.0
@@ -76,14 +79,17 @@ class Version:
         return columns
 
 
-# What tells one version's weights from another's, without reading them: the chunks' own digests.
+# What tells one version's weights and items from another's, without reading them: the chunks' own digests, and when it
+# was published.
 _DIGEST = """
 select d.oid::bigint as database, coalesce((
     select encode(sha256(string_agg(
         convert_to(format('%s %s %s %s ', t.name, t.chunk, t.dtype, t.shape), 'UTF8') || t.sha256, ''
-        order by t.name, t.chunk)), 'hex')
+        order by t.name, t.chunk) || int8send((1e6 * extract(epoch from v.created_at))::bigint)), 'hex')
     from vae_private.scoring_tensors t
+    join vae_private.scoring_versions v using (version_id)
     where t.version_id = $1
+    group by v.created_at
 ), 'none') as digest
 from pg_catalog.pg_database d
 where d.datname = pg_catalog.current_database()
@@ -102,6 +108,11 @@ select t.name, t.chunk, t.dtype, t.shape, t.sha256, t.data
 from vae_private.{views}_tensors t
 where t.version_id = $1
 order by t.name, t.chunk
+"""
+_ITEM_KEYS = """
+select coalesce(array_agg(i.item_key order by i.item_index), '{}') as keys
+from vae_private.scoring_items i
+where i.version_id = $1
 """
 
 _versions: OrderedDict[int, Version] = OrderedDict()
@@ -204,8 +215,13 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
     types = json.loads(row["config"])["event_types"]
     features = json.loads(row["features"])
     user_pipeline = FeaturePipeline.from_json(features["users"]) if features else NO_FEATURES
-    weights = _load_weights(plpy, version_id) if views == "scoring" else _read_weights(plpy, version_id, views)
+    if views == "scoring":
+        item_keys, weights = ItemKeys.parted(_load_arrays(plpy, version_id))
+    else:
+        item_keys, weights = ItemKeys.none(), _read_weights(plpy, version_id, views)
     check_shapes(weights, types=len(types), features=user_pipeline.size)
+    if views == "scoring" and len(item_keys) != len(weights["item_embedding"]):
+        raise corrupt_weights(f"{len(item_keys)} items have a key, {len(weights['item_embedding'])} have weights")
     return Version(
         version_id=version_id,
         version=row["version"],
@@ -218,24 +234,26 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
         max_history=row["max_history"],
         user_count=row["user_count"],
         user_pipeline=user_pipeline,
+        item_keys=item_keys,
         created_at=row["created_at"],
         window_end=row["window_end"],
     )
 
 
-def _load_weights(plpy: Any, version_id: int) -> dict[str, Any]:
-    """Gives the tensors of a version, from the map that the server's sessions share where it can be had."""
+def _load_arrays(plpy: Any, version_id: int) -> dict[str, Any]:
+    """Gives the tensors of a version and its items' keys, from the map that sessions share where it can be had."""
     row = execute(plpy, _DIGEST, ["bigint"], [version_id])[0]
     path = mapping.file_of(row["database"], version_id, row["digest"])
     if (shared := mapping.read_map(path, row["digest"])) is not None:
         return shared
-    weights = _read_weights(plpy, version_id)
+    keys = execute(plpy, _ITEM_KEYS, ["bigint"], [version_id])[0]["keys"]
+    arrays = _read_weights(plpy, version_id) | ItemKeys.arrays_of(keys)
     try:
-        mapping.write_map(path, row["digest"], weights)
+        mapping.write_map(path, row["digest"], arrays)
         mapping.remove_maps(row["database"], keep=_active_version_ids(plpy))
     except OSError as error:
         plpy.notice(f"the weights cannot be shared between sessions, this one holds a copy of its own: {error}")
-    return mapping.read_map(path, row["digest"]) or weights
+    return mapping.read_map(path, row["digest"]) or arrays
 
 
 def _active_version_ids(plpy: Any) -> list[int]:
