@@ -355,8 +355,9 @@ metrics = Table(
         comment="recall, ndcg, precision, hit_rate, mrr, map, novelty, coverage (at k), auc, and of scores that are"
         " probabilities log_loss, brier, calibration_error. ndcg_lead: pgvae's ndcg less that of this method, paired by"
         " user. demand_wape, demand_pinball, demand_coverage: of the items' units in the horizon; demand_buyers_wape,"
-        " demand_buyers_pinball, demand_buyers_coverage: of their buyers. churn_auc, churn_brier, churn_log_loss, churn_ece"
-        " (calibration error), churn_log_loss_lead (this method's less pgvae's): of who buys nothing. purchases_wape, purchases_bias: of the number of purchases. response_lift, response_ece,"
+        " demand_buyers_pinball, demand_buyers_coverage: of their buyers. churn_auc, churn_brier, churn_log_loss,"
+        " churn_ece (calibration error), churn_log_loss_lead (this method's less pgvae's): of who buys nothing."
+        " purchases_wape, purchases_bias: of the number of purchases. response_lift, response_ece,"
         " response_calibration_error, response_bias: of who buys what; audience_lift: of who buys one item."
         " uplift_assignments, uplift_response_rate, uplift_average_effect, uplift_balance_auc, uplift_checked_effect,"
         " uplift_qini, uplift_qini_lead (pgvae's less this method's): of who buys because of an offer.",
@@ -458,8 +459,8 @@ segments = Table(
         "top_categories",
         Text,
         nullable=False,
-        comment="What its users have events on, of any type, more often than all users do, and by which factor: values of a"
-        " column of the items, else keys of items.",
+        comment="What its users have events on, of any type, more often than all users do, and by which factor: values"
+        " of a column of the items, else keys of items.",
     ),
     Column(
         "similarity",
