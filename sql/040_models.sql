@@ -874,12 +874,13 @@ declare
     id constant integer := (vae_private.locked_model(model)).model_id;
     dropped record;
 begin
-    -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
+    -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error. In the order in which
+    -- they are read, as in vae_private.build_model, where another one would end in deadlocks.
     for dropped in
         select * from vae_private.model_objects(id) o
         where case o.kind when 'function' then to_regnamespace(quote_ident(model)) is not null
             else to_regclass(format('%I.%I', model, o.object)) is not null end
-        order by o.step desc
+        order by o.step > 6, o.step desc, o.object
     loop
         execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);
     end loop;

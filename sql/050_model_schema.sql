@@ -12,13 +12,13 @@ as $$
 select o.*
 from vae.models m
 cross join lateral (values
+    -- Up to step 6, what reads the shop's tables; read in the order of falling steps, in which they are locked too.
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
-    (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
+    (5, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
     (2, 'view', 'clean_assignments', true, 'who was offered what by chance and from whom it was withheld, cleaned by rules that its definition shows'),
-    (3, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
-    (4, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
+    (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
+    (3, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
     (5, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
-    -- After user_features, which it may read.
     (5, 'view', 'digested_events', false, 'refresh_events with a digest of each row'),
     (6, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
@@ -63,7 +63,7 @@ cross join lateral (values
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
     (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
     (54, 'view', 'demand_deviations', false, 'what demand_by_category reads beside demand: how far each item may be off'),
-    (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
+    (55, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
     (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
     (21, 'function', format('segment(%s)', m.user_id_type), true, 'the segment of one user, now'),
     (22, 'materialized view', 'user_segments_materialized', false, 'what user_segments and segments read: a row per user'),
@@ -771,7 +771,7 @@ begin
         select o.object
         from vae_private.model_objects(m.model_id) o
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
-        order by o.step > 6, o.step desc
+        order by o.step > 6, o.step desc, o.object
     loop
         execute format('alter view %I.%I reset (check_option)', m.name, locked);
     end loop;

@@ -247,6 +247,32 @@ comment on function vae_private.check_refresh(integer) is
     'part of vae.refresh.';
 
 
+create or replace function vae_private.check_stored(m vae.models, view_name text)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not coalesce((
+        select c.relispopulated
+        from pg_class c
+        join pg_namespace n on n.oid = c.relnamespace
+        where n.nspname = m.name and c.relname = view_name || '_materialized'), false)
+    then
+        raise exception 'model % has no stored %', m.name, view_name
+            using errcode = 'object_not_in_prerequisite_state', hint = format('refresh first: call vae.refresh(%L)', m.name);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_stored(vae.models, text) is
+    'Refuses where a prediction view of a model was never refreshed; PostgreSQL''s own refusal would speak of another command.';
+
+
 create or replace function vae_private.active_version_id(id integer)
 returns bigint
 language sql

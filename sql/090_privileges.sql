@@ -23,6 +23,7 @@ grant execute on function
     vae_private.load_runtime(text),
     vae_private.activation_hint(integer, text),
     vae_private.missing_grants(integer),
+    vae_private.check_stored(vae.models, text),
     vae_private.shop_table(text, text),
     vae_private.column_type(regclass, text, text),
     vae_private.looks_personal(text),

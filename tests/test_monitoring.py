@@ -291,7 +291,7 @@ def test_no_hit_rate_before_the_first_refresh(connection: Connection) -> None:
     Shop().make(connection)
     Shop().create_model(connection)
     refused = refusal(connection, "select * from vae.hit_rate('shop')")
-    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh them first: call vae.refresh('shop')")
+    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh first: call vae.refresh('shop')")
 
 
 # Health
