@@ -91,8 +91,9 @@ begin
                 run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, null);
         else
             perform vae_private.finish_refresh(run, null, null, null, null, failure);
-            failed := failed || wanted[place];
-            failures := failures || pg_catalog.format('%s: %s', wanted[place], failure);
+            -- Not by ||, of which a schema of the caller's path could have one that fits better.
+            failed := pg_catalog.array_append(failed, wanted[place]);
+            failures := pg_catalog.array_append(failures, pg_catalog.format('%s: %s', wanted[place], failure));
             first_failure := coalesce(first_failure, failure);
             first_state := coalesce(first_state, failure_state);
             first_hint := coalesce(first_hint, failure_hint);

@@ -150,6 +150,18 @@ def test_views_that_there_are_not_are_refused_by_name(more: Connection, views: s
     assert last(more) == before
 
 
+def test_no_operator_of_somebody_else_runs_in_a_refresh(more: Connection) -> None:
+    """As where everybody may create in public: it would run with the rights of whoever refreshes."""
+    more.execute(
+        "create function public.append(text[], text) returns text[] language plpgsql as"
+        " 'begin raise exception ''foreign code''; end';"
+        " create operator public.|| (leftarg = text[], rightarg = text, function = public.append)"
+    )
+    more.execute("update public.switch set works = false")
+    refused = refusal(more, "call vae.refresh('shop', array['numbers'])")
+    assert refused.message_primary == "refresh of shop.numbers failed: division by zero"
+
+
 def test_a_view_that_fails_keeps_its_content_and_no_other_from_its_own(more: Connection) -> None:
     more.execute("call vae.refresh('shop')")
     more.execute("update public.switch set works = false")
