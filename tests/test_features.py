@@ -340,7 +340,7 @@ def everything(shared: psycopg.Connection) -> psycopg.Connection:
     """
     SHOP.make(shared)
     shared.execute("create type mood as enum ('glad', 'so so')")
-    shared.execute("create domain country_code as text check (length(value) = 2)")
+    shared.execute("create domain code as text; create domain country_code as code check (length(value) = 2)")
     columns = sql.SQL(", ").join(
         sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind)) for name, (kind, _) in _COLUMNS.items()
     )

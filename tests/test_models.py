@@ -53,7 +53,7 @@ def untouched(shared: psycopg.Connection) -> psycopg.Connection:
         " alter table events drop gone;"
         " create index events_by_user on events (user_id);"
         " create table people (id text);"
-        " create domain shop_id as integer check (value > 0)"
+        " create domain shop_number as integer; create domain shop_id as shop_number check (value > 0)"
     )
     return shared
 
