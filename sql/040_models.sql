@@ -439,6 +439,10 @@ begin
             raise exception '% is not a table or view', relation
                 using errcode = 'wrong_object_type', hint = 'name a table or a view';
         end if;
+        if (select c.relpersistence = 't' from pg_class c where c.oid = relation) then
+            raise exception '% is temporary', relation
+                using errcode = 'wrong_object_type', hint = 'no other session could read it: name a table or a view that stays';
+        end if;
         if not has_table_privilege(relation, 'select') then
             raise exception 'permission denied for %', relation
                 using errcode = 'insufficient_privilege',
