@@ -557,6 +557,34 @@ comment on function vae_private.moved_table(vae.models) is
     'Gives the first table of a model that the views of its schema do not read, since it is gone or they read another one; else null.';
 
 
+create or replace function vae_private.lost_columns(m vae.models)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- A view follows a column that is renamed; the functions take the one that has its name.
+select string_agg(format('%I.%I.%I', t.table_schema, t.table_name, k.name), ', ' order by t.place, k.position)
+from (values
+    (1, m.events_schema, m.events_table, array[
+        m.user_id_column, m.item_id_column, m.event_type_column, m.occurred_at_column, m.quantity_column, m.exposure_column]::text[]),
+    (2, m.users_schema, m.users_table, m.users_key_column || m.user_features),
+    (3, m.items_schema, m.items_table, m.items_key_column || m.item_features)
+) as t (place, table_schema, table_name, columns)
+join pg_namespace n on n.nspname = t.table_schema
+join pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
+cross join unnest(t.columns) with ordinality as k (name, position)
+where k.name is not null
+    and not exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = k.name and not a.attisdropped)
+$$;
+
+comment on function vae_private.lost_columns(vae.models) is
+    'Gives the columns that a model reads and that its tables do not have any more, after a rename for example; else null.';
+
+
 create or replace function vae_private.check_views(m vae.models)
 returns void
 language plpgsql

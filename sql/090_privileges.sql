@@ -13,7 +13,8 @@ grant select on
     vae.freshness
 to vae_reader;
 -- vae.health_checks calls them.
-grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models) to vae_reader;
+grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models), vae_private.lost_columns(vae.models)
+to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
 grant usage on schema vae_private to vae_scorer;

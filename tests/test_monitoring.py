@@ -431,6 +431,11 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     assert problems(trained) == {"views": "critical"}
     trained.execute("select vae.rebuild_model('shop')")
     assert problems(trained) == {}
+    trained.execute("alter table events rename column event_type to kind")
+    assert problems(trained) == {"views": "critical"}
+    assert checks(trained)["views"][1] == "live calls read columns that are gone or renamed: public.events.event_type"
+    trained.execute("alter table events rename column kind to event_type")
+    assert problems(trained) == {}
     trained.execute("drop table events cascade")
     assert problems(trained) == {"views": "critical"}
     assert health(trained)["remedy"] == "select vae.rebuild_model('shop')"

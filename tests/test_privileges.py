@@ -618,7 +618,9 @@ def test_a_schema_exchanged_during_a_refresh_runs_nothing_with_more_rights(
     assert trained.execute("select distinct role from trap.ran_as").fetchall() == [("the_trainer",)]
 
 
-def test_no_function_of_somebody_else_becomes_part_of_an_installation(connection: psycopg.Connection) -> None:
+def test_no_function_of_somebody_else_becomes_part_of_an_installation_or_a_training(
+    connection: psycopg.Connection,
+) -> None:
     """As where everybody may create in public, which was the rule before PostgreSQL 15."""
     connection.execute(
         "create function public.regexp_replace(name, text, text) returns text language sql as"
@@ -630,6 +632,13 @@ def test_no_function_of_somebody_else_becomes_part_of_an_installation(connection
         " where d.refclassid = 'pg_proc'::regclass and d.refobjid = 'public.regexp_replace'::regproc"
     )
     assert used.fetchall() == []
+    # Nor of a training.
+    connection.execute(
+        "create function public.array_position(text[], text) returns integer language sql as 'select 1 / 0'"
+    )
+    Shop().make(connection)
+    Shop().create_model(connection)
+    assert train(connection.info.dsn) == 1
 
 
 def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Connection, login: Login) -> None:
