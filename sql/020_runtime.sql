@@ -43,13 +43,20 @@ class Runtime(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return fullname == package
 
 
+class Api:
+    # Imported when the first call asks for it, where a cancel meanwhile is told as any other error; in here, as
+    # "spiexceptions.QueryCanceled: …".
+    def __getattr__(self, name):
+        return getattr(importlib.import_module(package + ".api"), name)
+
+
 if package not in sys.modules:
     sys.meta_path.append(Runtime())
-GD[digest] = importlib.import_module(package + ".api")
+GD[digest] = Api()
 $pgvae$;
 
 comment on function vae_private.load_runtime(text) is
-    'Imports pgvae''s code, which is the text of this function, into the session. Called by the scoring functions.';
+    'Makes pgvae''s code, which is the text of this function, importable in the session. Called by the scoring functions.';
 
 
 -- The scoring functions: one import, one call. They run with the rights of the caller.

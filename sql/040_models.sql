@@ -132,6 +132,27 @@ comment on function vae_private.checked_options(jsonb) is
     'Completes the options of a model with the defaults, whole numbers as integers; refuses unknown names and wrong values.';
 
 
+create or replace function vae_private.base_type(type oid)
+returns oid
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+with recursive beneath as (
+    select t.oid, t.typbasetype from pg_type t where t.oid = base_type.type
+    union all
+    select t.oid, t.typbasetype from beneath b join pg_type t on t.oid = b.typbasetype
+)
+select b.oid from beneath b where b.typbasetype = 0
+$$;
+
+comment on function vae_private.base_type(oid) is
+    'Gives the type beneath a domain, also one over a domain; of any other type itself.';
+
+
 create or replace function vae_private.column_type(relation regclass, column_name text, what text)
 returns text
 language plpgsql
@@ -146,9 +167,8 @@ as $$
 declare
     found regtype;
 begin
-    select case when t.typtype = 'd' then t.typbasetype else t.oid end::regtype into found
+    select vae_private.base_type(a.atttypid)::regtype into found
     from pg_attribute a
-    join pg_type t on t.oid = a.atttypid
     where a.attrelid = relation and a.attname = column_name and a.attnum > 0 and not a.attisdropped;
     if found is null then
         raise exception '% has no column "%"', relation, column_name
@@ -241,16 +261,14 @@ with columns as (
         a.attnum,
         a.attname::text as name,
         format('k.%I', a.attname) as value,
-        -- Of a domain the type beneath.
-        coalesce(b.oid, t.oid)::regtype::text as type,
-        coalesce(b.typtype, t.typtype) as typtype,
-        coalesce(b.typcategory, t.typcategory) as category,
+        t.oid::regtype::text as type,
+        t.typtype,
+        t.typcategory as category,
         e.typcategory as element_category,
         e.oid::regtype::text as element_type
     from pg_attribute a
-    join pg_type t on t.oid = a.atttypid
-    left join pg_type b on b.oid = t.typbasetype
-    left join pg_type e on e.oid = coalesce(b.typelem, t.typelem)
+    join pg_type t on t.oid = vae_private.base_type(a.atttypid)
+    left join pg_type e on e.oid = t.typelem
     where a.attrelid = relation and a.attnum > 0 and not a.attisdropped
 ), kinds as (
     select
@@ -420,6 +438,10 @@ begin
         if not exists (select from pg_class c where c.oid = relation and c.relkind in ('r', 'p', 'v', 'm', 'f')) then
             raise exception '% is not a table or view', relation
                 using errcode = 'wrong_object_type', hint = 'name a table or a view';
+        end if;
+        if (select c.relpersistence = 't' from pg_class c where c.oid = relation) then
+            raise exception '% is temporary', relation
+                using errcode = 'wrong_object_type', hint = 'no other session could read it: name a table or a view that stays';
         end if;
         if not has_table_privilege(relation, 'select') then
             raise exception 'permission denied for %', relation
@@ -874,12 +896,13 @@ declare
     id constant integer := (vae_private.locked_model(model)).model_id;
     dropped record;
 begin
-    -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error.
+    -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error. In the order in which
+    -- they are read, as in vae_private.build_model, where another one would end in deadlocks.
     for dropped in
         select * from vae_private.model_objects(id) o
         where case o.kind when 'function' then to_regnamespace(quote_ident(model)) is not null
             else to_regclass(format('%I.%I', model, o.object)) is not null end
-        order by o.step desc
+        order by o.step > 6, o.step desc, o.object
     loop
         execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);
     end loop;

@@ -12,13 +12,13 @@ as $$
 select o.*
 from vae.models m
 cross join lateral (values
+    -- Up to step 6, what reads the shop's tables; read in the order of falling steps, in which they are locked too.
     (1, 'view', 'outlier_users', true, 'users with too many events on one day to be people; left out of training'),
-    (2, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
+    (5, 'view', 'clean_events', true, 'the events that the model learns from, cleaned by rules that its definition shows'),
     (2, 'view', 'clean_assignments', true, 'who was offered what by chance and from whom it was withheld, cleaned by rules that its definition shows'),
-    (3, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
-    (4, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
+    (4, 'view', 'user_features', false, 'the columns of all users that the model reads as features'),
+    (3, 'view', 'item_features', false, 'the columns of all items that the model reads as features'),
     (5, 'view', 'refresh_events', false, 'what a refresh reads: the cleaned events of all users, and users without any'),
-    -- After user_features, which it may read.
     (5, 'view', 'digested_events', false, 'refresh_events with a digest of each row'),
     (6, 'view', 'refresh_digests', false, 'a digest of all that a refresh reads of a user: it differs once something changed'),
     (6, 'function', format('history(%s)', m.user_id_type), true, 'the events of one user that the model sees, up to this moment'),
@@ -63,7 +63,7 @@ cross join lateral (values
     (52, 'function', format('demand(%s)', m.item_id_type), true, 'the units of one item that will be sold, and to how many buyers, from now on'),
     (53, 'materialized view', 'demand_materialized', false, 'what demand reads: a row per item'),
     (54, 'view', 'demand_deviations', false, 'what demand_by_category reads beside demand: how far each item may be off'),
-    (54, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
+    (55, 'view', 'demand', true, 'the units of every item that will be sold, and to how many buyers, as of the last vae.refresh'),
     (55, 'function', 'demand_by_category(text)', true, 'the units of every category of items that will be sold, and to how many buyers'),
     (21, 'function', format('segment(%s)', m.user_id_type), true, 'the segment of one user, now'),
     (22, 'materialized view', 'user_segments_materialized', false, 'what user_segments and segments read: a row per user'),
@@ -424,9 +424,10 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
--- What a table is read for: the rows of the events, the key and the features of users and items.
+-- What a table is read for: the mapped columns of the events, the key and the features of users and items.
 with read as (
-    select 1 as place, m.events_schema as schema_name, m.events_table as table_name, '{}'::text[] as columns
+    select 1 as place, m.events_schema as schema_name, m.events_table as table_name, array[
+        m.user_id_column, m.item_id_column, m.event_type_column, m.occurred_at_column, m.quantity_column, m.exposure_column]::text[] as columns
     from vae.models m
     where m.model_id = missing_grants.model_id
     union all
@@ -447,7 +448,8 @@ with read as (
     from found f
     where not has_schema_privilege(f.schema_id, 'usage')
     union all
-    select f.place, format('grant select%s on %I.%I', c.list, f.schema_name, f.table_name)
+    -- Of the events all, the shorter statement; but not where the columns that are read are granted one by one.
+    select f.place, format('grant select%s on %I.%I', case when f.place > 1 then c.list end, f.schema_name, f.table_name)
     from found f
     cross join lateral (
         select ' (' || string_agg(quote_ident(a.name), ', ' order by a.place) || ')' as list,
@@ -555,6 +557,34 @@ $$;
 
 comment on function vae_private.moved_table(vae.models) is
     'Gives the first table of a model that the views of its schema do not read, since it is gone or they read another one; else null.';
+
+
+create or replace function vae_private.lost_columns(m vae.models)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- A view follows a column that is renamed; the functions take the one that has its name.
+select string_agg(format('%I.%I.%I', t.table_schema, t.table_name, k.name), ', ' order by t.place, k.position)
+from (values
+    (1, m.events_schema, m.events_table, array[
+        m.user_id_column, m.item_id_column, m.event_type_column, m.occurred_at_column, m.quantity_column, m.exposure_column]::text[]),
+    (2, m.users_schema, m.users_table, m.users_key_column || m.user_features),
+    (3, m.items_schema, m.items_table, m.items_key_column || m.item_features)
+) as t (place, table_schema, table_name, columns)
+join pg_namespace n on n.nspname = t.table_schema
+join pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
+cross join unnest(t.columns) with ordinality as k (name, position)
+where k.name is not null
+    and not exists (select from pg_attribute a where a.attrelid = c.oid and a.attname = k.name and not a.attisdropped)
+$$;
+
+comment on function vae_private.lost_columns(vae.models) is
+    'Gives the columns that a model reads and that its tables do not have any more, after a rename for example; else null.';
 
 
 create or replace function vae_private.check_views(m vae.models)
@@ -793,7 +823,7 @@ begin
         select o.object
         from vae_private.model_objects(m.model_id) o
         where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
-        order by o.step > 6, o.step desc
+        order by o.step > 6, o.step desc, o.object
     loop
         execute format('alter view %I.%I reset (check_option)', m.name, locked);
     end loop;

@@ -243,7 +243,8 @@ begin
             'audience_of_category(category text, k integer default 1000, options jsonb default null,'
                 ' column_name text default ''category'')',
             audience,
-            format(found, format(
+            -- Named for its lock, which comes before that of item_features: see vae_private.build_model.
+            format(E'with events as (select from %I.refresh_events)\n', m.name) || format(found, format(
                 E'case when $1 is not null then vae_private.items_of_category(%1$s, $1, $4, array('
                 '\n    select i.item_key'
                 -- The table may have several rows of an item.

@@ -71,11 +71,11 @@ declare
 begin
     perform vae_private.check_tables(m);
     perform vae_private.check_exposure(format('%I.%I', m.events_schema, m.events_table)::regclass, set_exposure.exposure_column);
+    update vae.models set exposure_column = set_exposure.exposure_column where models.model_id = m.model_id;
+    perform vae_private.build_model(m.model_id);
     if set_exposure.exposure_column is null then
         execute format('drop view if exists %I.clean_assignments', m.name);
     end if;
-    update vae.models set exposure_column = set_exposure.exposure_column where models.model_id = m.model_id;
-    perform vae_private.build_model(m.model_id);
 end;
 $$;
 

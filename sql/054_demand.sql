@@ -87,7 +87,12 @@ begin
             format(
                 -- 1.2816: the 90 percent quantile of the normal distribution, which a sum of many is close to.
                 -- Six decimals, as of an item: more say nothing.
-                E'select s.category, s.items, round(s.units::numeric, 6)::float8,'
+                -- Categories first, for their lock: see vae_private.build_model. The table may have several rows of an item.
+                E'select vae_private.check_stored(m, ''demand'') from vae.models m where m.model_id = %1$s;'
+                '\nwith categories as ('
+                '\n    select distinct f.item_id, f.features ->> $1 as category from %2$I.item_features f where f.features ->> $1 is not null'
+                '\n)'
+                '\nselect s.category, s.items, round(s.units::numeric, 6)::float8,'
                 '\n    round(greatest(s.units - 1.2816 * s.units_deviation, 0)::numeric, 6)::float8,'
                 '\n    round((s.units + 1.2816 * s.units_deviation)::numeric, 6)::float8,'
                 '\n    round(s.buyers::numeric, 6)::float8,'
@@ -104,10 +109,7 @@ begin
                 '\n    cross join %2$I.demand d'
                 '\n    join %2$I.demand_deviations o on o.item_id = d.item_id'
                 '\n    join vae.versions v on v.model_id = %1$s and v.version = d.model_version'
-                -- The table may have several rows of an item.
-                '\n    left join ('
-                '\n        select distinct f.item_id, f.features ->> $1 as category from %2$I.item_features f where f.features ->> $1 is not null'
-                '\n    ) f on f.item_id = d.item_id'
+                '\n    left join categories f on f.item_id = d.item_id'
                 '\n    group by 1'
                 '\n) s'
                 '\norder by s.units desc, s.category',

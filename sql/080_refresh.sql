@@ -91,8 +91,9 @@ begin
                 run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, null);
         else
             perform vae_private.finish_refresh(run, null, null, null, null, failure);
-            failed := failed || wanted[place];
-            failures := failures || pg_catalog.format('%s: %s', wanted[place], failure);
+            -- Not by ||, of which a schema of the caller's path could have one that fits better.
+            failed := pg_catalog.array_append(failed, wanted[place]);
+            failures := pg_catalog.array_append(failures, pg_catalog.format('%s: %s', wanted[place], failure));
             first_failure := coalesce(first_failure, failure);
             first_state := coalesce(first_state, failure_state);
             first_hint := coalesce(first_hint, failure_hint);
@@ -245,6 +246,32 @@ $$;
 comment on function vae_private.check_refresh(integer) is
     'Refuses a refresh where nothing can be written, of a model without an active version, or whose views are gone or read another table; '
     'part of vae.refresh.';
+
+
+create or replace function vae_private.check_stored(m vae.models, view_name text)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not coalesce((
+        select c.relispopulated
+        from pg_class c
+        join pg_namespace n on n.oid = c.relnamespace
+        where n.nspname = m.name and c.relname = view_name || '_materialized'), false)
+    then
+        raise exception 'model % has no stored %', m.name, view_name
+            using errcode = 'object_not_in_prerequisite_state', hint = format('refresh first: call vae.refresh(%L)', m.name);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_stored(vae.models, text) is
+    'Refuses where a prediction view of a model was never refreshed; PostgreSQL''s own refusal would speak of another command.';
 
 
 create or replace function vae_private.active_version_id(id integer)

@@ -341,15 +341,7 @@ begin
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
     perform vae_private.check_grants(m, through => 'refresh_events');
-    if not coalesce((
-        select c.relispopulated
-        from pg_class c
-        join pg_namespace n on n.oid = c.relnamespace
-        where n.nspname = m.name and c.relname = 'recommendations_materialized'), false)
-    then
-        raise exception 'model % has no stored recommendations', model
-            using errcode = 'object_not_in_prerequisite_state', hint = format('refresh them first: call vae.refresh(%L)', model);
-    end if;
+    perform vae_private.check_stored(m, 'recommendations');
     for found in execute format(
         'with scored as materialized (select r.user_id, r.item_id, r.model_version, r.scored_at from %1$I.recommendations r),'
         ' per_user as materialized (select s.user_id, max(s.model_version) as version, min(s.scored_at) as scored_at from scored s group by s.user_id),'

@@ -31,18 +31,22 @@ with facts as (
     group by f.model
 ), checks as (
     select f.model, 1 as place, 'views' as check_name,
-        case when coalesce(g.gone[1], g.moved) is null then 'ok' else 'critical' end as status,
+        case when coalesce(g.gone[1], g.moved, g.lost) is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
-            when g.gone is null then format('they read another table than %s, which was renamed or replaced', g.moved)
+            when g.gone is null and g.moved is not null then format('they read another table than %s, which was renamed or replaced', g.moved)
+            when g.gone is null then format('live calls read columns that are gone or renamed: %s', g.lost)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
-        case when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
+        case when f.has_schema and coalesce(g.gone[1], g.moved) is null
+                then format('rename them back; other features: select vae.set_features(%L, …)', f.model)
+            when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
     cross join lateral (
         select array_agg(o.object order by o.object) as gone,
-            (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved
+            (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved,
+            (select vae_private.lost_columns(m) from vae.models m where m.model_id = f.model_id) as lost
         from vae_private.model_objects(f.model_id) o
         where o.kind <> 'function' and not exists (
             select

@@ -13,7 +13,8 @@ grant select on
     vae.freshness
 to vae_reader;
 -- vae.health_checks calls them.
-grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models) to vae_reader;
+grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models), vae_private.lost_columns(vae.models)
+to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
 grant usage on schema vae_private to vae_scorer;
@@ -23,7 +24,9 @@ grant execute on function
     vae_private.load_runtime(text),
     vae_private.activation_hint(integer, text),
     vae_private.missing_grants(integer),
+    vae_private.check_stored(vae.models, text),
     vae_private.shop_table(text, text),
+    vae_private.base_type(oid),
     vae_private.column_type(regclass, text, text),
     vae_private.looks_personal(text),
     vae_private.table_features(regclass, text, text),

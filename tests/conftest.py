@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from pgvae.errors import PgvaeError
 from pgvae.server import Server, find_bindir
 
 # Durability is of no use to a throwaway server, and costs time.
@@ -29,6 +31,8 @@ FAST = {
     "shared_buffers": "64MB",
     # It may be kept in memory.
     "max_wal_size": "128MB",
+    # Its files lie among the server's own, and go with them: those in /dev/shm stay where it is killed.
+    "dynamic_shared_memory_type": "mmap",
 }
 
 # Hundreds of databases are made and dropped, of 300 files each: in memory one takes 15 ms, on a disk up to 300.
@@ -58,11 +62,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     drills.addoption("--drill-report", help="File for the counts.")
 
 
+def make_folder(parent: Path) -> Path:
+    """Makes a folder that the server's account can enter; removes those of killed runs, with their servers."""
+    for left in parent.glob("pgvae-test-*-*") if Path("/proc/self").exists() else ():
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            # Another run may be at it.
+            with suppress(PgvaeError, OSError):
+                for state in left.glob("*/server.json"):
+                    Server(state.parent).remove()
+                shutil.rmtree(left)
+    directory = Path(tempfile.mkdtemp(prefix=f"pgvae-test-{os.getpid()}-", dir=parent))
+    directory.chmod(0o755)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A folder that the server's account can enter, which pytest's own folders are not."""
-    directory = Path(tempfile.mkdtemp(prefix="pgvae-test-"))
-    directory.chmod(0o755)
+    directory = make_folder(Path(tempfile.gettempdir()))
     yield directory
     shutil.rmtree(directory)
 
@@ -71,8 +88,7 @@ def scratch() -> Iterator[Path]:
 def server() -> Iterator[Server]:
     """A throwaway server, running, in memory where there is a GB of it for each of pytest's workers."""
     has_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > (os.cpu_count() or 1) * 2**30
-    directory = Path(tempfile.mkdtemp(prefix="pgvae-test-", dir=MEMORY if has_memory else None))
-    directory.chmod(0o755)
+    directory = make_folder(MEMORY if has_memory else Path(tempfile.gettempdir()))
     throwaway = Server(directory / "server", settings=FAST)
     throwaway.up()
     yield throwaway

@@ -383,6 +383,13 @@ def test_categories_add_up_and_their_intervals_are_narrower_than_the_sums_of_bou
     assert 'no column "colour"' in str(error.message_primary)
 
 
+def test_categories_before_the_first_refresh(connection: Connection) -> None:
+    with connection.transaction(force_rollback=True):
+        connection.execute("refresh materialized view shop.demand_materialized with no data")
+        refused = refusal(connection, "select * from shop.demand_by_category('category')")
+    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh first: call vae.refresh('shop')")
+
+
 def test_whoever_may_score_adds_up_categories(connection: Connection) -> None:
     query = "select * from shop.demand_by_category('category')"
     rows = connection.execute(query).fetchall()

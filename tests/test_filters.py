@@ -233,6 +233,7 @@ def test_candidates_are_read_with_the_rights_of_who_asks(role: str, shop: psycop
         ({"relation": None}, "22004", "relation is null"),
         ({"relation": "nothing"}, "42P01", 'relation "nothing" does not exist'),
         ({"relation": "stock_pkey"}, "42809", "stock_pkey is not a table or view"),
+        ({"relation": "passing"}, "42809", "passing is temporary"),
         ({"item_id": "sku"}, "42703", 'stock has no column "sku"'),
         ({"relation": "words"}, "42804", "keys of items differ: bigint in model shop, text in public.words"),
         ({"relation": "broken"}, "22012", "division by zero"),
@@ -241,6 +242,7 @@ def test_candidates_are_read_with_the_rights_of_who_asks(role: str, shop: psycop
 def test_a_set_that_cannot_be_is_refused_and_nothing_kept(
     shop: psycopg.Connection, arguments: dict[str, Any], sqlstate: str, message: str
 ) -> None:
+    shop.execute("create temporary table passing as table stock")
     shop.execute("create view words as select 'a'::varchar(5) as item_id")
     shop.execute("create view broken as select 1 / (on_hand - 3) as item_id from stock")
     refused = refusal(

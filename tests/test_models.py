@@ -53,7 +53,8 @@ def untouched(shared: psycopg.Connection) -> psycopg.Connection:
         " alter table events drop gone;"
         " create index events_by_user on events (user_id);"
         " create table people (id text);"
-        " create domain shop_id as integer check (value > 0)"
+        " create temporary table passing as table events;"
+        " create domain shop_number as integer; create domain shop_id as shop_number check (value > 0)"
     )
     return shared
 
@@ -149,6 +150,7 @@ def test_a_table_that_does_not_exist_is_named(untouched: psycopg.Connection) -> 
         ({"events": None}, "22004", "events is null"),
         ({"events": "events_id_seq"}, "42809", "public.events_id_seq is not a table or view"),
         ({"events": "events_by_user"}, "42809", "public.events_by_user is not a table or view"),
+        ({"events": "passing"}, "42809", "passing is temporary"),
         ({"user_id": "customer"}, "42703", 'public.events has no column "customer"'),
         ({"item_id": "Item_Id"}, "42703", 'public.events has no column "Item_Id"'),
         ({"occurred_at": None}, "42703", 'public.events has no column "<NULL>"'),

@@ -291,7 +291,7 @@ def test_no_hit_rate_before_the_first_refresh(connection: Connection) -> None:
     Shop().make(connection)
     Shop().create_model(connection)
     refused = refusal(connection, "select * from vae.hit_rate('shop')")
-    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh them first: call vae.refresh('shop')")
+    assert (refused.sqlstate, refused.message_hint) == ("55000", "refresh first: call vae.refresh('shop')")
 
 
 # Health
@@ -430,6 +430,11 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute("create table events (like old)")
     assert problems(trained) == {"views": "critical"}
     trained.execute("select vae.rebuild_model('shop')")
+    assert problems(trained) == {}
+    trained.execute("alter table events rename column event_type to kind")
+    assert problems(trained) == {"views": "critical"}
+    assert checks(trained)["views"][1] == "live calls read columns that are gone or renamed: public.events.event_type"
+    trained.execute("alter table events rename column kind to event_type")
     assert problems(trained) == {}
     trained.execute("drop table events cascade")
     assert problems(trained) == {"views": "critical"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -601,6 +603,25 @@ def test_an_audience_is_ranked_by_the_response(shop: Connection) -> None:
         assert (version, uplift) == (1, None)
     everybody = shop.execute("select count(*) from shop.audience(4, k => 100000)").fetchone()
     assert everybody == (160,)
+
+
+@pytest.mark.parametrize(
+    ("call", "first"),
+    [("audience_of_category('A')", "refresh_events"), ("demand_by_category()", "item_features")],
+)
+def test_who_asks_by_category_locks_views_in_the_order_of_a_change(shop: Connection, call: str, first: str) -> None:
+    views = "relation in (select oid from pg_class where relnamespace = 'shop'::regnamespace)"
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(shop.info.dsn) as holder:
+        holder.execute(f"lock table shop.{first}".encode())
+        holders = "select pid from pg_locks where mode = 'AccessExclusiveLock'"
+        reading = threads.submit(shop.execute, f"select count(*) from shop.{call}".encode())
+        waits = f"select from pg_locks where not granted and {views}".encode()
+        while not reading.done() and holder.execute(waits).fetchone() is None:
+            time.sleep(0.01)
+        held = f"select count(*) from pg_locks where granted and pid not in ({holders}) and {views}".encode()
+        assert holder.execute(held).fetchone() == (0,)
+        holder.rollback()
+        assert reading.result(60).fetchone() != (0,)
 
 
 def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -> None:

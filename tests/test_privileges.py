@@ -14,6 +14,7 @@ from psycopg import sql
 
 from conftest import as_role
 from pgvae.errors import PgvaeError
+from pgvae.install import install
 from pgvae.server import Server
 from shop import Shop, refusal, train, train_and_activate
 
@@ -615,6 +616,29 @@ def test_a_schema_exchanged_during_a_refresh_runs_nothing_with_more_rights(
     trained.execute("call vae.refresh('mine', array['recommendations'])")
     assert trained.execute("select to_regnamespace('mine_real') is not null").fetchone() == (True,)
     assert trained.execute("select distinct role from trap.ran_as").fetchall() == [("the_trainer",)]
+
+
+def test_no_function_of_somebody_else_becomes_part_of_an_installation_or_a_training(
+    connection: psycopg.Connection,
+) -> None:
+    """As where everybody may create in public, which was the rule before PostgreSQL 15."""
+    connection.execute(
+        "create function public.regexp_replace(name, text, text) returns text language sql as"
+        " 'select current_user::text'"
+    )
+    install(connection.info.dsn)
+    used = connection.execute(
+        "select r.ev_class::regclass from pg_depend d join pg_rewrite r on r.oid = d.objid"
+        " where d.refclassid = 'pg_proc'::regclass and d.refobjid = 'public.regexp_replace'::regproc"
+    )
+    assert used.fetchall() == []
+    # Nor of a training.
+    connection.execute(
+        "create function public.array_position(text[], text) returns integer language sql as 'select 1 / 0'"
+    )
+    Shop().make(connection)
+    Shop().create_model(connection)
+    assert train(connection.info.dsn) == 1
 
 
 def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Connection, login: Login) -> None:

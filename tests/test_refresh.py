@@ -150,6 +150,18 @@ def test_views_that_there_are_not_are_refused_by_name(more: Connection, views: s
     assert last(more) == before
 
 
+def test_no_operator_of_somebody_else_runs_in_a_refresh(more: Connection) -> None:
+    """As where everybody may create in public: it would run with the rights of whoever refreshes."""
+    more.execute(
+        "create function public.append(text[], text) returns text[] language plpgsql as"
+        " 'begin raise exception ''foreign code''; end';"
+        " create operator public.|| (leftarg = text[], rightarg = text, function = public.append)"
+    )
+    more.execute("update public.switch set works = false")
+    refused = refusal(more, "call vae.refresh('shop', array['numbers'])")
+    assert refused.message_primary == "refresh of shop.numbers failed: division by zero"
+
+
 def test_a_view_that_fails_keeps_its_content_and_no_other_from_its_own(more: Connection) -> None:
     more.execute("call vae.refresh('shop')")
     more.execute("update public.switch set works = false")
@@ -284,27 +296,55 @@ def test_a_change_during_a_refresh_locks_nobody_out_and_two_changes_keep_both(
     assert stored.fetchall() == [("7", "77", [])]
 
 
+@pytest.fixture(scope="module")
+def whole(shared: Connection) -> Connection:
+    """A database with a model that has all views there can be, untrained."""
+    Shop().make(shared)
+    shared.execute(
+        "alter table events add offered boolean;"
+        " create table users as select distinct user_id, 'a' as country from events;"
+        " create table items as select distinct item_id, 'a' as category from events"
+    )
+    Shop().create_model(shared, users="users", items="items", exposure_column="offered")
+    return shared
+
+
 @pytest.mark.parametrize(
-    ("above", "beneath"),
+    ("change", "above", "beneath"),
     [
-        ("recommendations", "stored_recommendations"),
-        ("refresh_digests", "clean_events"),
-        ("refresh_digests", "stored_digests"),
+        ("rebuild_model('shop')", "recommendations", "stored_recommendations"),
+        # vae.check_freshness.
+        ("rebuild_model('shop')", "refresh_digests", "stored_digests"),
+        ("drop_model('shop')", "refresh_digests", "stored_digests"),
+        # A training.
+        ("rebuild_model('shop')", "clean_events", "user_features"),
+        ("drop_model('shop')", "clean_events", "user_features"),
+        ("rebuild_model('shop')", "user_features", "item_features"),
+        ("rebuild_model('shop')", "item_features", "clean_assignments"),
+        ("set_exposure('shop', null)", "item_features", "clean_assignments"),
+        # vae.check_drift, and what asks by category.
+        ("rebuild_model('shop')", "refresh_events", "item_features"),
+        ("rebuild_model('shop')", "item_features", "demand"),
     ],
 )
-def test_a_rebuild_waits_for_readers_without_a_deadlock(
-    trained: Connection, trained_database: str, above: str, beneath: str
+def test_a_change_waits_for_readers_without_a_deadlock(
+    whole: Connection, change: str, above: str, beneath: str
 ) -> None:
-    with ThreadPoolExecutor(1) as threads, psycopg.connect(trained_database) as reader:
-        # Locks the one view, as a query does a moment before it locks what that view reads.
-        reader.execute(sql.SQL("comment on view {} is 'read'").format(sql.Identifier("shop", above)))
-        rebuilding = threads.submit(trained.execute, "select vae.rebuild_model('shop')")
+    with (
+        ThreadPoolExecutor(1) as threads,
+        psycopg.connect(whole.info.dsn) as changer,
+        psycopg.connect(whole.info.dsn) as reader,
+    ):
+        # Prepared, a query has locked the one view, as it does a moment before it locks the next.
+        reader.execute(sql.SQL("prepare one as select from {}").format(sql.Identifier("shop", above)))
+        changing = threads.submit(changer.execute, f"select vae.{change}".encode())
         waits = "select count(*) from pg_locks where relation = %s::regclass and not granted"
-        while reader.execute(waits, [f"shop.{above}"]).fetchone() == (0,):
+        while not changing.done() and reader.execute(waits, [f"shop.{above}"]).fetchone() == (0,):
             time.sleep(0.01)
-        reader.execute(sql.SQL("select from {} limit 0").format(sql.Identifier("shop", beneath)))
-        reader.commit()
-        rebuilding.result(60)
+        reader.execute(sql.SQL("prepare other as select from {}").format(sql.Identifier("shop", beneath)))
+        reader.rollback()
+        changing.result(60)
+        changer.rollback()
 
 
 def test_settings_of_a_role_that_change_how_names_and_null_are_written(trained: Connection) -> None:

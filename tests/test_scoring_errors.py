@@ -150,6 +150,21 @@ def test_a_function_of_another_runtime_than_the_databases_is_refused(trained: ps
     assert len(ask(RECOMMEND, [USER])) > 3
 
 
+def test_a_cancel_while_a_session_loads_the_code_reads_as_any_other(shared_trained: psycopg.Connection) -> None:
+    with psycopg.connect(shared_trained.info.dsn, autocommit=True) as session:
+        session.execute(
+            "do $$\nimport sys, time\nclass Slow:\n    def find_spec(name, path=None, target=None):\n"
+            "        time.sleep(0.5 if name.endswith('.api') else 0)\n"
+            "sys.meta_path.insert(0, Slow)\n$$ language plpython3u"
+        )
+        session.execute("set statement_timeout = 400")
+        refused = refusal(session, "select * from shop.recommend(%s)", [USER])
+    assert (refused.sqlstate, refused.message_primary) == (
+        "57014",
+        "pgvae: canceling statement due to statement timeout",
+    )
+
+
 def test_a_tensor_format_of_another_release_is_not_scored(trained: psycopg.Connection, trained_database: str) -> None:
     trained.execute("update vae.versions set format = 99")
     refused_everywhere(

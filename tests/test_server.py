@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from conftest import FAST, as_role
+from conftest import FAST, as_role, make_folder
 from pgvae.errors import PgvaeError
 from pgvae.server import Server, find_bindir, has_plpython
 
@@ -100,6 +100,22 @@ def test_a_killed_server_comes_up_again(home: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert value(server.dsn(), "select 1") == 1
+
+
+def test_what_a_killed_run_of_the_tests_left_goes_with_the_next_one(scratch: Path) -> None:
+    parent = scratch / "runs"
+    parent.mkdir()
+    process = subprocess.Popen(["true"])
+    process.wait()
+    server = Server(parent / f"pgvae-test-{process.pid}-abc" / "server", settings=FAST)
+    server.up()
+    # In the server's own folder, and not in the system's shared memory.
+    assert list((server.data / "pg_dynshmem").iterdir())
+    mine = make_folder(parent)
+    assert list(parent.iterdir()) == [mine]
+    assert not server.is_running()
+    assert make_folder(parent) != mine
+    assert mine.exists()
 
 
 def test_an_interrupted_initdb_is_repeated(home: Path) -> None:

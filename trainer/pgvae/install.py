@@ -125,6 +125,8 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
     connection.execute(text("select pg_catalog.pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
     connection.execute(text("set local client_min_messages = warning"))
+    # Of a schema in the path that others write to, a function whose arguments fit better would become part of a view.
+    connection.execute(text("set local search_path = pg_catalog, pg_temp"))
     connection.execute(text(f"set local lock_timeout = '{_LOCK_TIMEOUT}'"))
     if connection.execute(text(_FOREIGN_SCHEMA)).scalar_one():
         raise PgvaeError("the database has a schema vae that is not pgvae's", hint="rename it: pgvae needs that name")

@@ -223,6 +223,8 @@ def read_checked(
     """Gives a model and its cleaned events, of one moment; PgvaeError where the quality gate fails and not `force`."""
     # One snapshot for the gate and for the data, so that what was checked is what is trained on.
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    # As in the functions of pgvae: no function that somebody else defined in the role's own path shall run in here.
+    connection.execute("set local search_path = pg_catalog, pg_temp")
     _check_code(connection)
     definition = read_definition(connection, model)
     listener.on_quality(definition)
