@@ -81,6 +81,7 @@ SPACE = (
     Parameter(name="token_dropout", low=0.0, high=0.9),
     Parameter(name="temperature", low=0.05, high=0.5, log=True),
     Parameter(name="future_share", low=0.0, high=1.0),
+    Parameter(name="graph_neighbours", low=0, high=8, step=4),
 )
 
 
