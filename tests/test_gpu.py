@@ -330,6 +330,21 @@ def test_it_takes_no_more_memory_than_it_may_and_gives_it_back(
         assert not cupy.state.handles
 
 
+def test_weights_in_fp16_are_made_piece_by_piece(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    copied = GpuScorer._copied
+
+    def recorded(scorer: GpuScorer, array: NDArray[Any]) -> Any:
+        on_device = copied(scorer, array)
+        used.append(scorer._pool._used)
+        return on_device
+
+    monkeypatch.setattr(gpu, "_PIECE", 64)
+    monkeypatch.setattr(GpuScorer, "_copied", recorded)
+    GpuScorer(cupy, version(random_weights(I=192)), 8, memory=MEMORY, precision="float16").close()
+    assert used[-3] == used[-2] == used[-1] > used[-4]
+
+
 def test_too_little_memory_says_how_much_is_needed(cupy: ModuleType) -> None:
     with pytest.raises(MemoryError, match=r"^1 MB of GPU memory are too little, 65 MB are needed$"):
         GpuScorer(cupy, version(random_weights()), 8, memory=1 << 20)
