@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "plpython"))
 
-from pgvae_runtime import forward, gpu  # noqa: E402
+from pgvae_runtime import device, forward, gpu  # noqa: E402
 from pgvae_runtime.gpu import PRECISIONS, GpuScorer  # noqa: E402
 from pgvae_runtime.scoring import mask_seen, score_users  # noqa: E402
 from pgvae_runtime.store import Version  # noqa: E402
@@ -292,12 +292,13 @@ def report(name: str, rows: list[dict[str, Any]], facts: dict[str, Any], folder:
 def found() -> tuple[Any, Any]:
     """Gives CuPy and PyTorch where both see a GPU; SystemExit with what is missing elsewhere."""
     try:
-        import cupy
+        cupy = device.import_cupy()
         import torch
 
         devices = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        sys.exit(f"error: no GPU can be used from here: {error}\nhint: it takes a GPU and a Python with torch and cupy")
+        why = device.reason(error)
+        sys.exit(f"error: no GPU can be used from here: {why}\nhint: it takes a GPU and a Python with torch and cupy")
     if not devices or not torch.cuda.is_available():
         sys.exit("error: no GPU can be used from here: CuPy or PyTorch sees none\nhint: look at nvidia-smi")
     return cupy, torch

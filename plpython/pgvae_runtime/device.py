@@ -59,7 +59,7 @@ def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
             raise RuntimeError("this session has released it")
         # CUDA starts threads of its own with its context, which the question for its memory makes.
         with workers.signals_kept_from_threads():
-            cupy = _cupy()
+            cupy = import_cupy()
             if not cupy.cuda.runtime.getDeviceCount():
                 raise RuntimeError("no device")
             free = cupy.cuda.runtime.memGetInfo()[0]
@@ -88,7 +88,7 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-def _cupy() -> Any:
+def import_cupy() -> Any:
     """Imports CuPy. Version 14 makes a folder for compiled kernels then, and fails where it cannot; pgvae's kernels are
     never put there.
     """
