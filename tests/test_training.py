@@ -26,7 +26,7 @@ from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.item_graph import convolution
-from pgvae.loop import Fit, _Run, fit
+from pgvae.loop import Fit, _Run, chooses_bfloat16, fit
 from pgvae.ranking import make_holdout, scorer
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
@@ -399,6 +399,16 @@ def test_drawn_items_stand_for_all_in_the_mean() -> None:
     ]
     error = np.std(sums) / np.sqrt(len(sums))
     assert abs(np.mean(sums) - true) < 4 * error < 0.05 * true
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_is_for_gpus_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], wanted: bool
+) -> None:
+    # As of a Tesla T4: PyTorch multiplies in bfloat16 there, without hardware for it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or wanted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert chooses_bfloat16(TrainingConfig(), torch.device("cuda")) is wanted
 
 
 # Batches
