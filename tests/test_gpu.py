@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources as packages
 from itertools import count
 from pathlib import Path
@@ -328,6 +329,16 @@ def test_it_takes_no_more_memory_than_it_may_and_gives_it_back(
         scorer.close()
         assert cupy.state.used == 0
         assert not cupy.state.handles
+
+
+def test_long_histories_fit_into_the_memory_that_it_may_take(cupy: ModuleType) -> None:
+    generator = np.random.default_rng(8)
+    shop, history = version(random_weights(I=3000)), random_history(generator, 60, 500)
+    history = replace(history, item=generator.integers(0, 3000, len(history.item)))
+    scorer = GpuScorer(cupy, shop, 8, memory=(64 << 20) + 4_000_000)
+    best, scores, _ = scorer(history)
+    scorer.close()
+    assert_same_but_for_ties(best, scores, cpu_scores(shop, history))
 
 
 def test_weights_in_fp16_are_made_piece_by_piece(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

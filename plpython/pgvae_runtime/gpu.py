@@ -84,6 +84,9 @@ class GpuScorer:
         items, values = forward.top_k(version.weights["item_popularity"][None, :], self._k)
         self._cold = items[0], values[0]
         self.users = self._users_at_a_time(memory)
+        # An event takes up to 30 bytes as a token and as a seen item, of the 16 times max_history that a user is
+        # reckoned with. Half of them only, as what grows leaves gaps.
+        self._events = self.users * version.max_history // 4
         self._pool = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=memory - _CUBLAS_BYTES)
         self._pinned = cupy.cuda.PinnedMemoryPool()
@@ -113,7 +116,7 @@ class GpuScorer:
 
     def submit(self, history: History) -> None:
         """Begins to score these users, and returns while the device computes. A shorter last batch is fine."""
-        chunks = list(_chunks(history, self.users))
+        chunks = list(_chunks(history, self.users, self._events))
         self._chunks.append(len(chunks))
         for chunk in chunks:
             if len(self._waiting) == len(self._slots):
@@ -457,15 +460,22 @@ def _compiled(cupy: Any, width: int) -> Callable[[str], Any]:
     return {name: module.get_function(name) for name in kernels.KERNELS}.__getitem__
 
 
-def _chunks(history: History, size: int) -> Iterator[History]:
-    """Gives a history in pieces of at most `size` users; at least one piece."""
+def _chunks(history: History, size: int, most_events: int | None = None) -> Iterator[History]:
+    """Gives a history in pieces, at least one: of at most `size` users, and of several only with at most so many
+    events.
+    """
     users = len(history.counts)
-    if users <= size:
+    start = np.concatenate(([0], np.cumsum(history.counts)))
+    if most_events is None:
+        most_events = int(start[-1])
+    if users <= size and start[-1] <= most_events:
         yield history
         return
-    start = np.concatenate(([0], np.cumsum(history.counts)))
-    for first in range(0, users, size):
-        last = min(first + size, users)
+    last = 0
+    while last < users:
+        first = last
+        fits = int(np.searchsorted(start, start[first] + most_events, side="right")) - 1
+        last = min(first + size, users, max(fits, first + 1))
         events = slice(int(start[first]), int(start[last]))
         yield replace(
             history,
