@@ -60,6 +60,7 @@ def fit(
     epochs: int = EPOCHS,
     seconds: float = float("inf"),
     seed: int = 1,
+    device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> Trained:
     """Trains for so many epochs, or, with a validation part, until it has not got better for ten, or time is over."""
@@ -68,7 +69,7 @@ def fit(
     items = len(dataset.item_keys)
     matrix = incidence(dataset.user, dataset.item, dataset.user_count, items)
     users = np.unique(dataset.user)
-    network = MultVae(items)
+    network = MultVae(items).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     judges = some_users(validation, 5000, seed) if validation is not None else None
     steps = -(-len(users) // BATCH)
@@ -78,7 +79,7 @@ def fit(
         begun = time.perf_counter()
         network.train()
         for batch in np.array_split(generator.permutation(users), steps):
-            x = torch.from_numpy(matrix[batch].toarray())
+            x = torch.from_numpy(matrix[batch].toarray()).to(device)
             logits, kl = network(x)
             beta = KL_WEIGHT * min(1.0, step / (ANNEAL_EPOCHS * steps))
             loss = (beta * kl - (torch.log_softmax(logits, dim=1) * x).sum(dim=1)).mean()
@@ -86,6 +87,8 @@ def fit(
             loss.backward()
             optimizer.step()
             step += 1
+        # Waits for a GPU.
+        loss.item()
         spent += time.perf_counter() - begun
         if judges is None:
             best = network.state_dict()
@@ -101,6 +104,7 @@ def fit(
         if spent > seconds:
             break
     network.load_state_dict(best)
+    network.cpu()
     return Trained(
         scorer=_scorer(network, items), best_epoch=best_epoch, epoch_seconds=spent * steps / max(1, step), curve=curve
     )
@@ -111,6 +115,6 @@ def _scorer(network: MultVae, items: int) -> Scorer:
         network.eval()
         x = incidence(history.users(), history.item, len(history.counts), items).toarray()
         with torch.no_grad():
-            return network(torch.from_numpy(x))[0].numpy()
+            return network(torch.from_numpy(x).to(next(network.parameters()).device))[0].cpu().numpy()
 
     return score

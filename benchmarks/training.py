@@ -20,7 +20,7 @@ from benchmarks import mult_vae
 from benchmarks.report import Figure, report
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
-from pgvae.loop import fit
+from pgvae.loop import choose_device, fit
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -44,7 +44,8 @@ def main(
         figures.append(Figure(figure=f"pgvae epoch, {precision}", value=seconds[precision], unit="s"))
     own_peak = _peak_mb()
     begun = time.perf_counter()
-    peer = mult_vae.fit(dataset, validation=None, epochs=1).epoch_seconds
+    device = choose_device(TrainingConfig())
+    peer = mult_vae.fit(dataset, validation=None, epochs=1, device=device).epoch_seconds
     figures += [
         Figure(figure="Mult-VAE epoch", value=peer, unit="s"),
         Figure(figure="pgvae epoch over Mult-VAE epoch", value=seconds["auto"] / peer, unit="ratio", target=0.2),
@@ -56,6 +57,7 @@ def main(
         "users": users,
         "items": items,
         "events": len(dataset.user),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "amx": torch.cpu._is_amx_tile_supported(),

@@ -1,8 +1,8 @@
 """Stands in for CuPy where there is no GPU: the same names, strict about what is on the device and what is not.
 
 Its arrays refuse to become NumPy arrays, as CuPy's do, so that code which runs on it moves data only where it says so.
-It has the names that the runtime needs and that CuPy 13 and 14 were seen to have: a new one belongs here only after a
-look at CuPy's own documentation. The text of this module also runs inside PostgreSQL.
+It has the names that the runtime needs, with the parameters that they have in the source of CuPy 12, 13 and 14: a new
+one belongs here only after a look at it. The text of this module also runs inside PostgreSQL.
 
 Kernels run too, on one core: a RawModule is a library that cuda_on_cpu.py has compiled from the same source. What is
 queued on a stream happens when the stream is waited for, not before, so that whoever does not wait sees it.
@@ -122,10 +122,14 @@ class MemoryPool:
         self._limit, self._used, self._kept = None, 0, 0
 
     def set_limit(self, size=None, fraction=None):
-        self._limit = size
+        assert fraction is None, "not written"
+        if size < 0:
+            raise ValueError(f"memory limit size out of range: {size}")
+        # 0 is no limit.
+        self._limit = size or None
 
     def malloc(self, size):
-        return _Memory(self, size)
+        return _Memory(self, -(-size // 512) * 512)
 
     def take(self, size):
         fresh = max(0, size - self._kept)
@@ -142,7 +146,7 @@ class MemoryPool:
         self._used -= size
         self._kept += size
 
-    def free_all_blocks(self):
+    def free_all_blocks(self, stream=None):
         state.used -= self._kept
         self._kept = 0
 
@@ -152,8 +156,9 @@ class MemoryPool:
 
 class PinnedMemoryPool:
     def malloc(self, size):
-        # Longer than what was asked for, and not zero.
-        return memoryview(bytearray(b"\x55" * (size + 64)))
+        _compute()
+        # Longer than what was asked for, a power of two, and not zero.
+        return memoryview(bytearray(b"\x55" * max(512, 1 << (size - 1).bit_length())))
 
     def free_all_blocks(self):
         pass
@@ -164,7 +169,7 @@ _allocators = [_default_pool.malloc]
 
 
 @contextlib.contextmanager
-def _using_allocator(allocator):
+def _using_allocator(allocator=None):
     _allocators.append(allocator)
     try:
         yield
@@ -172,9 +177,10 @@ def _using_allocator(allocator):
         _allocators.pop()
 
 
-def empty(shape, dtype=float):
+def empty(shape, dtype=float, order="C"):
     """Gives memory that is not zero."""
     _compute()
+    assert order == "C"
     host = np.empty(shape, dtype)
     host.view(np.uint8).fill(0x55) if host.ndim and host.size else None
     return ndarray(host, _allocators[-1](host.nbytes))
@@ -197,6 +203,8 @@ def clear_memo():
 
 class Stream:
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        if not null:
+            _compute()
         self._queue = []
         _streams[self.ptr] = self
 
@@ -249,7 +257,9 @@ def _memcpy_async(target, source, size, kind, stream):
 
 
 class RawModule:
-    def __init__(self, code=None, *, path=None, options=(), backend="nvrtc", **others):
+    # Those of CuPy that pgvae does not need are refused.
+    def __init__(self, *, code, options=()):
+        assert isinstance(code, str) and isinstance(options, tuple)
         self._code, self._options, self._library = code, options, None
 
     def compile(self, log_stream=None):
@@ -281,6 +291,7 @@ class _Kernel:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         _compute()
+        assert all(isinstance(each, tuple) for each in (grid, block, args)) and shared_mem == 0
         assert len(args) == len(self._wanted)
         cells = []
         for argument, (kind, is_pointer) in zip(args, self._wanted, strict=True):
@@ -303,6 +314,7 @@ class _Kernel:
 
 
 def _create_handle():
+    _compute()
     state.handles.add(len(state.handles) + 1)
     return max(state.handles)
 
@@ -324,6 +336,8 @@ def _gemm_ex(
 ):
     _compute()
     assert handle in state.handles
+    # CuPy gives the handle the current stream.
+    assert _current[-1] is not _null_stream
     assert (transa, transb, ctype, algo) == (1, 0, 0, -1) and compute_type in (68, 77)
     scale = ctypes.c_float.from_address(alpha).value
     assert ctypes.c_float.from_address(beta).value == 0.0
@@ -350,7 +364,6 @@ cuda = SimpleNamespace(
     cublas=SimpleNamespace(
         create=_create_handle,
         destroy=lambda handle: state.handles.remove(handle),
-        setStream=lambda handle, stream: None,
         gemmEx=_gemm_ex,
     ),
     MemoryPool=MemoryPool,

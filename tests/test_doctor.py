@@ -207,13 +207,33 @@ def test_a_gpu_that_cupy_sees(empty_database: str) -> None:
             cupy.__version__ = "13.3"
             runtime = types.SimpleNamespace(
                 getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"Tesla"})
-            cupy.cuda = types.SimpleNamespace(runtime=runtime)
+            nvrtc = types.SimpleNamespace(getVersion=lambda: (12, 4))
+            cupy.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=nvrtc, cublas=types.SimpleNamespace(create=None))
             sys.modules["cupy"] = cupy
             $$
             """
         )
         found = {check.name: check for check in diagnose(connection)}
-    assert found["gpu"] == Check(name="gpu", status="ok", found="cupy 13.3, Tesla")
+        assert found["gpu"] == Check(name="gpu", status="ok", found="cupy 13.3, Tesla")
+        # CuPy without [ctk]: its module of cuBLAS is loaded when it is first used.
+        connection.execute(
+            """
+            do language plpython3u $$
+            import sys
+            class Cuda:
+                runtime, nvrtc = sys.modules["cupy"].cuda.runtime, sys.modules["cupy"].cuda.nvrtc
+                def __getattr__(self, name):
+                    raise ImportError("libcublas.so.12: cannot open shared object file")
+            sys.modules["cupy"].cuda = Cuda()
+            $$
+            """
+        )
+        found = {check.name: check for check in diagnose(connection)}
+    assert found["gpu"].status == "warn"
+    assert found["gpu"].found == (
+        "cupy 13.3 lacks CUDA's libraries, the CPU scores: libcublas.so.12: cannot open shared object file"
+    )
+    assert "'cupy-cuda12x[ctk]'" in str(found["gpu"].remedy)
 
 
 @pytest.mark.parametrize(

@@ -675,6 +675,20 @@ def test_a_device_is_verified_as_the_cpu_is(trained: Connection, kernels_on_cpu:
     assert "the largest relative difference of a score is" in cuda[5]
 
 
+def test_a_device_that_breaks_is_no_fault_of_the_version(
+    trained: Connection, kernels_on_cpu: Callable[..., str]
+) -> None:
+    notices: list[str] = []
+    trained.add_notice_handler(lambda diagnostic: notices.append(str(diagnostic.message_primary)))
+    broken = "module.state.failure, module.state.countdown = ImportError('libcublas.so.12: not found'), 20"
+    put_into_sessions_python(trained, kernels_on_cpu, broken)
+    assert trained.execute("select device, passed, detail from vae.verify('shop')").fetchall() == [("cpu", True, None)]
+    assert notices == ["the GPU failed (libcublas.so.12: not found); the CPU scores"]
+    assert trained.execute(
+        "select status from vae.models m, vae_private.activation_gates(m.model_id, m.name, 1) where gate = 'parity'"
+    ).fetchone() == ("pass",)
+
+
 def test_live_calls_stay_on_the_cpu(trained: Connection, kernels_on_cpu: Callable[..., str]) -> None:
     put_into_sessions_python(trained, kernels_on_cpu)
     trained.execute("set vae.device = 'cuda'")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from pgvae.config import FUTURE_SHARES, TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.item_graph import convolution
-from pgvae.loop import Fit, _Run, fit
+from pgvae.loop import Fit, _losses, _Run, chooses_bfloat16, fit
+from pgvae.model import AttentionVae
 from pgvae.ranking import make_holdout, scorer
 from pgvae.rows import CHOOSING, Epoch
 from pgvae.shortcut import shortcuts
@@ -399,6 +401,31 @@ def test_drawn_items_stand_for_all_in_the_mean() -> None:
     ]
     error = np.std(sums) / np.sqrt(len(sums))
     assert abs(np.mean(sums) - true) < 4 * error < 0.05 * true
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_is_for_gpus_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], wanted: bool
+) -> None:
+    # As of a Tesla T4: PyTorch multiplies in bfloat16 there, without hardware for it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or wanted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert chooses_bfloat16(TrainingConfig(), torch.device("cuda")) is wanted
+
+
+def test_a_step_happens_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors of the meta device have no numbers: a step that reads one of them back, or mixes devices, fails.
+    device = torch.device("meta")
+    data, config = some_events(), replace(SMALL_CONFIG, negatives=8)
+    network = AttentionVae(data, config, convolution(data, 4, 1)).to(device)
+    on_device = torch.randn(1, device=device).new_empty
+    monkeypatch.setattr(torch, "randn", lambda shape, **others: on_device(shape))
+    batch = next(Batches(data, config, max_history=20).epoch())
+    for use_bfloat16 in (False, True):
+        losses = _losses(network, batch, SimpleNamespace(device=device), use_bfloat16=use_bfloat16)
+        sum(losses).backward()
+        assert all(loss.device == device for loss in losses)
+        assert network.item_embedding.grad.shape == network.item_embedding.shape
 
 
 # Batches

@@ -5,9 +5,12 @@ Live calls do not ask: one user is scored before a GPU would have begun.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from . import workers
 from .cuda_kernels import MAX_K
 from .errors import INVALID_PARAMETER, ScoringError
 from .gpu_costs import Costs, Work
@@ -22,6 +25,9 @@ _SETTINGS = "select " + ", ".join(
 )
 # Without vae.gpu_memory: others may use the same GPU.
 _DEFAULT_MEMORY, _SHARE_OF_FREE_MEMORY = 2 << 30, 0.5
+
+# CUDA's context was reset. What CuPy and cuBLAS remember of it could end the process, and with it all sessions.
+_released = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +55,52 @@ def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
     try:
         if k > MAX_K:
             raise RuntimeError(f"it ranks at most {MAX_K} items a user, not {k}")
-        import cupy
-
-        if not cupy.cuda.runtime.getDeviceCount():
-            raise RuntimeError("no device")
+        if _released:
+            raise RuntimeError("this session has released it")
+        # CUDA starts threads of its own with its context, which the question for its memory makes.
+        with workers.signals_kept_from_threads():
+            cupy = import_cupy()
+            if not cupy.cuda.runtime.getDeviceCount():
+                raise RuntimeError("no device")
+            free = cupy.cuda.runtime.memGetInfo()[0]
         if memory is None:
-            memory = min(_DEFAULT_MEMORY, int(_SHARE_OF_FREE_MEMORY * cupy.cuda.runtime.memGetInfo()[0]))
+            memory = min(_DEFAULT_MEMORY, int(_SHARE_OF_FREE_MEMORY * free))
     # Whatever keeps CuPy from working (not installed, no driver, no device) must not keep the query from an answer.
     except Exception as error:
         if setting == "cuda":
-            plpy.notice(f"vae.device is cuda, but no GPU is usable ({error}); the CPU scores")
+            plpy.notice(f"vae.device is cuda, but no GPU is usable ({reason(error)}); the CPU scores")
         return None
     return Gpu(cupy=cupy, memory=memory, precision=precision)
+
+
+def remember_release() -> None:
+    """Leaves this session to the CPU from now on."""
+    global _released
+    _released = True
+
+
+def reason(error: BaseException) -> str:
+    """Gives the first line of what a driver, a compiler or an import says that failed, without what it says around
+    the cause.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def import_cupy() -> Any:
+    """Imports CuPy. Version 14 makes a folder for compiled kernels then, and fails where it cannot; pgvae's kernels are
+    never put there.
+    """
+    try:
+        folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    # RuntimeError: nobody knows of a home.
+    except (OSError, RuntimeError):
+        os.environ["CUPY_CACHE_DIR"] = os.sep
+    import cupy
+
+    return cupy
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:

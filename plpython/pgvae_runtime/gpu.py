@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cuda_kernels as kernels
-from . import forward
+from . import device, forward
 from .errors import OBJECT_IN_USE, ScoringError
 from .scoring import seen_columns, unknown_users
 from .store import Version
@@ -84,6 +84,9 @@ class GpuScorer:
         items, values = forward.top_k(version.weights["item_popularity"][None, :], self._k)
         self._cold = items[0], values[0]
         self.users = self._users_at_a_time(memory)
+        # An event takes up to 30 bytes as a token and as a seen item, of the 16 times max_history that a user is
+        # reckoned with. Half of them only, as what grows leaves gaps.
+        self._events = self.users * version.max_history // 4
         self._pool = cupy.cuda.MemoryPool()
         self._pool.set_limit(size=memory - _CUBLAS_BYTES)
         self._pinned = cupy.cuda.PinnedMemoryPool()
@@ -99,7 +102,9 @@ class GpuScorer:
             self._function = _compiled(cupy, self._width)
             with self._allocation():
                 self._load()
-                self._slots = [_Slot(self) for _ in range(_SLOTS)]
+                # One by one: `close` must find the first where the second fails.
+                for _ in range(_SLOTS):
+                    self._slots.append(_Slot(self))
         except BaseException:
             self.close()
             raise
@@ -111,7 +116,7 @@ class GpuScorer:
 
     def submit(self, history: History) -> None:
         """Begins to score these users, and returns while the device computes. A shorter last batch is fine."""
-        chunks = list(_chunks(history, self.users))
+        chunks = list(_chunks(history, self.users, self._events))
         self._chunks.append(len(chunks))
         for chunk in chunks:
             if len(self._waiting) == len(self._slots):
@@ -171,6 +176,8 @@ class GpuScorer:
             for begin in range(0, self._items, _PIECE):
                 piece = self._copied(output[begin : begin + _PIECE])
                 self._to_halves(piece, self._output[begin : begin + _PIECE], scale, low_part=1)
+                # Given back before the next one is taken.
+                del piece
         else:
             self._output = self._copied(output)
         # The slots' streams do not wait for the one that this ran on.
@@ -294,9 +301,6 @@ class _Slot:
         cupy, users, width = scorer._cupy, scorer.users, scorer._width
         self._cupy, self._pinned = cupy, scorer._pinned
         self.stream = cupy.cuda.Stream(non_blocking=True)
-        # One for each stream: of a shared one cuBLAS does not promise the same result each time.
-        self.handle = cupy.cuda.cublas.create()
-        cupy.cuda.cublas.setStream(self.handle, self.stream.ptr)
         with self.stream:
             self.pooled, self.mean, self.gated = (cupy.empty((users, width), np.float32) for _ in range(3))
             self.hidden = cupy.empty((users, scorer._hidden), np.float32)
@@ -307,6 +311,9 @@ class _Slot:
         self._inputs: Any = None
         self._staging: Any = None
         self._scratch: dict[str, Any] = {}
+        # One for each stream: of a shared one cuBLAS does not promise the same result each time. CuPy sets the stream
+        # with each product. Last, as nobody would destroy that of a slot that was not made.
+        self.handle = cupy.cuda.cublas.create()
 
     def close(self) -> None:
         """Waits for what is queued, and gives back what is cuBLAS's."""
@@ -376,7 +383,7 @@ def score_ahead(
                         yield waiting.popleft()[0], result
                 # Too little memory or a driver that breaks: CuPy has many ways to say it.
                 except Exception as error:
-                    plpy.notice(f"the GPU failed ({_reason(error)}); the CPU scores")
+                    plpy.notice(f"the GPU failed ({device.reason(error)}); the CPU scores")
                     if scorer:
                         scorer.close()
                     scorer, fallback = None, on_cpu()
@@ -391,16 +398,12 @@ def score_ahead(
             scorer.close()
 
 
-def _reason(error: Exception) -> str:
-    """Gives the first line of what a driver or compiler says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 def release(cupy: Any | None = None) -> bool:
     """Gives back all that this session holds of the GPU, CUDA's own context included; False if it holds nothing.
 
     CUDA has no call for "my" context: the device's primary one is reset, and with it whatever else this session's
-    Python may have put there. ScoringError where a statement of this session is at work on the GPU.
+    Python may have put there. From then on the session scores on the CPU. ScoringError where a statement of this
+    session is at work on the GPU.
     """
     if _open:
         raise ScoringError(
@@ -417,7 +420,10 @@ def release(cupy: Any | None = None) -> bool:
     with contextlib.suppress(Exception):
         cupy.get_default_memory_pool().free_all_blocks()
         cupy.get_default_pinned_memory_pool().free_all_blocks()
-    return _reset_primary_contexts()
+    released = _reset_primary_contexts()
+    if released:
+        device.remember_release()
+    return released
 
 
 def _reset_primary_contexts() -> bool:
@@ -429,10 +435,10 @@ def _reset_primary_contexts() -> bool:
     driver.cuInit(0)
     driver.cuDeviceGetCount(ctypes.byref(devices))
     released = False
-    for device in range(devices.value):
-        driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+    for number in range(devices.value):
+        driver.cuDevicePrimaryCtxGetState(number, ctypes.byref(flags), ctypes.byref(active))
         if active.value:
-            released |= driver.cuDevicePrimaryCtxReset_v2(device) == 0
+            released |= driver.cuDevicePrimaryCtxReset_v2(number) == 0
     return released
 
 
@@ -454,15 +460,22 @@ def _compiled(cupy: Any, width: int) -> Callable[[str], Any]:
     return {name: module.get_function(name) for name in kernels.KERNELS}.__getitem__
 
 
-def _chunks(history: History, size: int) -> Iterator[History]:
-    """Gives a history in pieces of at most `size` users; at least one piece."""
+def _chunks(history: History, size: int, most_events: int | None = None) -> Iterator[History]:
+    """Gives a history in pieces, at least one: of at most `size` users, and of several only with at most so many
+    events.
+    """
     users = len(history.counts)
-    if users <= size:
+    start = np.concatenate(([0], np.cumsum(history.counts)))
+    if most_events is None:
+        most_events = int(start[-1])
+    if users <= size and start[-1] <= most_events:
         yield history
         return
-    start = np.concatenate(([0], np.cumsum(history.counts)))
-    for first in range(0, users, size):
-        last = min(first + size, users)
+    last = 0
+    while last < users:
+        first = last
+        fits = int(np.searchsorted(start, start[first] + most_events, side="right")) - 1
+        last = min(first + size, users, max(fits, first + 1))
         events = slice(int(start[first]), int(start[last]))
         yield replace(
             history,

@@ -45,14 +45,17 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
 
     The active version is checked with the weights that live calls use, the shared map included; another one with
     weights read for the occasion, their checksums checked. A version that cannot be scored fails, with the error as its
-    detail.
+    detail. A GPU that breaks is told of with a NOTICE and has no row: in a refresh the CPU would score.
     """
     golden = _read_golden(plpy, version_id)
-    devices: list[Gpu | None] = [None]
+    rows = [_row(plpy, None, model_id, version_id, golden)]
     # As if the work were endless: whatever device a refresh could choose is checked.
     if (gpu := device.choose(plpy, ENDLESS, max(map(len, golden.top_items), default=1))) is not None:
-        devices.append(gpu)
-    return [_row(plpy, gpu, model_id, version_id, golden) for gpu in devices]
+        try:
+            rows.append(_row(plpy, gpu, model_id, version_id, golden))
+        except Exception as error:
+            plpy.notice(f"the GPU failed ({device.reason(error)}); the CPU scores")
+    return rows
 
 
 def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
@@ -73,8 +76,10 @@ def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: Gol
         found = compare(gpu, _version(plpy, model_id, version_id), golden)
     except ScoringError as error:
         return row | {"detail": error.message}
-    # Weights that do not fit the golden histories, or a GPU that breaks: the version does not score here.
+    # Weights that do not fit the golden histories: the version does not score here, as its row for the CPU says.
     except Exception as error:
+        if gpu:
+            raise
         return row | {"detail": f"scoring failed: {type(error).__name__}: {error}"}
     row |= {
         "passed": bool(found.largest <= BOUND and found.agrees.all()),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -44,6 +45,18 @@ def map_in_order(
         pool.close()
 
 
+@contextmanager
+def signals_kept_from_threads() -> Iterator[None]:
+    """Lets threads that begin meanwhile block all signals: a new one has the mask of the one that starts it, and
+    PostgreSQL's handlers belong into the main thread.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Job(Generic[Given, Result]):
     def __init__(self, given: Given) -> None:
         self.given = given
@@ -66,13 +79,9 @@ class _Pool(Generic[Given, Result]):
         self._threads = [
             threading.Thread(target=self._work, args=(function,), name="pgvae", daemon=True) for function in functions
         ]
-        # A new thread has the mask of the one that starts it. PostgreSQL's handlers belong into the main thread.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
+        with signals_kept_from_threads():
             for thread in self._threads:
                 thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def begin(self, given: Given) -> _Job[Given, Result]:
         job: _Job[Given, Result] = _Job(given)

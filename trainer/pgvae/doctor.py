@@ -94,16 +94,34 @@ else:
     libraries = [path for path in maps() if any(word in os.path.basename(path).lower() for word in words)]
     report["blas"] = {"libraries": libraries, "gflops": 2 * 512 ** 3 / best / 1e9}
 try:
+    # As the runtime imports it: pgvae_runtime/device.py.
+    try:
+        os.makedirs(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")), exist_ok=True)
+    except OSError:
+        os.environ["CUPY_CACHE_DIR"] = os.sep
     import cupy
-    report["cupy"] = {"version": cupy.__version__}
-    names = []
-    for number in range(cupy.cuda.runtime.getDeviceCount()):
-        names.append(cupy.cuda.runtime.getDeviceProperties(number)["name"].decode())
-    report["cupy"]["devices"] = names
-except ImportError as error:
-    report.setdefault("cupy", {"absent": str(error)})
+except ModuleNotFoundError as error:
+    report["cupy"] = {"absent": str(error)}
 except Exception as error:
-    report.setdefault("cupy", {})["error"] = "%s: %s" % (type(error).__name__, error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    report["cupy"] = {"error": "%s: %s" % (type(error).__name__, error)}
+else:
+    report["cupy"] = {"version": cupy.__version__}
+    try:
+        names = []
+        for number in range(cupy.cuda.runtime.getDeviceCount()):
+            names.append(cupy.cuda.runtime.getDeviceProperties(number)["name"].decode())
+    except Exception as error:
+        report["cupy"]["error"] = "%s: %s" % (type(error).__name__, error)
+    else:
+        report["cupy"]["devices"] = names
+        try:
+            # Loaded when they are first used.
+            cupy.cuda.nvrtc.getVersion()
+            cupy.cuda.cublas.create
+        except Exception as error:
+            report["cupy"]["libraries"] = str(error).strip()
 plan = plpy.prepare("select pg_catalog.set_config('pgvae.doctor', $1, true)", ["text"])
 plpy.execute(plan, [json.dumps(report)])
 """
@@ -323,6 +341,9 @@ def check_gpu(report: dict[str, Any]) -> Check:
         )
     if not cupy["devices"]:
         return Check(name="gpu", status="info", found=f"cupy {cupy['version']}, no device; the CPU scores")
+    if "libraries" in cupy:
+        found = f"cupy {cupy['version']} lacks CUDA's libraries, the CPU scores: {cupy['libraries']}"
+        return Check(name="gpu", status="warn", found=found, remedy=install)
     return Check(name="gpu", status="ok", found=f"cupy {cupy['version']}, {', '.join(cupy['devices'])}")
 
 

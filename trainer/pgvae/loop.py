@@ -347,6 +347,7 @@ def chooses_bfloat16(config: TrainingConfig, device: torch.device) -> bool:
     if config.precision != "auto":
         return config.precision == "bfloat16"
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        # is_bf16_supported() says yes to GPUs before Ampere, too, which only emulate it.
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     supported: bool = torch.cpu._is_amx_tile_supported()
     return supported
