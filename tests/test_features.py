@@ -36,9 +36,10 @@ plpy.execute("select vae_private.load_runtime('{digest}')")
 runtime = "pgvae_runtime_{short}"
 fitted = importlib.import_module(runtime + ".features").FeaturePipeline.from_json(json.loads(pipeline))
 types = {types}
+no_items = importlib.import_module(runtime + ".item_keys").ItemKeys.none()
 version = SimpleNamespace(
     model="shop", model_id={model_id}, version_id=1, user_id_type="bigint", user_pipeline=fitted, event_types=types,
-    catalogue_size=0
+    catalogue_size=0, item_keys=no_items
 )
 history = importlib.import_module(runtime + ".history")
 if user_key is None:
