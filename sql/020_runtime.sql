@@ -47,7 +47,8 @@ class Api:
     # Imported when the first call asks for it, where a cancel meanwhile is told as any other error; in here, as
     # "spiexceptions.QueryCanceled: …".
     def __getattr__(self, name):
-        return getattr(importlib.import_module(package + ".api"), name)
+        GD[digest] = importlib.import_module(package + ".api")
+        return getattr(GD[digest], name)
 
 
 if package not in sys.modules:

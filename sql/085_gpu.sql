@@ -14,5 +14,5 @@ return GD["@RUNTIME@"].release_gpu(plpy)
 $pgvae$;
 
 comment on function vae.release_gpu() is
-    'Gives back all that this session holds of a GPU, CUDA''s own context included, and tells whether it held anything. '
-    'What a refresh took for itself is given back at its end without this; closing the connection gives back everything.';
+    'Gives back all that this session holds of a GPU, CUDA''s own context included, and tells whether it held anything; from then on '
+    'the session scores on the CPU. What a refresh took for itself is given back at its end without this; closing the connection gives back everything.';

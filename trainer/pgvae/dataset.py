@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Dataset:
         is_new = (user[1:] != user[:-1]) | (at[1:] != at[:-1])
         return np.concatenate(([False], is_new))[: len(user)].cumsum()
 
-    @property
+    @cached_property
     def has_order(self) -> bool:
         """Whether more than one in twenty of the users with several events has them at different times."""
         user, at = self.user, self.occurred_at
