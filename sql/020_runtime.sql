@@ -45,10 +45,14 @@ class Runtime(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 class Api:
     # Imported when the first call asks for it, where a cancel meanwhile is told as any other error; in here, as
-    # "spiexceptions.QueryCanceled: …".
+    # "spiexceptions.QueryCanceled: …". What live calls need comes first, and alone: the rest takes as long again.
     def __getattr__(self, name):
-        GD[digest] = importlib.import_module(package + ".api")
-        return getattr(GD[digest], name)
+        for module in (".live", ".api"):
+            found = getattr(importlib.import_module(package + module), name, None)
+            if found is not None:
+                setattr(self, name, found)
+                return found
+        raise AttributeError(name)
 
 
 if package not in sys.modules:

@@ -84,7 +84,8 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             '. A row per user, item and moment. Left out: who was both within the horizon.'
         when object like 'audience%' then
             ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
-            ' uplift to the number of those who buy because of the offer; it is null for several items and where the version claims none.'
+            ' uplift to the number of those who buy because of the offer, which can be far off for one item and is right over many; it is'
+            ' null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
             ' is response or uplift.'
         when object = 'offer_responses' then

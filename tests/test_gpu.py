@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 import cuda_on_cpu
 import fake_cupy
 from pgvae.config import TrainingConfig
-from pgvae_runtime import batch, cuda_kernels, device, forward, gpu
+from pgvae_runtime import batch, cuda_kernels, device, forward, gpu, verify
 from pgvae_runtime.device import Gpu
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.filters import Candidates, restricted
@@ -374,7 +375,7 @@ def test_a_session_that_used_no_gpu_has_nothing_to_release(monkeypatch: pytest.M
 def test_what_is_at_work_is_not_released(cupy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     resets: list[str] = []
     monkeypatch.setattr(gpu, "_reset_primary_contexts", lambda: resets.append("reset") or True)
-    monkeypatch.setattr(device, "_released", False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     scorer = GpuScorer(cupy, version(random_weights()), 8, memory=MEMORY)
     with pytest.raises(ScoringError, match="a statement of this session is scoring on the GPU") as refused:
@@ -460,6 +461,22 @@ def test_what_fails_while_reading_is_no_failure_of_the_gpu(cupy: ModuleType) -> 
         next(rows)
     assert plpy.notices == []
     assert cupy.state.used == 0
+
+
+def test_a_cancel_while_a_version_is_read_is_no_failure_of_the_gpu(
+    cupy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def canceled(*args: Any) -> Any:
+        raise LookupError("canceled")
+
+    golden = verify.GoldenUsers(history=history_of([[(1, 0, 0.0)]]), top_items=[[2]], top_scores=[[0.5]])
+    monkeypatch.setattr(verify, "_read_golden", lambda *args: golden)
+    monkeypatch.setattr(verify.device, "choose", lambda *args: on_fake())
+    monkeypatch.setattr(verify, "_version", canceled)
+    plpy = Plpy()
+    with pytest.raises(LookupError):
+        verify.verify(plpy, 1, 1)
+    assert plpy.notices == []
 
 
 def test_a_run_that_is_given_up_gives_the_memory_back(

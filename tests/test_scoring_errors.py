@@ -154,7 +154,7 @@ def test_a_cancel_while_a_session_loads_the_code_reads_as_any_other(shared_train
     with psycopg.connect(shared_trained.info.dsn, autocommit=True) as session:
         session.execute(
             "do $$\nimport sys, time\nclass Slow:\n    def find_spec(name, path=None, target=None):\n"
-            "        time.sleep(0.5 if name.endswith('.api') else 0)\n"
+            "        time.sleep(0.5 if name.endswith('.live') else 0)\n"
             "sys.meta_path.insert(0, Slow)\n$$ language plpython3u"
         )
         session.execute("set statement_timeout = 400")

@@ -50,9 +50,9 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def answers(connection: Connection) -> Any:
-    """Gives all that a reader and a scorer see of the shop."""
-    live = [connection.execute("select * from shop.recommend(%s)", [user]).fetchall() for user in USERS[:10]]
+def answers(connection: Connection) -> tuple[list[Any], list[Any]]:
+    """Gives all that a reader and a scorer see of the shop: live rows and stored ones."""
+    live = [row for user in USERS[:10] for row in connection.execute("select * from shop.recommend(%s)", [user])]
     stored = connection.execute("select * from shop.recommendations order by user_id, rank").fetchall()
     return live, stored
 

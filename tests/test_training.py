@@ -161,6 +161,16 @@ def test_a_share_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch, di
         assert (fitted.future_share, len(fitted.curve)) == (1.5 - diverging, 2)
 
 
+def test_a_gpu_without_memory_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(self: _Run) -> tuple[float, float, float]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(_Run, "pass_over_users", exhausted)
+    with pytest.raises(PgvaeError, match=r"too little free memory .* Tried to allocate 2\.00 GiB\.$") as refused:
+        trained_on(some_events(), config=SMALL_CONFIG)
+    assert "--batch-size than 16" in refused.value.hint
+
+
 def test_data_has_an_order_where_a_twentieth_of_those_with_several_events_has() -> None:
     # Users of two events each, at once but for some, and users of one event.
     def dataset(users: int, ordered: int, single: int) -> Dataset:

@@ -192,7 +192,7 @@ def test_an_open_session_takes_up_new_code_and_mixes_nothing(trained_database: s
     live = rows(session, "select * from shop.recommend(%s)", USER)
     assert hint_about_k(session) == "ask for 1 to 10000 items, as in: k => 10"
 
-    new = install_variant(trained_database, "api", NEW_WORDS)
+    new = install_variant(trained_database, "entry", NEW_WORDS)
     assert new != old
     assert rows(session, "select runtime_digest from vae_private.installation") == [(new,)]
     assert rows(session, "select * from shop.recommend(%s)", USER) == live
@@ -216,7 +216,7 @@ def test_an_upgrade_within_a_transaction_of_one_snapshot_changes_no_answer(train
         reader.commit()
         reader.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         reader.execute("select 1")
-        install_variant(trained_database, "api", NEW_WORDS)
+        install_variant(trained_database, "entry", NEW_WORDS)
         assert rows(reader, "select * from shop.recommend(%s)", USER) == before
         assert hint_about_k(reader) == "ask for 1 to 10000 goods, as in: k => 10"
 
@@ -224,7 +224,7 @@ def test_an_upgrade_within_a_transaction_of_one_snapshot_changes_no_answer(train
 def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_database: str) -> None:
     version = publish_network(trained_database, "shop", QUICK, seed=1)[0]
     old = resources.runtime_digest()
-    new = install_variant(trained_database, "api", NEW_WORDS)
+    new = install_variant(trained_database, "entry", NEW_WORDS)
     with psycopg.connect(trained_database, autocommit=True) as connection:
         with pytest.raises(psycopg.Error) as refused:
             rows(connection, "select * from vae.activate('shop', %s)", version)
@@ -248,7 +248,7 @@ def test_a_version_of_earlier_code_scores_on_but_is_not_activated(trained_databa
 
 
 def test_a_trainer_of_other_code_is_told_before_it_trains(trained_database: str) -> None:
-    new = install_variant(trained_database, "api", NEW_WORDS)
+    new = install_variant(trained_database, "entry", NEW_WORDS)
     begun: list[str] = []
     with pytest.raises(PgvaeError, match=rf"the database holds the code of pgvae .* \({new[:12]}\)") as refused:
         run_training(trained_database, "shop", QUICK, listener=Listener(on_phase=begun.append))
@@ -263,11 +263,11 @@ def test_an_upgrade_does_not_wait_for_ever_behind_an_open_transaction(
     with psycopg.connect(trained_database) as analyst:
         before = rows(analyst, "select * from shop.recommend(%s)", USER)
         with pytest.raises(PgvaeError, match="another session holds pgvae's tables in an open transaction") as refused:
-            install_variant(trained_database, "api", NEW_WORDS)
+            install_variant(trained_database, "entry", NEW_WORDS)
         assert "pg_stat_activity" in str(refused.value.hint)
         assert rows(analyst, "select * from shop.recommend(%s)", USER) == before
         assert hint_about_k(analyst) == "ask for 1 to 10000 items, as in: k => 10"
-    install_variant(trained_database, "api", NEW_WORDS)
+    install_variant(trained_database, "entry", NEW_WORDS)
 
 
 def test_an_upgrade_and_who_scores_do_not_end_in_a_deadlock(trained_database: str) -> None:

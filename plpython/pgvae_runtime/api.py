@@ -1,199 +1,29 @@
-"""What the SQL functions call: one entry point each, errors translated in one place."""
+"""What all other SQL functions call: one entry point each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import audience as audiences
-from . import batch, blas, churn, device, explanations, forward, outcomes, pairs, runs, sales, segments
-from .errors import (
-    INSUFFICIENT_PRIVILEGE,
-    INVALID_PARAMETER,
-    INVALID_TRANSACTION_TERMINATION,
-    NO_DEMAND,
-    NO_OUTCOMES,
-    UNDEFINED_COLUMN,
-    UNDEFINED_TABLE,
-    ScoringError,
-)
+from . import batch, churn, device, explanations, pairs, runs, sales, segments
+from .entry import checked_k, translated
+from .errors import INVALID_PARAMETER, INVALID_TRANSACTION_TERMINATION, NO_DEMAND, NO_OUTCOMES, ScoringError
 from .explain import explain_item
-from .filters import Filters, best_items, keep_candidates, read_candidates, restricted
+from .filters import read_candidates, restricted
 from .gpu_costs import Work
 from .history import read_history, unknown_items
-from .options import TRUE_OR_FALSE, Option, from_0_to_1, one_of, read_options, whole_number
+from .options import TRUE_OR_FALSE, from_0_to_1, one_of, read_options, whole_number
 from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
-from .scoring import mask_seen, score_again, score_users
-from .session import (
-    GivenEvent,
-    default_type,
-    events_from_arrays,
-    events_from_json,
-    read_session,
-    split_features,
-)
-from .shop_tables import changed_table, missing_grants
+from .session import default_type
 from .store import Version, active_version
-from .tokens import History
-
-MAX_K = 10_000
-_RECOMMEND_OPTIONS = {
-    "exclude_seen": TRUE_OR_FALSE,
-    "candidates": Option(
-        accepts=lambda value: isinstance(value, str),
-        hint="""give the name of a candidate set, as in {"candidates": "in_stock"}""",
-    ),
-    "at_most": Option(
-        accepts=lambda value: (
-            isinstance(value, dict)
-            and all(isinstance(cap, int) and not isinstance(cap, bool) and cap >= 1 for cap in value.values())
-        ),
-        hint="""give columns of the items' table with 1 or more, as in {"at_most": {"category": 3}}""",
-    ),
-    "min_score": from_0_to_1("score"),
-}
-
-
-@contextmanager
-def _translation(plpy: Any, args: Sequence[Any]) -> Iterator[None]:
-    """Turns a ScoringError, or an error of a query, into a PostgreSQL error with its SQLSTATE and hint.
-
-    `args` are those of the entry point; where there are any, the number of the model is the first.
-    """
-    try:
-        yield
-    except ScoringError as error:
-        raise _postgres_error(plpy, error.message, error.sqlstate, None, error.hint) from None
-    except plpy.SPIError as error:
-        detail, hint = (error.spidata or (None, None, None))[1:3]
-        if error.sqlstate == INSUFFICIENT_PRIVILEGE and args and (grants := missing_grants(plpy, args[0])):
-            hint = f"the shop's tables are read with the rights of whoever scores; their owner can allow it: {grants}"
-        message = str(error)
-        if error.sqlstate in (UNDEFINED_TABLE, UNDEFINED_COLUMN) and args and (found := changed_table(plpy, args[0])):
-            message, hint = found
-        raise _postgres_error(plpy, message, error.sqlstate, detail, hint) from None
-
-
-def _postgres_error(plpy: Any, message: str, sqlstate: str, detail: str | None, hint: str | None) -> Exception:
-    # PL/Python puts the exception's class before the message, so the class has a name that people know.
-    kind = type("pgvae", (plpy.Error,), {"__module__": "__main__"})
-    raised: Exception = kind(message)
-    vars(raised).update(sqlstate=sqlstate, detail=detail, hint=hint)
-    return raised
-
-
-def _translated(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def call(plpy: Any, *args: Any) -> Any:
-        with _translation(plpy, args):
-            # Users of a dashboard must not fight for the cores; runs over all users have threads of their own.
-            with blas.one_thread():
-                found = function(plpy, *args)
-            if not isinstance(found, Iterator):
-                return found
-            # Between two rows PL/Python gives a message of its own, and ours as the detail: most errors come before.
-            first = list(islice(found, 1))
-        return chain(first, _translated_rows(plpy, args, found))
-
-    return call
-
-
-def _translated_rows(plpy: Any, args: Sequence[Any], rows: Iterator[Any]) -> Iterator[Any]:
-    with _translation(plpy, args):
-        yield from rows
-
-
-@_translated
-def recommend(
-    plpy: Any, model_id: int, user_key: str | None, k: int | None, options: str | None
-) -> list[tuple[int, str, float, bool, int, float | None]]:
-    """Gives (rank, item_key, score, is_cold_start, model_version, probability) of one user's best items.
-
-    The probability is None where the version has no heads, and for a user without events.
-    """
-    k = checked_k(k)
-    filters = _filters(options)
-    if user_key is None:
-        return []
-    version = active_version(plpy, model_id)
-    # Whoever buys something that is newer than the version is no less likely to buy again.
-    history = read_history(plpy, version, user_key, all_items=True)
-    items, rows, shares = _best(plpy, version, history.of_known_items(version.catalogue_size), k, filters)
-    probabilities: list[float | None] = [None] * len(rows)
-    if outcomes.has_heads(version.weights) and history.counts[0]:
-        found, _ = churn.look_ahead(version, history)
-        own = shares[:, items]
-        probabilities = outcomes.item_probability(version.weights, found, own)[0].tolist()
-    return [(*row, probability) for row, probability in zip(rows, probabilities, strict=True)]
-
-
-def _best(
-    plpy: Any, version: Version, history: History, k: int, filters: Filters
-) -> tuple[list[int], list[tuple[int, str, float, bool, int]], Any]:
-    """Gives the best items for the history of one user, the rows of `recommend` about them, without the probability,
-    and the shares of the whole catalogue, [1, I]; of items that are left out they may be -1.
-    """
-    scores, cold = score_users(version.weights, history, max_history=version.max_history)
-    shares = scores.copy() if filters.candidates is not None else scores
-    if filters.candidates is not None:
-        candidates = read_candidates(plpy, version, filters.candidates)
-        assert candidates is not None  # A name gives a set, or an error.
-        keep_candidates(scores, candidates)
-    if filters.exclude_seen:
-        mask_seen(scores, history, version.targets)
-    best = best_items(plpy, version, scores, k, filters)
-    items = [item for item, _ in best]
-    keys = version.item_keys.of_items(items)
-    rows = [
-        (rank, keys[item], value, bool(cold[0]), version.version) for rank, (item, value) in enumerate(best, start=1)
-    ]
-    return items, rows, shares
-
-
-@_translated
-def recommend_for(
-    plpy: Any, model_id: int, events: str | None, k: int | None, options: str | None
-) -> list[tuple[int, str, float, bool, int]]:
-    """Gives the rows of `recommend` for a session: a JSON array of events, see session.events_from_json."""
-    return _recommend_session(plpy, model_id, None if events is None else events_from_json(events), k, options)
-
-
-@_translated
-def recommend_for_items(
-    plpy: Any,
-    model_id: int,
-    item_keys: list[str | None] | None,
-    event_types: list[str | None] | None,
-    times: list[float | None] | None,
-    k: int | None,
-    options: str | None,
-) -> list[tuple[int, str, float, bool, int]]:
-    """Gives the rows of `recommend` for a session of parallel arrays; times are in seconds since 1970."""
-    events = None if item_keys is None else events_from_arrays(item_keys, event_types, times)
-    return _recommend_session(plpy, model_id, events, k, options)
-
-
-def _recommend_session(
-    plpy: Any, model_id: int, events: list[GivenEvent] | None, k: int | None, options: str | None
-) -> list[tuple[int, str, float, bool, int]]:
-    k = checked_k(k)
-    features, others = split_features(options)
-    filters = _filters(others)
-    if events is None:
-        return []
-    version = active_version(plpy, model_id)
-    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)[1]
-
 
 _EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
 
 
-@_translated
+@translated
 def explain(
     plpy: Any, model_id: int, user_key: str | None, item_key: str | None, options: str | None
 ) -> list[tuple[Any, ...]]:
@@ -229,7 +59,7 @@ def explain(
     ]
 
 
-@_translated
+@translated
 def because(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> str | None:
     """Gives the sentence that says why an item is recommended to a user; None for null."""
     if user_key is None or item_key is None:
@@ -241,7 +71,7 @@ def because(plpy: Any, model_id: int, user_key: str | None, item_key: str | None
     return explanations.because(plpy, version, user_key, item)
 
 
-@_translated
+@translated
 def explain_all(plpy: Any, model_id: int) -> Iterator[explanations.Row]:
     """Gives a row per user for a materialized view, see explanations.explanations_of_all."""
     return explanations.explanations_of_all(plpy, active_version(plpy, model_id))
@@ -250,7 +80,7 @@ def explain_all(plpy: Any, model_id: int) -> Iterator[explanations.Row]:
 _RELATED_OPTIONS = {"min_support": whole_number(0), "rank_by": one_of(*ORDERS)}
 
 
-@_translated
+@translated
 def related(
     plpy: Any, model_id: int, item_key: str | None, k: int | None, options: str | None
 ) -> list[tuple[int, str, float, float, int, int]]:
@@ -258,7 +88,7 @@ def related(
     return _related(plpy, model_id, None if item_key is None else [item_key], "purchase", k, options)
 
 
-@_translated
+@translated
 def basket(
     plpy: Any, model_id: int, item_keys: list[str | None] | None, k: int | None, options: str | None
 ) -> list[tuple[int, str, float, float, int, int]]:
@@ -292,26 +122,14 @@ def _related(
     return [(*row, version.version) for row in rows]
 
 
-@_translated
+@translated
 def related_all(plpy: Any, model_id: int, k: int | None) -> Iterator[tuple[str, str, str, str, str, int]]:
     """Gives a row per item for a materialized view, see related.related_all."""
     version = active_version(plpy, model_id)
     return relate_all(plpy, version, checked_k(k))
 
 
-@_translated
-def score(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> float | None:
-    """Gives the score of one item for one user, as `recommend` does; None for an item outside the catalogue."""
-    if user_key is None or item_key is None:
-        return None
-    version = active_version(plpy, model_id)
-    item = version.item_keys.item(item_key)
-    if item is None:
-        return None
-    return float(score_again(version, read_history(plpy, version, user_key))[0, item])
-
-
-@_translated
+@translated
 def score_pairs(
     plpy: Any, model_id: int, user_keys: list[str | None] | None, item_keys: list[str | None] | None
 ) -> Iterator[pairs.Row]:
@@ -321,20 +139,7 @@ def score_pairs(
     return pairs.score_pairs(plpy, active_version(plpy, model_id), user_keys, item_keys)
 
 
-@_translated
-def embedding(plpy: Any, model_id: int, user_key: str | None) -> list[float] | None:
-    """Gives the user's latent position, the mean of q(z | x), Z numbers; None for a user without known events."""
-    if user_key is None:
-        return None
-    version = active_version(plpy, model_id)
-    history = read_history(plpy, version, user_key)
-    if not history.counts[0]:
-        return None
-    mean: list[float] = forward.encode(version.weights, history.tokens(version.max_history))[0].tolist()
-    return mean
-
-
-@_translated
+@translated
 def segment(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[Any, ...]]:
     """Gives (segment, segment_name, similarity, is_cold_start, model_version) of one user, in one row."""
     if user_key is None:
@@ -342,20 +147,20 @@ def segment(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[Any, .
     return [segments.segment_one(plpy, active_version(plpy, model_id), user_key)[1:]]
 
 
-@_translated
+@translated
 def segment_all(plpy: Any, model_id: int) -> Iterator[segments.Row]:
     """Gives a row per user for a materialized view, see segments.segment_all."""
     return segments.segment_all(plpy, active_version(plpy, model_id))
 
 
-@_translated
+@translated
 def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int | None, int, str]]:
     """Gives this session's last complete run for a prediction view, see runs.Run, once; no row without one."""
     run = runs.take(model_id, view)
     return [(run.row_count, run.version, run.scored_count, run.mode)] if run else []
 
 
-@_translated
+@translated
 def record_run(
     plpy: Any, model_id: int, view: str, row_count: int, version: int | None, scored_count: int, mode: str
 ) -> None:
@@ -363,7 +168,7 @@ def record_run(
     runs.keep(model_id, view, runs.Run(row_count=row_count, version=version, scored_count=scored_count, mode=mode))
 
 
-@_translated
+@translated
 def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     """Gives a row a device: whether a version gives its golden users the scores of its training, see verify.verify."""
     # Imported here: live calls never need it.
@@ -372,7 +177,7 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     return run(plpy, model_id, version_id)
 
 
-@_translated
+@translated
 def release_gpu(plpy: Any) -> bool:
     """Gives back all that this session holds of a GPU, see gpu.release; False if it holds nothing."""
     # Imported here: a session that uses no GPU does not pay for it.
@@ -381,7 +186,7 @@ def release_gpu(plpy: Any) -> bool:
     return gpu.release()
 
 
-@_translated
+@translated
 def commit_refresh(plpy: Any) -> None:
     """Commits; ScoringError inside a transaction block."""
     try:
@@ -395,7 +200,7 @@ def commit_refresh(plpy: Any) -> None:
         ) from None
 
 
-@_translated
+@translated
 def recommend_all(
     plpy: Any, model_id: int, k: int | None, chosen: list[str] | None = None
 ) -> Iterator[batch.DigestedRow]:
@@ -410,7 +215,7 @@ def recommend_all(
     return batch.recommend_all(plpy, gpu, version, k, chosen)
 
 
-@_translated
+@translated
 def demand(plpy: Any, model_id: int, item_key: str | None) -> list[sales.Row]:
     """Gives the forecast of one item's demand, see sales.Row; none for null."""
     if item_key is None:
@@ -418,7 +223,7 @@ def demand(plpy: Any, model_id: int, item_key: str | None) -> list[sales.Row]:
     return [sales.demand_of_item(plpy, sales.forecaster(plpy, model_id), item_key)]
 
 
-@_translated
+@translated
 def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
     """Gives the forecasts of all items, for a materialized view; none where the version has none, and a notice."""
     try:
@@ -431,7 +236,7 @@ def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
     return sales.demand_of_all(plpy, found)
 
 
-@_translated
+@translated
 def churn_of_user(plpy: Any, model_id: int, user_key: str | None) -> list[churn.Row]:
     """Gives what one user will do within the horizon, see churn.Row; none for null."""
     if user_key is None:
@@ -439,7 +244,7 @@ def churn_of_user(plpy: Any, model_id: int, user_key: str | None) -> list[churn.
     return [churn.churn_of_user(plpy, churn.version_with_heads(plpy, model_id), user_key)]
 
 
-@_translated
+@translated
 def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[int, str, float, int]]:
     """Gives (rank, reason, contribution, model_version) of what speaks most for no purchase of one user."""
     if user_key is None:
@@ -448,7 +253,7 @@ def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[
     return churn.explained(version, read_history(plpy, version, user_key, all_items=True))
 
 
-@_translated
+@translated
 def churn_all(plpy: Any, model_id: int) -> Iterator[churn.Row]:
     """Gives the same of all users, for a materialized view; none where the version has no heads, and a notice."""
     version = _version_with_heads(plpy, model_id)
@@ -465,7 +270,7 @@ def _version_with_heads(plpy: Any, model_id: int) -> Version | None:
         return None
 
 
-@_translated
+@translated
 def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str | None] | None) -> float | None:
     """Gives P(a user buys one of the items within the horizon); None for null, and for a user without events."""
     if user_key is None or item_keys is None or item_keys == [None]:
@@ -475,7 +280,7 @@ def response(plpy: Any, model_id: int, user_key: str | None, item_keys: list[str
     return audiences.response_of(plpy, version, user_key, items)
 
 
-@_translated
+@translated
 def uplift(plpy: Any, model_id: int, user_key: str | None, item_key: str | None) -> float | None:
     """Gives by how much an offer raises P(a user buys an item); None for null, and where it is not known."""
     if user_key is None or item_key is None:
@@ -485,7 +290,7 @@ def uplift(plpy: Any, model_id: int, user_key: str | None, item_key: str | None)
     return audiences.uplift_of_user(plpy, version, user_key, items)
 
 
-@_translated
+@translated
 def offer_audiences(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
     """Gives the users of all offers, for a materialized view; none where the version has no heads, and a notice."""
     offers = audiences.read_offers(plpy, model_id)
@@ -504,7 +309,7 @@ _AUDIENCE_OPTIONS = {
 _MOST_USERS = 10_000_000
 
 
-@_translated
+@translated
 def audience(
     plpy: Any, model_id: int, item_keys: list[str | None] | None, k: int | None, options: str | None
 ) -> Iterator[audiences.Row]:
@@ -524,18 +329,3 @@ def audience(
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))
     return audiences.audience_of(plpy, version, audiences.Criteria(items=items, k=k, **chosen))
-
-
-def checked_k(k: int | None) -> int:
-    """Gives k; ScoringError where it is not between 1 and MAX_K."""
-    if k is None or not 1 <= k <= MAX_K:
-        raise ScoringError(
-            f"k is {'null' if k is None else k}",
-            sqlstate=INVALID_PARAMETER,
-            hint=f"ask for 1 to {MAX_K} items, as in: k => 10",
-        )
-    return k
-
-
-def _filters(options: str | None) -> Filters:
-    return Filters(**read_options(options, _RECOMMEND_OPTIONS, '{"exclude_seen": false}'))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blas, outcomes, runs, uplift
-from .batch import Batch, report_progress, score_on_cpu
+from .batch import Batch, score_on_cpu
 from .churn import look_ahead
 from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
@@ -226,7 +226,7 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
                     users, np.where(left_out, np.nan, value), response[:, column], has_bought[:, column], won[:, column]
                 )
             done += len(users)
-            report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
+            runs.report_progress(plpy, f"pgvae {version.model}: {what}, {done} users")
     return best
 
 

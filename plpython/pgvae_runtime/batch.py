@@ -63,7 +63,7 @@ def recommend_all(
     with blas.one_thread(), closing(scored) as batches:
         for rows in batches:
             done += len(rows)
-            report_progress(plpy, f"pgvae {version.model}: {done} users scored")
+            runs.report_progress(plpy, f"pgvae {version.model}: {done} users scored")
             yield from [(*row, digests.pop(row[0], None)) for row in rows]
     runs.record(version, "recommendations", done)
 
@@ -127,8 +127,3 @@ def _on_gpu(plpy: Any, gpu: Gpu, version: Version, k: int, read: Read, write: Wr
 def look(plpy: Any) -> None:
     """Lets a cancel or a statement timeout take effect: they do not interrupt Python."""
     plpy.execute("select")
-
-
-def report_progress(plpy: Any, message: str) -> None:
-    """Shows a message as the session's application name in pg_stat_activity, and lets a cancel take effect."""
-    plpy.execute("select pg_catalog.set_config('application_name', " + plpy.quote_literal(message[:63]) + ", true)")

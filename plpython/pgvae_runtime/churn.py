@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import outcomes, runs
-from .batch import report_progress
 from .behaviour import behaviour_groups
 from .errors import NO_OUTCOMES, ScoringError
 from .history import read_histories, read_history
@@ -82,7 +81,7 @@ def churn_of_all(plpy: Any, version: Version) -> Iterator[Row]:
     for users, history in read_histories(plpy, version, _BATCH, all_items=True):
         yield from _rows(version, users, history.distinct(), now)
         done += len(users)
-        report_progress(plpy, f"pgvae {version.model}: churn of {done} users")
+        runs.report_progress(plpy, f"pgvae {version.model}: churn of {done} users")
     runs.record(version, "churn", done)
 
 

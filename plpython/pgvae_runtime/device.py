@@ -26,8 +26,9 @@ _SETTINGS = "select " + ", ".join(
 # Without vae.gpu_memory: others may use the same GPU.
 _DEFAULT_MEMORY, _SHARE_OF_FREE_MEMORY = 2 << 30, 0.5
 
-# CUDA's context was reset. What CuPy and cuBLAS remember of it could end the process, and with it all sessions.
-_released = False
+# Set once CUDA's context was reset. What CuPy and cuBLAS remember of it could end the process, and with it all
+# sessions. In the environment of the process, since a newer runtime in the same session must know it, too.
+_RELEASED = "PGVAE_GPU_RELEASED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
     try:
         if k > MAX_K:
             raise RuntimeError(f"it ranks at most {MAX_K} items a user, not {k}")
-        if _released:
+        if _RELEASED in os.environ:
             raise RuntimeError("this session has released it")
         # CUDA starts threads of its own with its context, which the question for its memory makes.
         with workers.signals_kept_from_threads():
@@ -75,8 +76,7 @@ def choose(plpy: Any, work: Work, k: int) -> Gpu | None:
 
 def remember_release() -> None:
     """Leaves this session to the CPU from now on."""
-    global _released
-    _released = True
+    os.environ[_RELEASED] = "yes"
 
 
 def reason(error: BaseException) -> str:

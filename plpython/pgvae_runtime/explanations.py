@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blas, limits, runs
-from .batch import look, report_progress
+from .batch import look
 from .errors import NOT_READY, ScoringError
 from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
 from .history import item_type, read_histories, read_history
@@ -115,7 +115,7 @@ def explanations_of_all(plpy: Any, version: Version) -> Iterator[Row]:
                 if own:
                     yield user, keys[item], _sentence(own, named, titles), *_literals(own, keys), version.version
                     done += 1
-            report_progress(plpy, f"pgvae {version.model}: {done} recommendations explained")
+            runs.report_progress(plpy, f"pgvae {version.model}: {done} recommendations explained")
     runs.record(version, "explanations", done)
 
 

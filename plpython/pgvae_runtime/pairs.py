@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blas, limits
-from .batch import Batch, report_progress, score_on_cpu
+from . import blas, limits, runs
+from .batch import Batch, score_on_cpu
 from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
@@ -56,7 +56,7 @@ def _scored(
             # No score is below 0: an item outside the catalogue.
             yield user_keys[pair], item_keys[pair], score if score >= 0 else None
         done += len(own)
-        report_progress(plpy, f"pgvae {version.model}: {done} pairs scored")
+        runs.report_progress(plpy, f"pgvae {version.model}: {done} pairs scored")
 
 
 def _items(version: Version, item_keys: Sequence[str | None]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batch, forward, limits, runs
+from . import forward, limits, runs
 from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 from .history import item_type, not_in_catalogue, unknown_items
 from .literals import array_element
@@ -195,7 +195,7 @@ def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str,
                 "{" + ",".join(map(str, both)) + "}",
                 version.version,
             )
-        batch.report_progress(plpy, f"pgvae {version.model}: {first + len(items)} items related")
+        runs.report_progress(plpy, f"pgvae {version.model}: {first + len(items)} items related")
     runs.record(version, "related_items", len(keys))
 
 

@@ -1,9 +1,9 @@
-"""What this session's runs over all users or items gave, for the log of refreshes."""
+"""What this session's runs over all users or items gave, for the log of refreshes, and how far one is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Numbered(Protocol):
@@ -51,3 +51,8 @@ def keep(model_id: int, view: str, run: Run) -> None:
 def take(model_id: int, view: str) -> Run | None:
     """Gives the last complete run for a prediction view, once; None without one."""
     return _last.pop((model_id, view), None)
+
+
+def report_progress(plpy: Any, message: str) -> None:
+    """Shows a message as the session's application name in pg_stat_activity, and lets a cancel take effect."""
+    plpy.execute("select pg_catalog.set_config('application_name', " + plpy.quote_literal(message[:63]) + ", true)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batch, blas, forward, limits, runs
+from . import blas, forward, limits, runs
 from .errors import NO_SEGMENTS, ScoringError, corrupt_weights
 from .forward import Array, Weights
 from .history import read_histories, read_history
@@ -57,7 +57,7 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
         for users, history in read_histories(plpy, version, _USERS):
             yield from _rows(version, names, users, history.distinct())
             done += len(users)
-            batch.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")
+            runs.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")
     runs.record(version, "user_segments", done)
 
 

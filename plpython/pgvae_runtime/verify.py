@@ -48,19 +48,31 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     detail. A GPU that breaks is told of with a NOTICE and has no row: in a refresh the CPU would score.
     """
     golden = _read_golden(plpy, version_id)
-    rows = [_row(plpy, None, model_id, version_id, golden)]
     # As if the work were endless: whatever device a refresh could choose is checked.
-    if (gpu := device.choose(plpy, ENDLESS, max(map(len, golden.top_items), default=1))) is not None:
+    gpu = device.choose(plpy, ENDLESS, max(map(len, golden.top_items), default=1))
+    if not golden.top_items:
+        return [_row(None, golden) | {"detail": "the version has no golden users"}]
+    try:
+        version = _version(plpy, model_id, version_id)
+    except ScoringError as error:
+        return [_row(None, golden) | {"detail": error.message}]
+    try:
+        rows = [_row(None, golden) | _judged(compare(None, version, golden))]
+    # Weights that do not fit the golden histories.
+    except Exception as error:
+        return [_row(None, golden) | {"detail": f"scoring failed: {type(error).__name__}: {error}"}]
+    if gpu is not None:
         try:
-            rows.append(_row(plpy, gpu, model_id, version_id, golden))
+            rows.append(_row(gpu, golden) | _judged(compare(gpu, version, golden)))
         except Exception as error:
             plpy.notice(f"the GPU failed ({device.reason(error)}); the CPU scores")
     return rows
 
 
-def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: GoldenUsers) -> dict[str, Any]:
+def _row(gpu: Gpu | None, golden: GoldenUsers) -> dict[str, Any]:
+    """Gives the row of a device on which nothing was compared."""
     module = gpu.cupy if gpu else np
-    row: dict[str, Any] = {
+    return {
         "device": "cuda" if gpu else "cpu",
         "passed": False,
         "golden_users": len(golden.top_items),
@@ -70,28 +82,19 @@ def _row(plpy: Any, gpu: Gpu | None, model_id: int, version_id: int, golden: Gol
         "blas": _name(gpu) if gpu else blas.library_name(),
         "detail": None,
     }
-    if not golden.top_items:
-        return row | {"detail": "the version has no golden users"}
-    try:
-        found = compare(gpu, _version(plpy, model_id, version_id), golden)
-    except ScoringError as error:
-        return row | {"detail": error.message}
-    # Weights that do not fit the golden histories: the version does not score here, as its row for the CPU says.
-    except Exception as error:
-        if gpu:
-            raise
-        return row | {"detail": f"scoring failed: {type(error).__name__}: {error}"}
-    row |= {
-        "passed": bool(found.largest <= BOUND and found.agrees.all()),
+
+
+def _judged(found: Difference) -> dict[str, Any]:
+    passed = bool(found.largest <= BOUND and found.agrees.all())
+    return {
+        "passed": passed,
         "max_difference": found.largest,
         "top_k_agreement": float(found.agrees.mean()),
+        "detail": None
+        if passed
+        else f"the largest relative difference of a score is {found.largest:.2g}, {BOUND:.0e} is allowed;"
+        f" {int((~found.agrees).sum())} of {len(found.agrees)} golden users got other items",
     }
-    if not row["passed"]:
-        row["detail"] = (
-            f"the largest relative difference of a score is {found.largest:.2g}, {BOUND:.0e} is allowed;"
-            f" {int((~found.agrees).sum())} of {len(found.agrees)} golden users got other items"
-        )
-    return row
 
 
 def compare(gpu: Gpu | None, version: Version, golden: GoldenUsers) -> Difference:

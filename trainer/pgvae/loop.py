@@ -206,7 +206,10 @@ class _Run:
         """Trains for an epoch, ranks the validation part, and keeps the weights where they are the best so far."""
         begun = time.perf_counter()
         number = len(self.curve) + 1
-        loss, reconstruction, kl = self.pass_over_users()
+        try:
+            loss, reconstruction, kl = self.pass_over_users()
+        except torch.cuda.OutOfMemoryError as error:
+            raise _out_of_memory(error, self.config) from error
         weights = self.published_weights()
         # A last step that is too wide leaves no loss to tell of it.
         exploded = self.curve and loss > _EXPLODED * (1.0 + self.curve[0].loss)
@@ -295,6 +298,14 @@ def _diverged(number: int, loss: float, config: TrainingConfig) -> PgvaeError:
     return PgvaeError(
         f"the training diverged in epoch {number}: its loss is {loss:.4g}",
         hint=f"train again with a lower --learning-rate than {config.learning_rate}{good}",
+    )
+
+
+def _out_of_memory(error: Exception, config: TrainingConfig) -> PgvaeError:
+    return PgvaeError(
+        f"the GPU has too little free memory for this training: {str(error).splitlines()[0]}",
+        hint=f"train again with a smaller --batch-size than {config.batch_size}, with fewer --negatives than"
+        f" {config.negatives}, or with --device cpu",
     )
 
 
