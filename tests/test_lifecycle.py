@@ -80,7 +80,7 @@ def another(connection: Connection, *, seed: int = 1) -> int:
 def test_a_version_proves_that_it_scores_as_it_was_trained(trained: Connection) -> None:
     row = verify(trained)
     digest = trained.execute("select runtime_digest from vae_private.installation").fetchone()
-    assert row["passed"]
+    assert row["passed"], row["detail"]
     assert (row["model_version"], row["device"], row["golden_users"], row["detail"]) == (1, "cpu", 32, None)
     assert 0 < row["max_difference"] <= 1e-5
     assert row["top_k_agreement"] == 1
@@ -192,6 +192,26 @@ def test_a_version_without_golden_users_says_so(trained: Connection) -> None:
     row = verify(trained)
     assert (row["passed"], row["golden_users"]) == (False, 0)
     assert "has no golden users" in row["detail"]
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "wrong"),
+    [
+        ("cpu", "            values /= total[:, None]\n", "            values /= total[:, None] * 1.001\n"),
+        (
+            "forward",
+            "    logits /= logits.sum(axis=1, keepdims=True)",
+            "    logits /= 1.001 * logits.sum(axis=1, keepdims=True)",
+        ),
+    ],
+)
+def test_what_refreshes_and_what_live_calls_score_with_must_both_agree(
+    trained: Connection, trained_database: str, module: str, line: str, wrong: str
+) -> None:
+    install_variant(trained_database, module, (line, wrong))
+    row = verify(trained)
+    assert not row["passed"]
+    assert row["max_difference"] == pytest.approx(0.001, rel=0.05)
 
 
 def test_golden_users_are_immutable(trained: Connection) -> None:

@@ -70,7 +70,7 @@ def recommend_all(
 
 def _on_cpu(plpy: Any, version: Version, k: int, read: Read, write: Write) -> Generator[list[Row]]:
     def rows(score: CpuScorer, batch: Batch) -> list[Row]:
-        return write(batch[0], score(batch[1]))
+        return write(batch[0], score(batch[1].distinct()))
 
     return score_on_cpu(plpy, version, read, rows, k=k, numbers=k)
 

@@ -191,8 +191,7 @@ class CpuScorer:
         self._maxima = np.empty((shape.users, shape.groups), dtype=np.float32)
 
     def __call__(self, history: History) -> Scored:
-        """Gives the best items of these users, whose events may repeat."""
-        history = history.distinct()
+        """Gives the best items of these users, whose events do not repeat (History.distinct)."""
         direction, links = self._encode(history)
         users = len(history.counts)
         items = np.empty((users, self._k), dtype=np.int64)
@@ -215,8 +214,10 @@ class CpuScorer:
         return items, scores, history.counts == 0
 
     def of_pairs(self, history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> Floats:
-        """Gives the scores of P pairs of a user and an item's column, [P], the users in rising order."""
-        history = history.distinct()
+        """Gives the scores of P pairs of a user and an item's column, [P], the users in rising order.
+
+        Their events do not repeat.
+        """
         direction, links = self._encode(history)
         scores = np.empty(len(user), dtype=np.float32)
         for first, last in self._tiles(len(history.counts)):
@@ -238,7 +239,7 @@ class CpuScorer:
         return scores
 
     def _encode(self, history: History) -> tuple[Floats, Any]:
-        """Gives the directions of U users whose events do not repeat, [U, Z], and what of the shortcut is theirs."""
+        """Gives the directions of U users, [U, Z], and what of the shortcut is theirs."""
         tokens = history.tokens(self._version.max_history)
         direction = decode_direction(self._weights, mean_of_latent(self._weights, self._pool(tokens)))
         return direction, linked_items(self._weights, tokens) if self._links is not None else None

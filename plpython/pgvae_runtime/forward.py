@@ -211,17 +211,21 @@ _GROUP = 16
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
     """Gives the columns and values of the k largest entries of each row, largest first, both of shape [U, k].
 
-    Equal values come in the order of their columns. The k largest entries lie in the k groups of columns with the
-    largest maxima, so only these groups are partitioned: a third to a sixth of the time of all of 20 000 columns.
+    Of equal values the first columns count, and come first. The k largest entries lie in the k groups of columns with
+    the largest maxima, so only these groups are partitioned: a third to a sixth of the time of all of 20 000 columns.
     """
-    items = scores.shape[1]
-    k = min(k, items)
+    k = min(k, scores.shape[1])
     columns = _candidates(scores, k)
     if k < columns.shape[1]:
         values = np.take_along_axis(scores, columns, axis=1)
         best = np.argpartition(values, columns.shape[1] - k, axis=1)[:, -k:]
         columns = np.take_along_axis(columns, best, axis=1)
     columns = np.sort(columns, axis=1)
+    least = np.take_along_axis(scores, columns, axis=1).min(axis=1, keepdims=True)
+    # Of columns that share the k-th largest value, those that a partition takes are any.
+    for row in np.flatnonzero((scores >= least).sum(axis=1) > k).tolist():
+        above, equal = np.flatnonzero(scores[row] > least[row]), np.flatnonzero(scores[row] == least[row])
+        columns[row] = np.sort(np.concatenate((above, equal[: k - len(above)])))
     values = np.take_along_axis(scores, columns, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)

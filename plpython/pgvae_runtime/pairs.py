@@ -105,7 +105,7 @@ def _in_batches(
             yield keys, _nothing_of(version, len(keys))
 
     def of_few(history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores, _ = score_users(version.weights, history.distinct(), max_history=version.max_history)
+        scores, _ = score_users(version.weights, history, max_history=version.max_history)
         found: NDArray[np.float32] = scores[user, item]
         return found
 
@@ -132,7 +132,7 @@ def _scores(
     own, user, item = pairs.of(batch[0])
     known = item >= 0
     scores = np.full(len(own), -1, dtype=np.float32)
-    scores[known] = of_pairs(batch[1], user[known], item[known])
+    scores[known] = of_pairs(batch[1].distinct(), user[known], item[known])
     return own, scores
 
 

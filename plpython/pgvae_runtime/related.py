@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import forward, limits, runs
+from . import blas, forward, limits, runs
 from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 from .history import item_type, not_in_catalogue, unknown_items
 from .literals import array_element
@@ -165,38 +165,39 @@ def _target_names(version: Version) -> list[str]:
 
 def related_all(plpy: Any, version: Version, k: int) -> Iterator[tuple[str, str, str, str, str, int]]:
     """Gives (item_key, item_keys, scores, lifts, supports, model_version) of each item, the lists as array literals."""
-    keys = version.item_keys.all()
-    literals = [array_element(key) for key in keys]
-    base = baseline(version)
-    start, users, user_count = _buyers(plpy, version)
-    bought = np.zeros(user_count, dtype=bool)
-    # Shares, what the softmax makes of them, and the ranking.
-    size = limits.users_at_once(plpy, 4 * 4 * version.item_count, max(1, _SHARES_BYTES // (4 * version.item_count)))
-    for first in range(0, len(keys), size):
-        items = np.arange(first, min(first + size, len(keys)))
-        shares = _shares(version, items)
-        ranking = chosen_order(ORDERS[0], shares, base)
-        ranking[np.arange(len(items)), items] = -1.0
-        # The item itself stands last; where it is among the k, the catalogue is no larger.
-        best, _ = forward.top_k(ranking, k)
-        best = best[:, : min(k, len(keys) - 1)]
-        scores = np.take_along_axis(shares, best, axis=1)
-        lifts = scores / base[best]
-        for place, item in enumerate(items.tolist()):
-            own = users[start[item] : start[item + 1]]
-            bought[own] = True
-            both = [int(bought[users[start[other] : start[other + 1]]].sum()) for other in best[place].tolist()]
-            bought[own] = False
-            yield (
-                keys[item],
-                "{" + ",".join([literals[other] for other in best[place].tolist()]) + "}",
-                "{" + ",".join([f"{value:.9g}" for value in scores[place].tolist()]) + "}",
-                "{" + ",".join([f"{value:.9g}" for value in lifts[place].tolist()]) + "}",
-                "{" + ",".join(map(str, both)) + "}",
-                version.version,
-            )
-        runs.report_progress(plpy, f"pgvae {version.model}: {first + len(items)} items related")
-    runs.record(version, "related_items", len(keys))
+    with blas.threads(limits.max_threads(plpy)):
+        keys = version.item_keys.all()
+        literals = [array_element(key) for key in keys]
+        base = baseline(version)
+        start, users, user_count = _buyers(plpy, version)
+        bought = np.zeros(user_count, dtype=bool)
+        # Shares, what the softmax makes of them, and the ranking.
+        size = limits.users_at_once(plpy, 4 * 4 * version.item_count, max(1, _SHARES_BYTES // (4 * version.item_count)))
+        for first in range(0, len(keys), size):
+            items = np.arange(first, min(first + size, len(keys)))
+            shares = _shares(version, items)
+            ranking = chosen_order(ORDERS[0], shares, base)
+            ranking[np.arange(len(items)), items] = -1.0
+            # The item itself stands last; where it is among the k, the catalogue is no larger.
+            best, _ = forward.top_k(ranking, k)
+            best = best[:, : min(k, len(keys) - 1)]
+            scores = np.take_along_axis(shares, best, axis=1)
+            lifts = scores / base[best]
+            for place, item in enumerate(items.tolist()):
+                own = users[start[item] : start[item + 1]]
+                bought[own] = True
+                both = [int(bought[users[start[other] : start[other + 1]]].sum()) for other in best[place].tolist()]
+                bought[own] = False
+                yield (
+                    keys[item],
+                    "{" + ",".join([literals[other] for other in best[place].tolist()]) + "}",
+                    "{" + ",".join([f"{value:.9g}" for value in scores[place].tolist()]) + "}",
+                    "{" + ",".join([f"{value:.9g}" for value in lifts[place].tolist()]) + "}",
+                    "{" + ",".join(map(str, both)) + "}",
+                    version.version,
+                )
+            runs.report_progress(plpy, f"pgvae {version.model}: {first + len(items)} items related")
+        runs.record(version, "related_items", len(keys))
 
 
 def _buyers(plpy: Any, version: Version) -> tuple[Integers, NDArray[np.int32], int]:

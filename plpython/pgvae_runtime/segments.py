@@ -10,7 +10,7 @@ import numpy as np
 from . import blas, forward, limits, runs
 from .errors import NO_SEGMENTS, ScoringError, corrupt_weights
 from .forward import Array, Weights
-from .history import read_histories, read_history
+from .history import MAX_EVENTS, read_histories, read_history
 from .store import Version, execute
 from .tokens import History
 
@@ -18,6 +18,8 @@ from .tokens import History
 CENTROIDS = "segment_centroids"
 # Users of a batch.
 _USERS = 512
+# What an event takes beside its embedding, which is there three times.
+_BYTES_OF_AN_EVENT = 200
 
 # (user_key, segment, segment_name, similarity, is_cold_start, model_version)
 Row = tuple[str, int | None, str | None, float | None, bool, int]
@@ -53,8 +55,11 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
         return
     names = _names(plpy, version)
     done = 0
+    needed = _BYTES_OF_AN_EVENT + 3 * 4 * version.weights["item_embedding"].shape[1]
+    sizes = ((2 * events * needed, events) for events in (MAX_EVENTS // part for part in (1, 4, 16)))
+    events = limits.first_that_fits(limits.max_memory(plpy), sizes)
     with blas.threads(limits.max_threads(plpy)):
-        for users, history in read_histories(plpy, version, _USERS):
+        for users, history in read_histories(plpy, version, _USERS, max_events=events):
             yield from _rows(version, names, users, history.distinct())
             done += len(users)
             runs.report_progress(plpy, f"pgvae {version.model}: {done} users in segments")

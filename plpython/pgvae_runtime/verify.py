@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import blas, device, forward
+from .cpu import CpuScorer, Scored
 from .device import Gpu
 from .errors import ScoringError
 from .features import FeatureBag
@@ -31,6 +33,11 @@ class GoldenUsers:
     top_items: list[list[int]]
     top_scores: list[list[float]]
 
+    @property
+    def longest(self) -> int:
+        """How many items the longest list has."""
+        return max(map(len, self.top_items), default=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -49,7 +56,7 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     """
     golden = _read_golden(plpy, version_id)
     # As if the work were endless: whatever device a refresh could choose is checked.
-    gpu = device.choose(plpy, ENDLESS, max(map(len, golden.top_items), default=1))
+    gpu = device.choose(plpy, ENDLESS, golden.longest)
     if not golden.top_items:
         return [_row(None, golden) | {"detail": "the version has no golden users"}]
     try:
@@ -57,13 +64,13 @@ def verify(plpy: Any, model_id: int, version_id: int) -> list[dict[str, Any]]:
     except ScoringError as error:
         return [_row(None, golden) | {"detail": error.message}]
     try:
-        rows = [_row(None, golden) | _judged(compare(None, version, golden))]
+        rows = [_row(None, golden) | _judged(_on_cpu(version, golden))]
     # Weights that do not fit the golden histories.
     except Exception as error:
         return [_row(None, golden) | {"detail": f"scoring failed: {type(error).__name__}: {error}"}]
     if gpu is not None:
         try:
-            rows.append(_row(gpu, golden) | _judged(compare(gpu, version, golden)))
+            rows.append(_row(gpu, golden) | _judged(_on_gpu(gpu, version, golden)))
         except Exception as error:
             plpy.notice(f"the GPU failed ({device.reason(error)}); the CPU scores")
     return rows
@@ -97,43 +104,53 @@ def _judged(found: Difference) -> dict[str, Any]:
     }
 
 
-def compare(gpu: Gpu | None, version: Version, golden: GoldenUsers) -> Difference:
-    """Scores the golden users as a refresh does, and compares.
+def compare(golden: GoldenUsers, ranked: tuple[NDArray[Any], NDArray[np.float64]]) -> Difference:
+    """Compares the best items of the golden users, [U, k], and the scores of all items, [U, I], with the golden ones.
 
     Two rankings agree where they differ only among equal scores: the item at each rank has the golden score of that
     rank.
     """
-    k = max(map(len, golden.top_items))
-    best, found = _on_gpu(gpu, version, golden.history, k) if gpu else _on_cpu(version, golden.history, k)
+    best, found = ranked
     largest = 0.0
     agrees = np.zeros(len(golden.top_items), dtype=bool)
     for user, (items, wanted) in enumerate(zip(golden.top_items, golden.top_scores, strict=True)):
         expected = np.array(wanted)
         known = dict(zip(items, wanted, strict=True))
         largest = max(largest, _relative(found[user, items], expected).max(initial=0.0))
-        ranked = np.array([known.get(item, found[user, item]) for item in best[user, : len(items)].tolist()])
-        agrees[user] = len(ranked) == len(expected) and bool((_relative(ranked, expected) <= BOUND).all())
+        ranked_scores = np.array([known.get(item, found[user, item]) for item in best[user, : len(items)].tolist()])
+        agrees[user] = len(ranked_scores) == len(expected) and bool((_relative(ranked_scores, expected) <= BOUND).all())
     return Difference(largest=float(largest), agrees=agrees)
 
 
-def _on_cpu(version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Gives the best items of each user, [U, k], and the scores of all items, [U, I]."""
+def _on_cpu(version: Version, golden: GoldenUsers) -> Difference:
+    """Compares by what live calls and what refreshes score with, and gives the worse of the two."""
+    history, k = golden.history, golden.longest
     scores, _ = score_users(version.weights, history, max_history=version.max_history)
     mask_seen(scores, history, version.targets)
-    return forward.top_k(scores, k)[0], scores.astype(np.float64)
+    live = compare(golden, (forward.top_k(scores, k)[0], scores.astype(np.float64)))
+    stored = compare(golden, _best_of(CpuScorer(version, k), version, history))
+    return Difference(largest=max(live.largest, stored.largest), agrees=live.agrees & stored.agrees)
 
 
-def _on_gpu(gpu: Gpu, version: Version, history: History, k: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Gives the same of the GPU, which tells the best items' scores only: the others' are at most the last one's."""
+def _on_gpu(gpu: Gpu, version: Version, golden: GoldenUsers) -> Difference:
     from .gpu import GpuScorer
 
-    scorer = GpuScorer(gpu.cupy, version, k, memory=gpu.memory, precision=gpu.precision)
+    scorer = GpuScorer(gpu.cupy, version, golden.longest, memory=gpu.memory, precision=gpu.precision)
     try:
-        best, values, _ = scorer(history)
+        return compare(golden, _best_of(scorer, version, golden.history))
     finally:
         scorer.close()
+
+
+def _best_of(
+    scorer: Callable[[History], Scored], version: Version, history: History
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Gives the ranking of a scorer that tells only the best items' scores; the others have the last one's at most."""
+    best, values, _ = scorer(history)
     scores = np.repeat(values[:, -1:].astype(np.float64), version.item_count, axis=1)
-    np.put_along_axis(scores, best.astype(np.int64), values, axis=1)
+    # Behind the last item a score is -1.
+    users, places = np.nonzero(values >= 0)
+    scores[users, best[users, places]] = values[users, places]
     return best, scores
 
 
