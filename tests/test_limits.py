@@ -65,6 +65,20 @@ def test_a_limit_that_nothing_fits_into_says_what_does(shared_trained: Connectio
         shared_trained.execute("reset vae.max_memory")
 
 
+def test_segments_are_read_in_batches_that_fit(shared_trained: Connection) -> None:
+    query = "select * from vae_private.segment_all(1) order by 1"
+    expected = shared_trained.execute(query).fetchall()
+    shared_trained.execute("set vae.max_memory = '1MB'")
+    try:
+        refused = refusal(shared_trained, query)
+        assert refused.sqlstate == "53200"
+        assert "vae.max_memory is 1MB, and this needs" in str(refused.message_primary)
+        shared_trained.execute("set vae.max_memory = '8MB'")
+        assert shared_trained.execute(query).fetchall() == expected
+    finally:
+        shared_trained.execute("reset vae.max_memory")
+
+
 @pytest.mark.parametrize("value", ["much", "-1MB", "1 PB"])
 def test_a_limit_that_is_no_size_is_refused(shared_trained: Connection, value: str) -> None:
     shared_trained.execute("select set_config('vae.max_memory', %s, false)", [value])
@@ -95,10 +109,11 @@ def test_threads_are_as_many_as_allowed_and_give_the_same(shared_trained: Connec
     "query",
     [
         "select count(*) from vae_private.segment_all(1)",
+        "select count(*) from vae_private.related_all(1, 5)",
         # So many users that threads score them.
         f"select * from shop.score_pairs('{set(range(200))}', '{set(range(200))}')",
     ],
-    ids=["segments", "score_pairs"],
+    ids=["segments", "related_items", "score_pairs"],
 )
 def test_other_runs_ask_how_many_threads_are_allowed(shared_trained: Connection, query: str) -> None:
     shared_trained.execute("set vae.max_threads = 0")
