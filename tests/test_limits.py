@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -148,3 +149,40 @@ def test_no_thread_outlives_a_statement(shared_trained: Connection, query: str) 
     else:
         assert len(shared_trained.execute(query.encode()).fetchall()) == 3
     assert shared_trained.execute("select pg_temp.threads()").fetchone() == (["MainThread"],)
+
+
+CORE = """
+create function pg_temp.core() returns text language plpython3u as $$
+import ctypes
+import numpy
+paths = {line.split(maxsplit=5)[5].strip() for line in open("/proc/self/maps") if "openblas" in line}
+tell = ctypes.CDLL(min(paths)).openblas_get_corename
+tell.restype = ctypes.c_char_p
+return tell().decode()
+$$
+"""
+
+
+@pytest.mark.parametrize(("is_set", "is_left"), [("Prescott", True), (None, False)])
+def test_a_processor_that_openblas_does_not_know_gets_its_kernels_all_the_same(
+    shared_trained: Connection, is_set: str | None, is_left: bool
+) -> None:
+    score = "select shop.score(user_id, item_id) from events order by 1 limit 20"
+    expected = [row[0] for row in shared_trained.execute(score)]
+    with psycopg.connect(shared_trained.info.dsn, autocommit=True) as session:
+        # As if OpenBLAS were older than the processor; once because somebody said so.
+        session.execute(
+            "do $$\nimport os\nos.environ['OPENBLAS_CORETYPE'] = 'Prescott'\nimport numpy\n"
+            + ("" if is_set else "del os.environ['OPENBLAS_CORETYPE']\n")
+            + "$$ language plpython3u"
+        )
+        try:
+            session.execute(CORE)
+            before = session.execute("select pg_temp.core()").fetchone()
+        except (psycopg.Error, ValueError):
+            pytest.skip("the server's NumPy has no OpenBLAS")
+        if before != ("Prescott",) or "avx2" not in Path("/proc/cpuinfo").read_text():
+            pytest.skip("the server's OpenBLAS has no kernels for old processors, or this one is old")
+        assert [row[0] for row in session.execute(score)] == pytest.approx(expected, rel=1e-5)
+        assert (session.execute("select pg_temp.core()").fetchone() == ("Prescott",)) == is_left
+        assert session.execute("select bool_and(passed) from vae.verify('shop')").fetchone() == (True,)

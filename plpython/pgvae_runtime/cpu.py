@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from . import blas
 from .forward import decode_direction, linked_items, mean_of_features, mean_of_latent, softmax, top_k
+from .ragged import pieces, places, ranges, starts
 from .scoring import seen_columns, unknown_users
 from .store import Version
-from .tokens import History, Tokens, pieces, starts
+from .tokens import History, Tokens
 
 Floats = NDArray[np.float32]
 # Best items [U, k], their scores [U, k] (-1 behind the last one), and which users are cold starts [U].
@@ -296,18 +297,18 @@ class CpuScorer:
         own = slice(*np.searchsorted(user, (first, last)))
         user, item, share = user[own] - first, item[own], share[own]
         count = np.bincount(user, minlength=last - first)
-        place = np.arange(len(user)) - np.repeat(starts(count)[:-1], count)
+        place = places(count)
         order = np.argsort(place, kind="stable")
         user, item, share, place = user[order], item[order], share[order], place[order]
         segments = self._links.start[item + 1] - self._links.start[item]
         end = starts(segments)
         cells = logits.reshape(-1)
         for begin, finish in pieces(end[1:], _SEGMENTS_AT_ONCE):
-            base, total = end[begin], int(end[finish] - end[begin])
+            total = int(end[finish] - end[begin])
             if not total:
                 continue
             pair = np.repeat(np.arange(begin, finish), segments[begin:finish])
-            segment = np.arange(base, base + total) + (self._links.start[item] - end[:-1])[pair]
+            segment = ranges(self._links.start[item[begin:finish]], segments[begin:finish])
             cell = self._links.item.take(segment, axis=0) + (user[pair] * self._shape.stride)[:, None]
             weight = self._links.weight.take(segment, axis=0)
             weight *= share[pair][:, None]
@@ -393,9 +394,9 @@ class CpuScorer:
         count = np.bincount(user, minlength=users)
         # One number that sorts by falling value and then by rising item: the bits of a positive float rise with it.
         keys = np.full((users, max(int(count.max(initial=0)), self._k)), np.uint64(2**64 - 1))
-        keys[user, np.arange(len(cell)) - np.repeat(starts(count)[:-1], count)] = (
-            (~value.view(np.uint32)).astype(np.uint64) << np.uint64(32)
-        ) | item.astype(np.uint64)
+        keys[user, places(count)] = ((~value.view(np.uint32)).astype(np.uint64) << np.uint64(32)) | item.astype(
+            np.uint64
+        )
         keys.sort(axis=1)
         keys = keys[:, : self._k]
         best = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

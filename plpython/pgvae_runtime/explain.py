@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from . import forward
 from .forward import Weights
-from .tokens import History, Tokens, age_bucket, order_bucket, pieces, starts
+from .ragged import pieces, ranges, starts
+from .tokens import History, Tokens, age_bucket, order_bucket
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -262,7 +263,7 @@ def _left_over(tokens: Tokens, at: Doubles, groups: Groups, first: int, last: in
     user = groups.user[first:last]
     counts = np.diff(tokens.start)[user]
     variant = np.repeat(np.arange(variants), counts)
-    token = np.arange(len(variant)) + np.repeat(tokens.start[user] - starts(counts)[:-1], counts)
+    token = ranges(tokens.start[user], counts)
     kept = groups.of[token] != first + variant
     variant, token = variant[kept], token[kept]
     counts = counts - groups.size[first:last]

@@ -17,6 +17,7 @@ from .errors import NOT_READY, ScoringError
 from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
 from .history import item_type, read_histories, read_history
 from .literals import array_element
+from .ragged import places
 from .store import Version, execute
 from .tokens import History
 from .workers import AHEAD, map_in_order
@@ -160,7 +161,7 @@ def _parts(version: Version, history: History, target: NDArray[np.int64]) -> lis
     share = speaks_for / np.maximum(np.bincount(groups.user, weights=speaks_for, minlength=users), 1e-30)[groups.user]
     order = np.lexsort((-found.of_group, groups.user))
     counts = np.bincount(groups.user, minlength=users)
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = places(counts)
     order = order[(place < _MOST_PARTS) & (found.of_group[order] > 0) & (target[groups.user[order]] >= 0)]
     names = _type_names(version)
     parts: list[list[_Part]] = [[] for _ in range(users)]

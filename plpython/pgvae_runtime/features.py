@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .ragged import ranges, starts
+
 # Of a longer array or text only the beginning counts.
 _MAX_TAGS = 100
 _MAX_WORDS = 200
@@ -57,10 +59,7 @@ class FeatureBag:
     def take(self, numbers: NDArray[np.int64]) -> FeatureBag:
         """Gives the bag of the users or items with these numbers, in this order."""
         counts = self.counts()[numbers]
-        start = np.zeros(len(numbers) + 1, dtype=np.int64)
-        np.cumsum(counts, out=start[1:])
-        rows = np.repeat(self.start[:-1][numbers] - start[:-1], counts) + np.arange(start[-1])
-        return FeatureBag(start=start, token=self.token[rows])
+        return FeatureBag(start=starts(counts), token=self.token[ranges(self.start[numbers], counts)])
 
     def followed_by(self, other: FeatureBag) -> FeatureBag:
         """Gives the bag of these users or items, then of the others."""

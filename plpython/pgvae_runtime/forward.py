@@ -7,13 +7,13 @@ L links of the shortcut, J = I + 1. Formulas: docs/model.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .features import FeatureBag
+from .ragged import pieces, ranges
 from .tokens import Tokens
 
 Array = NDArray[Any]
@@ -177,12 +177,10 @@ def add_shortcut(weights: Weights, tokens: Tokens, logits: Array) -> None:
     counts = start[item + 1] - start[item]
     # Blocks of items, not of users: a best seller can have a link to every item.
     work = np.cumsum(counts + items * np.diff(user, prepend=user[0] - 1))
-    cuts = np.flatnonzero(np.diff(work // _SHORTCUT_BLOCK)) + 1
-    for first, last in pairwise((0, *cuts.tolist(), len(user))):
-        end = np.cumsum(counts[first:last])
+    for first, last in pieces(work, _SHORTCUT_BLOCK):
         # The place of each link's item.
         place = np.repeat(np.arange(last - first), counts[first:last])
-        link = np.arange(len(place)) + (start[item[first:last] + 1] - end)[place]
+        link = ranges(start[item[first:last]], counts[first:last])
         users = slice(int(user[first]), int(user[last - 1]) + 1)
         row = user[first:last] - user[first]
         sums = np.bincount(

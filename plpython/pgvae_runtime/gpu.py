@@ -14,7 +14,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -476,15 +475,7 @@ def _chunks(history: History, size: int, most_events: int | None = None) -> Iter
         first = last
         fits = int(np.searchsorted(start, start[first] + most_events, side="right")) - 1
         last = min(first + size, users, max(fits, first + 1))
-        events = slice(int(start[first]), int(start[last]))
-        yield replace(
-            history,
-            counts=history.counts[first:last],
-            item=history.item[events],
-            event_type=history.event_type[events],
-            occurred_at=history.occurred_at[events],
-            features=history.features.take(np.arange(first, last)) if history.features is not None else None,
-        )
+        yield history.take(np.arange(first, last))
 
 
 def _power_of_two_below(x: float) -> float:

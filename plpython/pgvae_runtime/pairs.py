@@ -15,6 +15,7 @@ from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, ScoringError
 from .features import FeatureBag
 from .history import MAX_EVENTS, read_histories
+from .ragged import ranges
 from .scoring import score_users
 from .store import Version
 from .tokens import History
@@ -83,7 +84,7 @@ class _Pairs:
         number = np.array([self._number[key] for key in users], dtype=np.int64)
         first, count = self._start[number], self._start[number + 1] - self._start[number]
         user = np.repeat(np.arange(len(users)), count)
-        pair = self._order[np.arange(len(user)) + np.repeat(first - (np.cumsum(count) - count), count)]
+        pair = self._order[ranges(first, count)]
         return pair, user, self._item[pair]
 
 

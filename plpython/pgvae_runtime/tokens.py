@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .features import FeatureBag
+from .ragged import ranges, starts
 
 AGE_BUCKETS = 12
 ORDER_BUCKETS = 10
@@ -112,6 +111,19 @@ class History:
         """Gives the user's number of each event, shape [N]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
+    def take(self, users: NDArray[np.int64]) -> History:
+        """Gives the history of the users with these numbers, in this order."""
+        counts = self.counts[users]
+        rows = ranges(starts(self.counts)[users], counts)
+        return replace(
+            self,
+            counts=counts,
+            item=self.item[rows],
+            event_type=self.event_type[rows],
+            occurred_at=self.occurred_at[rows],
+            features=None if self.features is None else self.features.take(users),
+        )
+
     def seen(self, targets: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Gives the (user, item) pairs of the events whose type is one of `targets`, as two arrays."""
         chosen = np.isin(self.event_type, targets)
@@ -196,17 +208,3 @@ class History:
             order=order_bucket(moment[last] - moment),
             features=self.features,
         )
-
-
-def starts(counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Gives where each of n things begins that lie one after the other, and where the last one ends, [n + 1]."""
-    start = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=start[1:])
-    return start
-
-
-def pieces(ends: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
-    """Cuts things that end at `ends` into runs of about `most`, or of a larger one; gives (first, last) of each."""
-    cuts = np.flatnonzero(np.diff(ends // most)) + 1
-    edges = [0, *cuts.tolist(), len(ends)]
-    return ((first, last) for first, last in pairwise(edges) if last > first)

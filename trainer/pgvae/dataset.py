@@ -18,6 +18,7 @@ from pgvae.binary_copy import copy_rows
 from pgvae.errors import PgvaeError
 from pgvae.features import Column, fit_pipeline, read_columns, read_documents
 from pgvae_runtime.features import NO_FEATURES, FeatureBag, FeaturePipeline, feature_bag
+from pgvae_runtime.ragged import ranges
 from pgvae_runtime.tokens import History
 
 # A fixed order, so that the same data gives the same embedding rows.
@@ -126,8 +127,7 @@ class Dataset:
         """Gives the rows of the events of the users with these numbers, one user after the other, and their counts."""
         starts = np.searchsorted(self.user, users, side="left")
         counts = np.searchsorted(self.user, users, side="right") - starts
-        rows = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(counts.sum())
-        return rows, counts
+        return ranges(starts, counts), counts
 
     def popularity(self) -> NDArray[np.float32]:
         """Gives each item's share of the (user, item) pairs with a target event, [I], summing to 1."""

@@ -14,7 +14,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from pgvae.dataset import Dataset
-from pgvae_runtime.tokens import pieces
+from pgvae_runtime.ragged import pieces, places
 
 # Of the cosine: two users in common shall not make two rare items twins.
 _SHRINKAGE = 3.0
@@ -50,7 +50,7 @@ def convolution(dataset: Dataset, neighbours: int, seed: int) -> Convolution:
     near = similar_items(matrix, neighbours)
     counts = np.diff(near.indptr)
     row = np.repeat(np.arange(len(counts)), counts)
-    place = np.arange(near.nnz) - near.indptr[row]
+    place = places(counts)
     others = np.zeros((len(counts), neighbours), dtype=np.int64)
     weight = np.zeros((len(counts), neighbours), dtype=np.float32)
     others[row, place] = near.indices
@@ -69,7 +69,7 @@ def bounded_events(dataset: Dataset, seed: int) -> tuple[NDArray[np.int64], NDAr
     if counts.max(initial=0) <= _MAX_USER_ITEMS:
         return user, item, moment
     order = np.lexsort((np.random.default_rng(seed).random(len(pairs)), owner))
-    place = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = places(counts)
     kept = np.isin(user * len(dataset.item_keys) + item, pairs[order[place < _MAX_USER_ITEMS]])
     return user[kept], item[kept], moment[kept]
 
@@ -123,7 +123,7 @@ def successions(
         event = first[start[begin] : start[end]]
         counts = np.minimum(earlier[event], len(lags) - 1) + 1
         own = np.repeat(event, counts)
-        lag = np.arange(len(own)) - np.repeat(np.cumsum(counts) - counts, counts)
+        lag = places(counts)
         own, lag = own[lags[lag] > 0], lag[lags[lag] > 0]
         before = sparse.csr_array(
             (lags[lag], (item[own] - begin, moment[own] - lag)), shape=(end - begin, held.shape[0])

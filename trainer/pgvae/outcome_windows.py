@@ -176,21 +176,9 @@ def parts(
     history: History, users: NDArray[np.int64], *, size: int = _BATCH
 ) -> Iterator[tuple[NDArray[np.int64], History]]:
     """Gives some of a history's users, in batches, and the part of the history that is theirs."""
-    start = np.cumsum(history.counts) - history.counts
     for begin in range(0, len(users), size):
         chosen = users[begin : begin + size]
-        counts = history.counts[chosen]
-        rows = np.repeat(start[chosen] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        yield (
-            chosen,
-            History(
-                counts=counts,
-                item=history.item[rows],
-                event_type=history.event_type[rows],
-                occurred_at=history.occurred_at[rows],
-                features=None if history.features is None else history.features.take(chosen),
-            ),
-        )
+        yield chosen, history.take(chosen)
 
 
 def in_half(users: NDArray[np.int64], half: int | None) -> NDArray[np.bool_]:

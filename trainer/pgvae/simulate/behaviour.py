@@ -15,6 +15,7 @@ from pgvae.simulate.calendar import DAY
 from pgvae.simulate.people import People
 from pgvae.simulate.shop import Floats, Integers, Shop, cart_probability
 from pgvae.simulate.words import CATEGORIES, QUERY_ADJECTIVES
+from pgvae_runtime.ragged import places
 
 SECOND = 1_000_000
 STEP = 75 * SECOND  # from one viewed item of a session to the next
@@ -92,7 +93,7 @@ def behave(shop: Shop, people: People, rng: np.random.Generator, first_session: 
 
     # Views: the items of a session follow its interest, the user's price group and the week.
     session = np.repeat(np.arange(sessions), views)
-    step = np.arange(len(session)) - np.repeat(np.cumsum(views) - views, views)
+    step = places(views)
     user, at = session_user[session], session_at[session]
     price_group = people.price_group[user]
     week = np.minimum(calendar.week(at), calendar.weeks_in_window - 1)
