@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .tokens import History
+from .tokens import SECONDS_PER_DAY, History
 
-_DAY = 86_400.0
 # Half-lives of the exponentially weighted counts, in horizons.
 _HALF_LIVES = (0.25, 1.0, 4.0)
 # A logarithm of such a count begins to grow from here.
@@ -82,17 +81,17 @@ def behaviour(
     """
     users = len(history.counts)
     user = history.users()
-    age = np.maximum(as_of[user] - history.occurred_at, 0.0) / _DAY
+    age = np.maximum(as_of[user] - history.occurred_at, 0.0) / SECONDS_PER_DAY
     bought = np.isin(history.event_type, targets)
-    tenure = _latest(-age, history.counts) * -1.0
-    since = _latest(age, history.counts)
+    tenure = _least(-age, history.counts) * -1.0
+    since = _least(age, history.counts)
     # Who never bought counts as somebody whose last purchase was before the first event.
-    since_purchase = np.minimum(_latest(np.where(bought, age, np.inf), history.counts), tenure + horizon)
+    since_purchase = np.minimum(_least(np.where(bought, age, np.inf), history.counts), tenure + horizon)
     day_user, day_age = _days(user, age)
     buy_user, buy_age = _days(user[bought], age[bought])
     purchases = np.bincount(user[bought], minlength=users)
     buying_days = np.bincount(buy_user, minlength=users)
-    first_purchase = _latest(np.where(bought, -age, np.inf), history.counts)
+    first_purchase = _least(np.where(bought, -age, np.inf), history.counts)
     first_purchase = np.where(np.isfinite(first_purchase), -first_purchase, 0.0)
     gap = np.where(
         buying_days > 1, (first_purchase - since_purchase) / np.maximum(buying_days - 1, 1), tenure + horizon
@@ -130,7 +129,7 @@ def behaviour(
     ]
     for kind in range(types):
         own = history.event_type == kind
-        last = _latest(np.where(own, age, np.inf), history.counts)
+        last = _least(np.where(own, age, np.inf), history.counts)
         columns += [
             np.log1p(np.bincount(user[own], minlength=users)),
             recent(user[own], age[own], 1.0),
@@ -141,7 +140,7 @@ def behaviour(
     return matrix
 
 
-def _latest(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _least(values: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Gives the least of each user's values, [U]; 0 for a user without any."""
     least = np.zeros(len(counts))
     filled = counts > 0

@@ -135,14 +135,8 @@ def _library() -> _Library | None:
         _know_the_processor(library)
         for prefix in _PREFIXES:
             for suffix, integer in _SUFFIXES.items():
-                get_threads, set_threads, sgemm, config = (
-                    getattr(library, prefix + name + suffix, None)
-                    for name in (
-                        "openblas_get_num_threads",
-                        "openblas_set_num_threads",
-                        "cblas_sgemm",
-                        "openblas_get_config",
-                    )
+                get_threads, set_threads, config, sgemm = (
+                    getattr(library, prefix + name + suffix, None) for name in _FUNCTIONS
                 )
                 if get_threads is None or set_threads is None:
                     continue

@@ -16,7 +16,7 @@ from .errors import NO_OUTCOMES, ScoringError
 from .history import read_histories, read_history
 from .outcomes import Outlook
 from .store import Version, active_version
-from .tokens import History
+from .tokens import SECONDS_PER_DAY, History
 
 # (user key, probability of no purchase and of one, expected purchases, risk band, reasons, seconds since 1970 of the
 # last event, cold start, version, item_offset, item_slope, horizon)
@@ -35,7 +35,6 @@ Row = tuple[
     int,
 ]
 _BATCH = 4096
-_DAY = 86_400.0
 _REASONS = 3
 # A part of the logit from which on it is a reason: it changes the odds by a tenth.
 _LEAST_REASON = 0.1
@@ -180,7 +179,7 @@ def _facts(version: Version, history: History, as_of: NDArray[np.float64]) -> li
     """Gives what the words about each user speak of."""
     horizon = outcomes.horizon_of(version.weights)
     user = history.users()
-    age = np.maximum(as_of[user] - history.occurred_at, 0.0) / _DAY
+    age = np.maximum(as_of[user] - history.occurred_at, 0.0) / SECONDS_PER_DAY
     bought = np.isin(history.event_type, version.targets)
     users = len(history.counts)
     since, since_purchase = np.full(users, np.inf), np.full(users, np.inf)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .behaviour import behaviour
-from .tokens import History
+from .tokens import SECONDS_PER_DAY, History
 
 # Tensors of a version that has heads; one without has none of them.
 SHAPES: Mapping[str, str] = {
@@ -28,7 +28,6 @@ SHAPES: Mapping[str, str] = {
     "item_amount": "1",
     "item_bias": "1",
 }
-_DAY = 86_400.0
 # exp of more is no number of purchases.
 MOST_LOG = 12.0
 # So often that the probability is 1; beyond, SQL's exp would refuse to give next to nothing.
@@ -85,7 +84,7 @@ def moments(
     newest one that it has learned from, or the user's own last event where that is later. Old is what is old for the
     forecast of demand, see vae_private.looks_ahead_from.
     """
-    if created_at - window_end <= max(horizon / 4.0, 2.0) * _DAY:
+    if created_at - window_end <= max(horizon / 4.0, 2.0) * SECONDS_PER_DAY:
         return np.full(len(history.counts), now)
     last = np.full(len(history.counts), window_end)
     np.maximum.at(last, history.users(), history.occurred_at)

@@ -13,7 +13,7 @@ from .ragged import ranges, starts
 
 AGE_BUCKETS = 12
 ORDER_BUCKETS = 10
-_SECONDS_PER_DAY = 86_400.0
+SECONDS_PER_DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Tokens:
 
 def age_bucket(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Gives floor(log2(1 + age in days)), at most AGE_BUCKETS - 1, for ages in seconds, shape [N]."""
-    bucket = np.log2(1.0 + np.maximum(seconds, 0.0) / _SECONDS_PER_DAY).astype(np.int64)
+    bucket = np.log2(1.0 + np.maximum(seconds, 0.0) / SECONDS_PER_DAY).astype(np.int64)
     return np.minimum(bucket, AGE_BUCKETS - 1)
 
 
