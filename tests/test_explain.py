@@ -20,7 +20,7 @@ from pgvae.loop import fit
 from pgvae.simulate import simulate
 from pgvae.simulate.config import SimulationConfig
 from pgvae_runtime import forward
-from pgvae_runtime.explain import Groups, latest, losses
+from pgvae_runtime.explain import Groups, latest, leave_one_out
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.tokens import History
 from shop import Shop, refusal
@@ -115,7 +115,7 @@ def test_a_contribution_is_what_a_deletion_does_also_of_one_of_several_events_of
 
     tokens, at = latest(history, 12)
     for groups in (Groups.by_event(tokens), Groups.by_item(tokens, len(weights["item_embedding"]))):
-        found = losses(weights, tokens, at, groups, np.array([target]))
+        found = leave_one_out(weights, tokens, at, groups, np.array([target]))
         whole = logit(np.ones(len(tokens.item), dtype=bool))
         assert found.logit[0] == pytest.approx(whole, abs=1e-5)
         expected = [whole - logit(groups.of != group) for group in range(len(groups.size))]
@@ -165,7 +165,7 @@ def test_explanations_of_simulated_users_are_faithful(database: str) -> None:
     best = unseen.argmax(axis=1)
     tokens, at = latest(history, 100)
     groups = Groups.by_item(tokens, len(dataset.item_keys))
-    found = losses(weights, tokens, at, groups, best)
+    found = leave_one_out(weights, tokens, at, groups, best)
     items = np.bincount(groups.user, minlength=len(users))
     several = items >= 5
     assert np.count_nonzero(several) > 1000

@@ -140,7 +140,7 @@ def test_what_users_lose_without_an_item_is_what_scoring_without_it_gives(
     target = generator.integers(0, ITEMS, len(history.counts))
     tokens, at = explain.latest(history, MAX_HISTORY)
     groups = explain.Groups.by_item(tokens, ITEMS)
-    found = explain.losses(weights, tokens, at, groups, target)
+    found = explain.leave_one_out(weights, tokens, at, groups, target)
 
     def logit(user: int, kept: np.ndarray[Any, Any], features: FeatureBag | None) -> float:
         own = History(

@@ -78,8 +78,8 @@ class Groups:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Losses:
-    """What U users' logits of an item each lose by deletion.
+class Attribution:
+    """What U users' logits of an item each lose when one part is left out.
 
     `logit` [U] lacks the item's bias, `of_group` [G] is what it loses without a group of tokens, `of_features` [U]
     without the user's features; `shortcut_of` [N] is each token's part of the shortcut.
@@ -109,14 +109,14 @@ def latest(history: History, max_history: int) -> tuple[Tokens, Doubles]:
 
 
 def own_bytes(weights: Weights, tokens: int) -> int:
-    """Gives how much memory `losses` takes at most of that many tokens, in bytes, cautiously."""
+    """Gives how much memory `leave_one_out` takes at most of that many tokens, in bytes, cautiously."""
     hidden, width = weights["encoder_weight"].shape
     row = 4 * (width + 1)
     moved = _TOKENS_AT_ONCE * (128 + 2 * row)
     return int(tokens * (256 + 4 * row) + moved + _GROUPS_AT_ONCE * 24 * max(hidden, width) + _LINKS_AT_ONCE * 40)
 
 
-def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target: Integers) -> Losses:
+def leave_one_out(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target: Integers) -> Attribution:
     """Gives what the logits of one item each, `target` [U], lose without each group of tokens; `at` [N] is in seconds.
 
     Without an event others can be of another age or order. Only those are embedded anew: of 500 histories of 500 events
@@ -152,7 +152,7 @@ def losses(weights: Weights, tokens: Tokens, at: Doubles, groups: Groups, target
     if has_features.any():
         bare = np.where(has_features, _cosine(weights, totals, np.zeros_like(own), counts > 0, target), whole)
     logit = whole + linked.whole
-    return Losses(
+    return Attribution(
         logit=logit, of_group=logit[groups.user] - without, of_features=whole - bare, shortcut_of=linked.by_token
     )
 
@@ -168,7 +168,7 @@ def explain_item(weights: Weights, history: History, target: int, *, max_history
         value = log_popularity(weights, target)
         return [Row(part="popularity", contribution=value, relevance=value)]
     groups = Groups.by_item(tokens, len(weights["item_embedding"])) if by_item else Groups.by_event(tokens)
-    found = losses(weights, tokens, at, groups, np.array([target]))
+    found = leave_one_out(weights, tokens, at, groups, np.array([target]))
     relevance, of_features = _relevance(weights, tokens, target)
     parts = relevance + found.shortcut_of
     gates = forward.encoder_gates(weights, tokens, forward.embed(weights, tokens))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import blas, limits, runs
 from .batch import look
 from .errors import NOT_READY, ScoringError
-from .explain import Groups, explain_item, latest, log_popularity, losses, own_bytes
+from .explain import Groups, explain_item, latest, leave_one_out, log_popularity, own_bytes
 from .history import item_type, read_histories, read_history
 from .literals import array_element
 from .ragged import places
@@ -155,7 +155,7 @@ def _parts(version: Version, history: History, target: NDArray[np.int64]) -> lis
     weights = version.weights
     tokens, at = latest(history, version.max_history)
     groups = Groups.by_item(tokens, len(weights["item_embedding"]))
-    found = losses(weights, tokens, at, groups, np.maximum(target, 0))
+    found = leave_one_out(weights, tokens, at, groups, np.maximum(target, 0))
     users = len(target)
     speaks_for = np.maximum(found.of_group, 0.0)
     share = speaks_for / np.maximum(np.bincount(groups.user, weights=speaks_for, minlength=users), 1e-30)[groups.user]
