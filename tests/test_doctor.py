@@ -287,6 +287,14 @@ def test_blas(libraries: list[str], gflops: float, status: str) -> None:
     assert (check.remedy is None) == (status == "ok")
 
 
+def test_a_blas_that_does_not_know_the_processor() -> None:
+    libraries = ["/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3"]
+    check = doctor.check_blas({**REPORT, "blas": {"libraries": libraries, "gflops": 7.6, "is_outdated": True}}, FACTS)
+    assert check is not None
+    assert (check.status, "older than this processor" in check.found) == ("info", True)
+    assert "OPENBLAS_CORETYPE=Haswell" in str(check.remedy)
+
+
 @pytest.mark.parametrize(
     ("cupy", "driver", "status"),
     [

@@ -58,7 +58,7 @@ class Facts:
 
 # Runs inside the server. Each piece is reported by itself, because any import can fail in its own way.
 _PROBE = r"""
-import json, os, shutil, sys, time
+import ctypes, json, os, shutil, sys, time
 
 def maps():
     try:
@@ -92,7 +92,14 @@ else:
         best = min(best, time.perf_counter() - start)
     words = ("blas", "blis", "mkl", "atlas")
     libraries = [path for path in maps() if any(word in os.path.basename(path).lower() for word in words)]
-    report["blas"] = {"libraries": libraries, "gflops": 2 * 512 ** 3 / best / 1e9}
+    # What OpenBLAS takes a processor for that is newer than itself.
+    is_outdated = False
+    for path in libraries:
+        tell = getattr(ctypes.CDLL(path), "openblas_get_corename", None)
+        if tell is not None:
+            tell.restype = ctypes.c_char_p
+            is_outdated = tell() == b"Prescott" and " avx2 " in open("/proc/cpuinfo").read()
+    report["blas"] = {"libraries": libraries, "gflops": 2 * 512 ** 3 / best / 1e9, "is_outdated": is_outdated}
 try:
     # As the runtime imports it: pgvae_runtime/device.py.
     try:
@@ -309,6 +316,14 @@ def check_blas(report: dict[str, Any], facts: Facts) -> Check | None:
     names = " ".join(libraries).lower()
     tuned = next((name for word, name in _TUNED.items() if word in names), None)
     speed = f"{gflops:.0f} GFLOP/s"
+    if report["blas"].get("is_outdated"):
+        return Check(
+            name="blas",
+            status="info",
+            found=f"{tuned}, {speed}: it is older than this processor, and uses the kernels of a Prescott of 2004",
+            remedy="pgvae's functions choose better ones by themselves; for whatever else computes in this server, set"
+            " OPENBLAS_CORETYPE=Haswell in its environment, or SkylakeX where the processor has AVX-512",
+        )
     if tuned:
         return Check(name="blas", status="ok", found=f"{tuned}, {speed}")
     if gflops >= SLOW_GFLOPS:
