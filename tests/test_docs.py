@@ -154,6 +154,22 @@ def test_a_page_about_the_tiny_shop_runs(
             admin.execute("drop role if exists shop_monitor")
 
 
+def test_a_copy_by_the_newest_scored_at_misses_no_row(
+    trained_database: str, folder: Path, psql_folder: Path, trained: psycopg.Connection
+) -> None:
+    runner = Runner(dsn=trained_database, bindir=psql_folder, folder=folder)
+    make, copy = (block for block in blocks(DOCS / "refresh.md") if "recommendations_copy" in block.text)
+    columns = "user_id, rank, item_id, score, model_version, scored_at"
+    runner.run(make)
+    runner.run(copy)
+    for user in trained.execute("select distinct user_id from events order by 1 limit 2").fetchall():
+        trained.execute("insert into events select %s, item_id, 'purchase', now() from events limit 1", user)
+        trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+        runner.run(copy)
+        copied = trained.execute(f"select {columns} from recommendations_copy order by 1, 2").fetchall()
+        assert copied == trained.execute(f"select {columns} from shop.recommendations order by 1, 2").fetchall()
+
+
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
