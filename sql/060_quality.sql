@@ -147,7 +147,11 @@ begin
                     || case when counts.null_event_types > 0 then format(
                         '; rows with no event type at all: %s; fill the column %I, or give a view that does',
                         counts.null_event_types, m.event_type_column) else '' end end),
-            (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check clocks and time zones'),
+            (6, 'future_timestamps', counts.future_timestamps, 'rows later than now are left out: check the clocks'
+                || case m.occurred_at_type
+                    when 'timestamptz' then ' and the time zone of the load'
+                    else format('; local times, which are read as UTC, need a view with %1$I%2$s at time zone ''Europe/Berlin'' as %1$I, say',
+                        m.occurred_at_column, case m.occurred_at_type when 'date' then '::timestamp' else '' end) end),
             (7, 'absurd_timestamps', counts.absurd_timestamps,
                 format('rows before %s are left out; move the limit: select vae.set_options(%L, ''{"earliest": "…"}'')', m.options ->> 'earliest', m.name)),
             (8, 'orphan_users', counts.orphan_users, 'rows whose user is missing from the table of users are left out: load the users'),

@@ -37,11 +37,12 @@ begin
         raise exception 'pg_cron is not installed in this database'
             using errcode = 'undefined_object', hint = 'a superuser can: create extension pg_cron';
     elsif home is not null then
-        -- It has one home in a server, from which jobs of other databases are made.
+        -- It has one home in a server, from which jobs of other databases are made. A second job of one name replaces the first.
         raise exception 'pg_cron is in the database %, not in this one', home
             using errcode = 'undefined_object',
-                hint = format('in the database %s: select cron.schedule_in_database(''pgvae refresh'', ''15 3 * * *'','
-                    ' ''call vae.refresh(…)'', %L); or else, %s', home, current_database(), other);
+                hint = format('in the database %s: select cron.schedule_in_database(%L, ''15 3 * * *'','
+                    ' ''call vae.refresh(…)'', %L); or else, %s',
+                    home, format('pgvae refresh … in %s', current_database()), current_database(), other);
     else
         raise exception 'this server does not run pg_cron'
             using errcode = 'undefined_object',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,22 @@ def test_a_page_about_the_tiny_shop_runs(
             admin.execute("drop role if exists shop_monitor")
 
 
+def test_a_copy_by_the_newest_scored_at_misses_no_row(
+    trained_database: str, folder: Path, psql_folder: Path, trained: psycopg.Connection
+) -> None:
+    runner = Runner(dsn=trained_database, bindir=psql_folder, folder=folder)
+    make, copy = (block for block in blocks(DOCS / "refresh.md") if "recommendations_copy" in block.text)
+    columns = "user_id, rank, item_id, score, model_version, scored_at"
+    runner.run(make)
+    runner.run(copy)
+    for user in trained.execute("select distinct user_id from events order by 1 limit 2").fetchall():
+        trained.execute("insert into events select %s, item_id, 'purchase', now() from events limit 1", user)
+        trained.execute("call vae.refresh('shop', views => array['recommendations'])")
+        runner.run(copy)
+        copied = trained.execute(f"select {columns} from recommendations_copy order by 1, 2").fetchall()
+        assert copied == trained.execute(f"select {columns} from shop.recommendations order by 1, 2").fetchall()
+
+
 def test_every_block_that_is_not_run_says_why() -> None:
     silent = [
         block.place
@@ -301,6 +318,58 @@ def test_every_condition_that_the_sql_raises_is_explained() -> None:
     page = ERRORS.read_text(encoding="utf-8")
     assert raised
     assert sorted(name for name in raised if name not in page) == []
+
+
+# Figures
+
+_SPLITS = {
+    "Amazon Electronics": "amazon-electronics",
+    "Amazon Beauty": "amazon-beauty",
+    "Online Retail": "online-retail",
+    "Tmall": "tmall-events",
+    "gowalla": "gowalla",
+    "Amazon-CDs": "amazoncds",
+    "MovieLens 1M": "ml-1m",
+    "LastFM": "lastfm",
+    "CiteULike": "citeulike",
+    "MovieLens 100k": "ml-100k",
+}
+
+
+def test_the_figures_of_accuracy_are_those_of_the_results() -> None:
+    """Of pgvae, of the best other run, and of its lead: the tables of public data in README.md and docs/accuracy.md."""
+    seen = set()
+    for page in (ROOT / "README.md", DOCS / "accuracy.md"):
+        for part in re.findall(r"<!-- accuracy on .*?(?=<!-- )", page.read_text(encoding="utf-8"), re.DOTALL):
+            for row in re.findall(r"^\| [A-Zg].*$", part, re.MULTILINE):
+                name, own, other, _, *lead = (cell.strip() for cell in row.strip("|").split("|"))
+                split = next(file for start, file in _SPLITS.items() if name.startswith(start))
+                path = ROOT / "benchmarks" / "results" / f"accuracy-{split}.json"
+                result = json.loads(path.read_text(encoding="utf-8"))
+                length = 10 if split == "amazon-beauty" else 20
+                first = "hit_rate" if split == "amazon-beauty" else "recall"
+                measured = {
+                    (row["method"], row["metric"]): row["value"]
+                    for row in result["rows"]
+                    if row["k"] == length and row["source"] == "measured"
+                }
+                best = max(
+                    (m for m, metric in measured if metric == "ndcg" and m != "pgvae"),
+                    key=lambda m: measured[m, "ndcg"],
+                )
+                for method, cell in (("pgvae", own), (best, other)):
+                    shown = [float(number) for number in re.findall(r"\.\d{3}", cell)]
+                    assert shown == [
+                        pytest.approx(measured[method, metric], abs=0.00051) for metric in (first, "ndcg")
+                    ], row
+                if lead:
+                    found = next(lead for lead in result["ndcg_leads"] if lead["method"] == best)
+                    shown = [float(number) for number in re.findall(r"\.\d{4}", lead[0])]
+                    assert shown == [pytest.approx(found[end], abs=0.000051) for end in ("value", "lower", "upper")], (
+                        row
+                    )
+                seen.add(split)
+    assert seen == set(_SPLITS.values())
 
 
 # The command line

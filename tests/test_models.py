@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -672,6 +673,34 @@ def test_events_of_every_type_are_read_alike(rolled_back: psycopg.Connection, ke
     found = report(rolled_back)
     assert (found["future_timestamps"], found["absurd_timestamps"]) == (("warn", 1), ("warn", 1))
     assert found["enough_events"] == ("pass", 372)
+
+
+@pytest.mark.parametrize("time_type", ["timestamp", "date"])
+def test_local_times_hide_the_newest_events_until_a_view_says_their_zone(
+    connection: psycopg.Connection, time_type: str
+) -> None:
+    # A day ahead of UTC, so that today's date is later than now at any hour.
+    zone = "<+24>-24"
+    local = Shop(events="local_events", occurred_at="ordered_at", time_type=time_type)
+    local.make(connection)
+    user = local.users[0]
+    connection.execute(
+        "insert into local_events values (%s, %s, 'purchase', now() at time zone %s)", [user, local.items[0], zone]
+    )
+    local.create_model(connection)
+    newest = "select max(h.occurred_at) > now() - interval '1 day 1 hour' from shop.history(%s) h"
+    assert connection.execute(newest, [user]).fetchone() == (False,)
+    assert report(connection)["future_timestamps"] == ("warn", 1)
+    query = "select remedy from vae.check_events('shop') where check_name = 'future_timestamps'"
+    (remedy,) = connection.execute(query).fetchone() or ("",)
+    mend = re.search(r"a view with (.*), say", remedy)
+    assert mend, remedy
+    column = mend[1].replace("Europe/Berlin", zone)
+    connection.execute(f"create view events as select user_id, item_id, event_type, {column} from local_events")
+    connection.execute("select vae.drop_model('shop')")
+    Shop(occurred_at="ordered_at").create_model(connection)
+    assert report(connection)["future_timestamps"] == ("pass", 0)
+    assert connection.execute(newest, [user]).fetchone() == (True,)
 
 
 @pytest.mark.parametrize("kind", ["partitioned", "view", "materialized view"])

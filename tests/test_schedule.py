@@ -169,7 +169,31 @@ def test_pg_cron_in_another_database_is_named(cron: Server, nightly: Connection)
     line = re.search(r"select cron\.schedule_in_database\(.*?\)(?=;)", str(refused.message_hint))
     assert line
     nightly.execute(line[0].replace("…", "shop").replace("'call vae.refresh(shop)'", "$$call vae.refresh('shop')$$"))
-    assert nightly.execute("select database from cron.job where database = 'elsewhere'").fetchall() == [("elsewhere",)]
+    # A job is replaced by another of its name: it says which model of which database.
+    jobs = nightly.execute("select database, jobname from cron.job where database = 'elsewhere'").fetchall()
+    assert jobs == [("elsewhere", "pgvae refresh shop in elsewhere")]
+
+
+# With dbt
+
+
+def test_a_table_that_dbt_built_anew_takes_a_rebuild(trained: Connection) -> None:
+    """What dbt-postgres does to a table in each run, as docs/scheduling.md says."""
+    live = "select rank, item_id from shop.recommend((select min(user_id) from shop.recommendations), k => 3)"
+    before = trained.execute(live).fetchall()
+    trained.execute(
+        "create table events__dbt_tmp as select * from events;"
+        " alter table events rename to events__dbt_backup;"
+        " alter table events__dbt_tmp rename to events;"
+        " drop table events__dbt_backup cascade"
+    )
+    assert len(before) == 3
+    assert trained.execute(live).fetchall() == before
+    assert refusal(trained, "call vae.refresh('shop')").sqlstate == "42P01"
+    trained.execute("select vae.rebuild_model('shop')")
+    trained.execute("call vae.refresh('shop')")
+    views = "select status from vae.health_checks where model = 'shop' and check_name in ('views', 'last refresh')"
+    assert trained.execute(views).fetchall() == [("ok",), ("ok",)]
 
 
 # From a terminal

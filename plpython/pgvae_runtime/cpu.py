@@ -1,7 +1,7 @@
 """Scores many users on the CPU: what scoring.py specifies, arranged for the caches.
 
 A tile of users × items is small enough to stay in the cache from the matrix product to its best items. Where the time
-goes and what was tried: docs/performance.md.
+goes and what was tried: docs/scoring.md.
 """
 
 from __future__ import annotations
