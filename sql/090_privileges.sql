@@ -96,6 +96,7 @@ grant execute on function
     vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),
     vae_private.check_grants(vae.models, text),
+    vae_private.lock_versions(integer),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
@@ -200,7 +201,7 @@ to vae_trainer;
 
 -- Schedules: pg_cron asks for rights of its own.
 grant select on vae.schedules to vae_reader;
-grant execute on function vae_private.scheduled_jobs() to vae_reader;
+grant execute on function vae_private.has_cron(), vae_private.cron_jobs(boolean) to vae_reader;
 grant execute on function
     vae.schedule(text, text),
     vae.unschedule(text),
