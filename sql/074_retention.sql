@@ -16,7 +16,7 @@ declare
 begin
     perform vae_private.check_owner(model);
     -- No activation between the look at the state and the removal.
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     select v.version_id, v.version, v.state, vae_private.version_bytes(v.version_id) as bytes into dropped
     from vae.versions v
     where v.version_id = vae_private.version_id(id, model, drop_version.version);
@@ -55,7 +55,7 @@ begin
         raise exception 'keep is %', coalesce(keep::text, 'null')
             using errcode = 'invalid_parameter_value', hint = 'say how many of the newest versions stay, as in: keep => 3';
     end if;
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     return query
         with kept as (
             select n.version
