@@ -264,21 +264,24 @@ comment on function vae_private.switch_version(integer, integer, text, boolean, 
     'Retires the active version and activates another one; part of vae.activate and vae.rollback.';
 
 
--- A trigger writes the log: an operator who sets the state directly is in it too.
+-- A trigger writes the log, and nobody else can: an operator who sets the state directly is in it too. What the setting tells of gates,
+-- an operator can tell as well: whoever may force needs no pretext.
 create or replace function vae_private.log_activation()
 returns trigger
 language plpgsql
 volatile
 called on null input
 parallel unsafe
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     told constant jsonb := nullif(current_setting('vae.activation', true), '')::jsonb;
 begin
-    insert into vae.activations (model_id, version, previous_version, action, forced, reason, overridden)
+    insert into vae.activations (activated_by, model_id, version, previous_version, action, forced, reason, overridden)
     values (
+        -- Not current_user, which is the owner of this function.
+        coalesce(nullif(current_setting('role'), 'none'), session_user),
         new.model_id,
         new.version,
         (told ->> 'previous')::integer,
@@ -291,7 +294,8 @@ begin
 end;
 $$;
 
-comment on function vae_private.log_activation() is 'Trigger that logs each activation in vae.activations.';
+comment on function vae_private.log_activation() is
+    'Trigger that logs each activation in vae.activations. SECURITY DEFINER, since nobody writes that log otherwise.';
 
 drop trigger if exists log_activation on vae.versions;
 create trigger log_activation

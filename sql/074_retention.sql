@@ -186,20 +186,22 @@ language plpgsql
 volatile
 called on null input
 parallel unsafe
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- With the model itself its log goes too.
     if exists (select from vae.models m where m.model_id = old.model_id) then
-        insert into vae.activations (model_id, version, action, forced)
-        values (old.model_id, old.version, 'drop', old.state = 'active');
+        -- Not current_user, which is the owner of this function.
+        insert into vae.activations (activated_by, model_id, version, action, forced)
+        values (coalesce(nullif(current_setting('role'), 'none'), session_user), old.model_id, old.version, 'drop', old.state = 'active');
     end if;
     return null;
 end;
 $$;
 
-comment on function vae_private.log_drop() is 'Trigger that logs each dropped version in vae.activations.';
+comment on function vae_private.log_drop() is
+    'Trigger that logs each dropped version in vae.activations. SECURITY DEFINER, since nobody writes that log otherwise.';
 
 drop trigger if exists log_drop on vae.versions;
 create trigger log_drop

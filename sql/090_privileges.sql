@@ -70,7 +70,6 @@ to vae_scorer;
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
-grant insert (model_id, version, previous_version, action, forced, reason, overridden) on vae.activations to vae_operator;
 grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function

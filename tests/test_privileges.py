@@ -645,11 +645,22 @@ def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Conne
     trained.execute("grant usage on schema shop to the_operator")
     train(trained.info.dsn)
     operator = login("operator")
+    trainer = login("trainer")
+    trained.execute("grant usage on schema shop to the_trainer")
+    for forged in (
+        "insert into vae.activations (model_id, version, action, forced) values (1, 2147483647, 'activate', false)",
+        "update vae.activations set forced = false",
+        "delete from vae.activations",
+    ):
+        assert refusal(operator, forged).sqlstate == "42501"
+        assert refusal(trainer, forged).sqlstate == "42501"
+    # Nor by way of a trigger of one's own with the function that may.
+    trained.execute("create schema trainers authorization the_trainer")
+    trainer.execute("create table trainers.versions (like vae.versions)")
     forged = (
-        "insert into vae.activations (model_id, version, action, forced, activated_by)"
-        " values (1, 1, 'activate', false, 'x')"
+        "create trigger t after insert on trainers.versions for each row execute function vae_private.log_activation()"
     )
-    assert refusal(operator, forged).sqlstate == "42501"
+    assert refusal(trainer, forged).sqlstate == "42501"
     forged = "insert into vae.refreshes (model_id, view, started_by) values (1, 'recommendations', 'x')"
     assert refusal(operator, forged).sqlstate == "42501"
     operator.execute("update vae.versions set state = 'retired' where state = 'active'")
@@ -658,6 +669,18 @@ def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Conne
     assert trained.execute(last).fetchone() == (2, "the_operator", True, "set without vae.activate")
     operator.execute("select * from vae.activate('shop', 1, force => true, reason => 'better')")
     assert trained.execute(last).fetchone() == (1, "the_operator", True, "better")
+    # Who it is stays true, whatever the state is set by, and after set role.
+    told = '{"activated_by": "x", "forced": false}'
+    operator.execute("select set_config('vae.activation', %s, false)", [told])
+    operator.execute("update vae.versions set state = 'retired' where state = 'active'")
+    operator.execute("update vae.versions set state = 'active' where version = 2")
+    assert trained.execute(last).fetchone() == (2, "the_operator", False, None)
+    trained.execute("set role the_operator; select * from vae.activate('shop', 1, force => true); reset role")
+    assert trained.execute(last).fetchone() == (1, "the_operator", True, None)
+    trained.execute("alter schema shop owner to the_trainer")
+    trainer.execute("select * from vae.drop_version('shop', 2)")
+    last = "select version, activated_by, action from vae.activations order by activation_id desc limit 1"
+    assert trained.execute(last).fetchone() == (2, "the_trainer", "drop")
 
 
 def test_a_trainer_cannot_publish_a_version_that_nobody_wrote(trained: psycopg.Connection, login: Login) -> None:
