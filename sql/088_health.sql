@@ -9,6 +9,7 @@ with facts as (
         active.version_id,
         active.version,
         active.activated_at,
+        m.rebuild_error,
         newest.version as newest_version,
         coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours')::interval as stale_after
     from vae.models m
@@ -31,13 +32,14 @@ with facts as (
     group by f.model
 ), checks as (
     select f.model, 1 as place, 'views' as check_name,
-        case when coalesce(g.gone[1], g.moved, g.lost) is null then 'ok' else 'critical' end as status,
+        case when coalesce(g.gone[1], g.moved, g.lost, f.rebuild_error) is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
             when g.gone is null and g.moved is not null then format('they read another table than %s, which was renamed or replaced', g.moved)
-            when g.gone is null then format('live calls read columns that are gone or renamed: %s', g.lost)
+            when g.gone is null and g.lost is not null then format('live calls read columns that are gone or renamed: %s', g.lost)
+            when g.gone is null then format('they are those of an earlier release, the upgrade could not remake them: %s', f.rebuild_error)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
-        case when f.has_schema and coalesce(g.gone[1], g.moved) is null
+        case when f.has_schema and g.gone is null and g.moved is null and g.lost is not null
                 then format('rename them back; other features: select vae.set_features(%L, …)', f.model)
             when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
@@ -48,11 +50,20 @@ with facts as (
             (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved,
             (select vae_private.lost_columns(m) from vae.models m where m.model_id = f.model_id) as lost
         from vae_private.model_objects(f.model_id) o
-        where o.kind <> 'function' and not exists (
-            select
-            from pg_catalog.pg_class c
-            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-            where n.nspname = f.model and c.relname = o.object)
+        -- By the catalogue: to_regclass and to_regprocedure ask for a right on the schema.
+        where case o.kind
+            when 'function' then not exists (
+                select
+                from pg_catalog.pg_proc p
+                join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+                where n.nspname = f.model and p.proname = split_part(o.object, '(', 1)
+                    and format('%s(%s)', p.proname, pg_catalog.oidvectortypes(p.proargtypes))
+                        = replace(o.object, 'timestamptz', 'timestamp with time zone'))
+            else not exists (
+                select
+                from pg_catalog.pg_class c
+                join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                where n.nspname = f.model and c.relname = o.object) end
     ) g
     union all
     select f.model, 2, 'active version',

@@ -114,7 +114,7 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (options, user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
+grant insert, update (options, user_features, item_features, exposure_column, rebuild_error), delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
