@@ -45,25 +45,25 @@ with facts as (
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
+    -- By the catalogue: to_regclass and to_regprocedure ask for a right on the schema.
+    cross join lateral (
+        select array(
+            select c.relname::text
+            from pg_catalog.pg_class c
+            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+            where n.nspname = f.model
+            union all
+            select format('%s(%s)', p.proname, replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'))
+            from pg_catalog.pg_proc p
+            join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+            where n.nspname = f.model) as objects
+    ) h
     cross join lateral (
         select array_agg(o.object order by o.object) as gone,
             (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved,
             (select vae_private.lost_columns(m) from vae.models m where m.model_id = f.model_id) as lost
         from vae_private.model_objects(f.model_id) o
-        -- By the catalogue: to_regclass and to_regprocedure ask for a right on the schema.
-        where case o.kind
-            when 'function' then not exists (
-                select
-                from pg_catalog.pg_proc p
-                join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-                where n.nspname = f.model and p.proname = split_part(o.object, '(', 1)
-                    and format('%s(%s)', p.proname, pg_catalog.oidvectortypes(p.proargtypes))
-                        = replace(o.object, 'timestamptz', 'timestamp with time zone'))
-            else not exists (
-                select
-                from pg_catalog.pg_class c
-                join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-                where n.nspname = f.model and c.relname = o.object) end
+        where o.object <> all (h.objects)
     ) g
     union all
     select f.model, 2, 'active version',

@@ -453,7 +453,7 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
 def test_a_model_that_an_upgrade_could_not_remake_is_not_well_until_it_is(trained: Connection) -> None:
     drift(trained)
     for gone, back, why in (
-        ("alter table events rename to old", "alter table old rename to events", "relation public.events is gone"),
+        ("alter table events rename to old", "alter table old rename to events", "table public.events of model shop does not exist"),
         ("alter schema shop rename to aside", "alter schema aside rename to shop", "its schema was gone"),
     ):
         trained.execute(gone.encode())
