@@ -1,5 +1,38 @@
 -- What is wrong with a model, from the logs and the catalogue alone: a monitor needs vae_reader, and no right on the shop's tables.
 
+create or replace function vae_private.stale_after()
+returns interval
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    setting constant text := coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours');
+    oldest timestamptz;
+begin
+    begin
+        -- Three times as old is critical.
+        oldest := now() - 3 * setting::interval;
+    exception when data_exception then
+        null;
+    end;
+    if oldest is null or oldest >= now() then
+        raise exception 'vae.stale_after is ''%''', setting
+            using errcode = 'invalid_parameter_value',
+                hint = 'say for how long predictions are fresh, as in: set vae.stale_after = ''26 hours''; it may stand in a role or in the'
+                    ' database: alter role … set, alter database … set';
+    end if;
+    return setting;
+end;
+$$;
+
+comment on function vae_private.stale_after() is
+    'Gives the setting vae.stale_after, 26 hours unless set; refuses what is no span of time. For vae.health_checks.';
+
+
 create or replace view vae.health_checks as
 with facts as (
     select
@@ -11,7 +44,7 @@ with facts as (
         active.activated_at,
         m.rebuild_error,
         newest.version as newest_version,
-        coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours')::interval as stale_after
+        vae_private.stale_after() as stale_after
     from vae.models m
     left join vae.versions active on active.model_id = m.model_id and active.state = 'active'
     left join lateral (

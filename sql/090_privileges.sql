@@ -13,7 +13,11 @@ grant select on
     vae.freshness
 to vae_reader;
 -- vae.health_checks calls them.
-grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models), vae_private.lost_columns(vae.models)
+grant execute on function
+    vae_private.model_objects(integer),
+    vae_private.moved_table(vae.models),
+    vae_private.lost_columns(vae.models),
+    vae_private.stale_after()
 to vae_reader;
 
 -- Scorers call a model's live functions, which call these.

@@ -450,6 +450,16 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     assert checks(trained)["gates"][:2] == ("warning", "postgres forced past a gate: no gate was asked")
 
 
+@pytest.mark.parametrize("setting", ["a day", "-1 day", "0", "100000000 years"])
+def test_a_time_to_grow_stale_that_is_none_is_refused_with_a_remedy(shared_trained: Connection, setting: str) -> None:
+    shared_trained.execute("select set_config('vae.stale_after', %s, false)", [setting])
+    for view in ("vae.health", "vae.health_checks"):
+        refused = refusal(shared_trained, f"select * from {view}")
+        assert (refused.sqlstate, refused.message_primary) == ("22023", f"vae.stale_after is '{setting}'")
+        assert "set vae.stale_after = '26 hours'" in str(refused.message_hint)
+    shared_trained.execute("reset vae.stale_after")
+
+
 def test_a_model_that_an_upgrade_could_not_remake_is_not_well_until_it_is(trained: Connection) -> None:
     drift(trained)
     for gone, back, why in (
