@@ -463,7 +463,11 @@ def test_a_time_to_grow_stale_that_is_none_is_refused_with_a_remedy(shared_train
 def test_a_model_that_an_upgrade_could_not_remake_is_not_well_until_it_is(trained: Connection) -> None:
     drift(trained)
     for gone, back, why in (
-        ("alter table events rename to old", "alter table old rename to events", "table public.events of model shop does not exist"),
+        (
+            "alter table events rename to old",
+            "alter table old rename to events",
+            "table public.events of model shop does not exist",
+        ),
         ("alter schema shop rename to aside", "alter schema aside rename to shop", "its schema was gone"),
     ):
         trained.execute(gone.encode())

@@ -449,6 +449,41 @@ def test_a_trainer_defines_trains_and_drops_models_without_being_superuser(
     assert trained.execute("select count(distinct version_id) from vae_private.tensors").fetchone() == (1,)
 
 
+def test_a_model_whose_owner_leaves_goes_on_as_somebody_elses(
+    trained: psycopg.Connection, login: Login, role: str
+) -> None:
+    trained.execute(f"grant vae_trainer to {role}; grant create on database {trained.info.dbname} to {role}")
+    trained.execute(f"grant select on events to {role}")
+    with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as leaving:
+        Shop().create_model(leaving, "mine")
+        leaving.execute("grant usage on schema mine to the_reader, the_scorer, the_operator")
+        train_and_activate(leaving.info.dsn, "mine")
+        leaving.execute("call vae.refresh('mine')")
+    trained.execute("grant select on events to the_scorer")
+    trained.execute(f"reassign owned by {role} to the_trainer")
+    operator, trainer, reader, scorer = map(login, ("operator", "trainer", "reader", "scorer"))
+    for full in ("false", "true"):
+        refused = refusal(operator, f"call vae.refresh('mine', full => {full})")
+        assert refused.sqlstate == "42501"
+        assert "grant select on public.events to the_trainer" in str(refused.message_hint)
+    trained.execute("grant select on events to the_trainer")
+    trained.execute(f"drop owned by {role}")
+    operator.execute("call vae.refresh('mine', full => true)")
+    assert reader.execute("select count(*) > 0 from mine.recommendations").fetchone() == (True,)
+    assert scorer.execute("select count(*) > 0 from mine.recommend(%s)", [USER]).fetchone() == (True,)
+    trainer.execute("select vae.rebuild_model('mine')")
+    assert train_and_activate(trainer.info.dsn, "mine") == 2
+    assert install(trained.info.dsn).warnings == []
+    operator.execute("call vae.refresh('mine')")
+    owners = trained.execute(
+        "select distinct o::regrole::text from (select relowner from pg_class where relnamespace = 'mine'::regnamespace"
+        " union all select proowner from pg_proc where pronamespace = 'mine'::regnamespace) t (o)"
+    )
+    assert owners.fetchall() == [("the_trainer",)]
+    # Nothing is left that would keep the role: the fixture drops it.
+    trainer.execute("select vae.drop_model('mine')")
+
+
 def test_what_a_superuser_remakes_belongs_to_the_owner(trained: psycopg.Connection, login: Login) -> None:
     trained.execute("grant select on events to the_trainer")
     trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
