@@ -404,8 +404,8 @@ def check_installation(facts: Facts, code: tuple[str, str] | None) -> Check:
         return Check(
             name="pgvae",
             status="fail",
-            found=f"database {facts.database} holds pgvae's tables without their rows, as after a restore of a dump with"
-            " --schema-only",
+            found=f"database {facts.database} holds pgvae's tables without their rows,"
+            " as after a restore of a dump with --schema-only",
             remedy="restore with the data of the schemas vae and vae_private; pgvae install says how to begin anew",
         )
     own = resources.runtime_digest()

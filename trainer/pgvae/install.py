@@ -77,7 +77,7 @@ _FOREIGN_SCHEMA = """
 select pg_catalog.to_regnamespace('vae') is not null and pg_catalog.to_regclass('vae_private.installation') is null
 """
 
-# What a dump without data leaves of pgvae: its schemas, and those of models, whose names the table of models no longer tells.
+# What a dump without data leaves of pgvae: its schemas, and those of models, whose names vae.models no longer tells.
 _LEFT = """
 select pg_catalog.quote_ident(n.nspname)
 from pg_catalog.pg_namespace n
