@@ -896,6 +896,7 @@ declare
     id constant integer := (vae_private.locked_model(model)).model_id;
     dropped record;
 begin
+    perform vae_private.lock_versions(id);
     -- Without CASCADE: a view that somebody built on a prediction stops the drop and is named in the error. In the order in which
     -- they are read, as in vae_private.build_model, where another one would end in deadlocks.
     for dropped in

@@ -841,6 +841,7 @@ begin
     perform vae_private.build_segments(m);
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
+    update vae.models set rebuild_error = null where models.model_id = m.model_id and models.rebuild_error is not null;
     if owner <> caller then
         perform set_config('role', role_before, true);
     end if;
@@ -911,6 +912,10 @@ begin
     update vae.models m
     set options = vae_private.default_options() || m.options || jsonb_build_object(
         'max_share', (vae_private.default_options() -> 'max_share') || (m.options -> 'max_share'));
+    -- A schema that is renamed meanwhile may come back, with what the last release made of it.
+    update vae.models m
+    set rebuild_error = 'its schema was gone'
+    where not exists (select from pg_namespace n where n.nspname = m.name);
     for each in
         select m.model_id, m.name
         from vae.models m
@@ -921,7 +926,8 @@ begin
             perform vae_private.build_model(each.model_id);
             built := built + 1;
         exception when others then
-            -- A model whose tables were dropped or changed keeps no other model from the upgrade.
+            -- A model whose tables were dropped or changed keeps no other model from the upgrade. vae.health goes on telling of it.
+            update vae.models m set rebuild_error = sqlerrm where m.model_id = each.model_id;
             raise warning 'model % is not rebuilt: %', each.name, sqlerrm
                 using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
         end;

@@ -1,5 +1,28 @@
 -- Versions: which one scores.
 
+create or replace function vae_private.lock_versions(id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- After the lock of vae_private.locked_model, where both are taken, and before a row of a version or about one is written: whoever
+    -- wrote first and asked for the lock later would wait for a prune that waits for the row.
+    -- A standby changes no version and logs nothing.
+    if current_setting('transaction_read_only') = 'off' then
+        perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    end if;
+end;
+$$;
+
+comment on function vae_private.lock_versions(integer) is
+    'Waits for whoever activates, verifies or drops versions of a model; until the end of the transaction nobody else does.';
+
+
 create or replace function vae_private.activation_gates(id integer, model text, wanted_version integer)
 returns table (gate text, status text, detail text, state text, hint text)
 language plpgsql
@@ -17,6 +40,7 @@ declare
     compared bigint;
     seen text;
 begin
+    perform vae_private.lock_versions(id);
     select * into wanted from vae.versions v where v.version_id = vae_private.version_id(id, model, wanted_version);
     select * into present from vae.versions v where v.model_id = id and v.state = 'active';
 
@@ -122,7 +146,7 @@ declare
     overridden text[] := '{}';
 begin
     -- One activation at a time for a model; a second one waits and then sees the first one's result.
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     for gate in select g.* from vae_private.activation_gates(id, model, version) g where g.status = 'fail' loop
         if not coalesce(force, false) then
             raise exception '%', gate.detail using errcode = gate.state, hint = gate.hint;
@@ -194,7 +218,7 @@ declare
     id constant integer := vae_private.model_id(model);
     target integer;
 begin
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     target := vae_private.rollback_target(id);
     if target is null then
         raise exception 'model % has no earlier version to roll back to', model
@@ -240,21 +264,24 @@ comment on function vae_private.switch_version(integer, integer, text, boolean, 
     'Retires the active version and activates another one; part of vae.activate and vae.rollback.';
 
 
--- A trigger writes the log: an operator who sets the state directly is in it too.
+-- A trigger writes the log, and nobody else can: an operator who sets the state directly is in it too. What the setting tells of gates,
+-- an operator can tell as well: whoever may force needs no pretext.
 create or replace function vae_private.log_activation()
 returns trigger
 language plpgsql
 volatile
 called on null input
 parallel unsafe
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     told constant jsonb := nullif(current_setting('vae.activation', true), '')::jsonb;
 begin
-    insert into vae.activations (model_id, version, previous_version, action, forced, reason, overridden)
+    insert into vae.activations (activated_by, model_id, version, previous_version, action, forced, reason, overridden)
     values (
+        -- Not current_user, which is the owner of this function.
+        coalesce(nullif(current_setting('role'), 'none'), session_user),
         new.model_id,
         new.version,
         (told ->> 'previous')::integer,
@@ -267,7 +294,8 @@ begin
 end;
 $$;
 
-comment on function vae_private.log_activation() is 'Trigger that logs each activation in vae.activations.';
+comment on function vae_private.log_activation() is
+    'Trigger that logs each activation in vae.activations. SECURITY DEFINER, since nobody writes that log otherwise.';
 
 drop trigger if exists log_activation on vae.versions;
 create trigger log_activation

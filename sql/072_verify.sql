@@ -85,12 +85,13 @@ as $$
 #variable_conflict use_column
 declare
     id constant integer := vae_private.model_id(model);
-    number constant integer := coalesce(
-        verify.version, (select v.version from vae.versions v where v.model_id = id and v.state = 'active'));
+    number integer;
     wanted bigint;
     digest constant text := (select i.runtime_digest from vae_private.installation i);
     result record;
 begin
+    perform vae_private.lock_versions(id);
+    number := coalesce(verify.version, (select v.version from vae.versions v where v.model_id = id and v.state = 'active'));
     if number is null then
         raise exception 'model % has no active version', model
             using errcode = 'VA002', hint = vae_private.activation_hint(id, model);

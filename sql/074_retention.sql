@@ -16,7 +16,7 @@ declare
 begin
     perform vae_private.check_owner(model);
     -- No activation between the look at the state and the removal.
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     select v.version_id, v.version, v.state, vae_private.version_bytes(v.version_id) as bytes into dropped
     from vae.versions v
     where v.version_id = vae_private.version_id(id, model, drop_version.version);
@@ -55,7 +55,7 @@ begin
         raise exception 'keep is %', coalesce(keep::text, 'null')
             using errcode = 'invalid_parameter_value', hint = 'say how many of the newest versions stay, as in: keep => 3';
     end if;
-    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+    perform vae_private.lock_versions(id);
     return query
         with kept as (
             select n.version
@@ -186,20 +186,22 @@ language plpgsql
 volatile
 called on null input
 parallel unsafe
-security invoker
+security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- With the model itself its log goes too.
     if exists (select from vae.models m where m.model_id = old.model_id) then
-        insert into vae.activations (model_id, version, action, forced)
-        values (old.model_id, old.version, 'drop', old.state = 'active');
+        -- Not current_user, which is the owner of this function.
+        insert into vae.activations (activated_by, model_id, version, action, forced)
+        values (coalesce(nullif(current_setting('role'), 'none'), session_user), old.model_id, old.version, 'drop', old.state = 'active');
     end if;
     return null;
 end;
 $$;
 
-comment on function vae_private.log_drop() is 'Trigger that logs each dropped version in vae.activations.';
+comment on function vae_private.log_drop() is
+    'Trigger that logs each dropped version in vae.activations. SECURITY DEFINER, since nobody writes that log otherwise.';
 
 drop trigger if exists log_drop on vae.versions;
 create trigger log_drop

@@ -86,7 +86,7 @@ begin
             set transaction isolation level read committed;
         end loop;
         if failure is null then
-            -- A function that could not fill its view said so in a notice, and remembers no run.
+            -- What fills no row remembers that, too; what somebody put in the view's place remembers no run.
             perform vae_private.finish_refresh(
                 run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, null);
         else

@@ -226,6 +226,7 @@ begin
     end if;
 
     if is_ready then
+        perform vae_private.check_grants(m, through => 'refresh_digests');
         execute format(
             'select'
             ' coalesce(array_agg(d.user_id::text) filter (where d.digest is distinct from s.digest and d.user_id is not null), ''{}'') as users,'

@@ -1,5 +1,31 @@
 -- The refresh on a schedule, by pg_cron where it is.
 
+create or replace function vae_private.has_cron()
+returns boolean
+language sql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- Not by name: whoever may create a schema could make one called cron, and what lies in it would run with the rights of
+-- whoever asks. All that pgvae calls there must be pg_cron's own.
+select count(*) = 4
+from pg_extension e
+join pg_depend d on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid and d.deptype = 'e'
+left join pg_class c on d.classid = 'pg_class'::regclass and c.oid = d.objid
+left join pg_proc p on d.classid = 'pg_proc'::regclass and p.oid = d.objid
+join pg_namespace n on n.oid = coalesce(c.relnamespace, p.pronamespace)
+where e.extname = 'pg_cron' and n.nspname = 'cron'
+    and (c.relname in ('job', 'job_run_details')
+        or (p.proname, oidvectortypes(p.proargtypes)) in (('schedule', 'text, text, text'), ('unschedule', 'bigint')))
+$$;
+
+comment on function vae_private.has_cron() is
+    'Says whether the extension pg_cron is in this database and owns what pgvae reads and calls in the schema cron.';
+
+
 create or replace function vae_private.check_cron()
 returns void
 language plpgsql
@@ -13,7 +39,7 @@ declare
     home text;
     other constant text := 'without pg_cron, let cron, systemd or Airflow run: pgvae refresh; see docs/scheduling.md';
 begin
-    if exists (select from pg_extension where extname = 'pg_cron') then
+    if vae_private.has_cron() then
         if not has_schema_privilege('cron', 'usage') then
             raise exception 'permission denied for pg_cron'
                 using errcode = 'insufficient_privilege',
@@ -26,6 +52,9 @@ begin
                     hint = 'schedule as the login role that shall refresh';
         end if;
         return;
+    elsif exists (select from pg_extension where extname = 'pg_cron') then
+        raise exception 'this pg_cron lacks what pgvae calls'
+            using errcode = 'undefined_object', hint = 'a superuser can: alter extension pg_cron update';
     end if;
     begin
         home := current_setting('cron.database_name', true);
@@ -102,7 +131,7 @@ declare
 begin
     perform vae_private.check_cron();
     -- Also of a model that is gone, where somebody else dropped it: the job is what is left.
-    for job in select s.job_id from vae_private.scheduled_jobs() s where s.job_name = format('pgvae refresh %s', unschedule.model) loop
+    for job in select s.job_id from vae.schedules s where s.job_name = format('pgvae refresh %s', unschedule.model) loop
         execute 'select cron.unschedule($1)' using job.job_id;
         removed := true;
     end loop;
@@ -114,7 +143,7 @@ comment on function vae.unschedule(text) is
     'Removes the job that vae.schedule made for a model; says whether there was one. Only whoever scheduled it, or a superuser, can.';
 
 
-create or replace function vae_private.scheduled_jobs()
+create or replace function vae_private.cron_jobs(has_cron boolean)
 returns table (
     model text, job_id bigint, job_name text, schedule text, command text, runs_as text, is_active boolean,
     last_started_at timestamptz, last_finished_at timestamptz, last_status text, last_message text
@@ -127,11 +156,7 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- Usage first: without it to_regclass is refused, too.
-    if not coalesce(has_schema_privilege(to_regnamespace('cron'), 'usage'), false) then
-        return;
-    end if;
-    if to_regclass('cron.job') is null then
+    if not has_cron or not has_schema_privilege('cron', 'usage') then
         return;
     end if;
     return query execute $query$
@@ -149,7 +174,9 @@ begin
 end;
 $$;
 
-comment on function vae_private.scheduled_jobs() is 'Reads the jobs of pg_cron that refresh models; none where it is not there.';
+comment on function vae_private.cron_jobs(boolean) is
+    'Reads the jobs of pg_cron that refresh models; none where it is not there, as vae_private.has_cron says: a reader could not ask that '
+    'in here, without usage of the schema.';
 
 
 create or replace function vae_private.unschedule_dropped(model text)
@@ -164,7 +191,7 @@ as $$
 declare
     job record;
 begin
-    for job in select s.job_id from vae_private.scheduled_jobs() s where s.model = unschedule_dropped.model loop
+    for job in select s.job_id from vae.schedules s where s.model = unschedule_dropped.model loop
         begin
             execute 'select cron.unschedule($1)' using job.job_id;
         exception when insufficient_privilege then
@@ -181,7 +208,7 @@ comment on function vae_private.unschedule_dropped(text) is
 
 create or replace view vae.schedules as
 select s.*
-from vae_private.scheduled_jobs() s;
+from vae_private.cron_jobs(vae_private.has_cron()) s;
 
 comment on view vae.schedules is
     'Jobs of pg_cron that refresh models of this database, with their last run. Whoever is no superuser sees those of its own role. '

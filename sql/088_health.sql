@@ -1,5 +1,38 @@
 -- What is wrong with a model, from the logs and the catalogue alone: a monitor needs vae_reader, and no right on the shop's tables.
 
+create or replace function vae_private.stale_after()
+returns interval
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    setting constant text := coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours');
+    oldest timestamptz;
+begin
+    begin
+        -- Three times as old is critical.
+        oldest := now() - 3 * setting::interval;
+    exception when data_exception then
+        null;
+    end;
+    if oldest is null or oldest >= now() then
+        raise exception 'vae.stale_after is ''%''', setting
+            using errcode = 'invalid_parameter_value',
+                hint = 'say for how long predictions are fresh, as in: set vae.stale_after = ''26 hours''; it may stand in a role or in the'
+                    ' database: alter role … set, alter database … set';
+    end if;
+    return setting;
+end;
+$$;
+
+comment on function vae_private.stale_after() is
+    'Gives the setting vae.stale_after, 26 hours unless set; refuses what is no span of time. For vae.health_checks.';
+
+
 create or replace view vae.health_checks as
 with facts as (
     select
@@ -9,8 +42,9 @@ with facts as (
         active.version_id,
         active.version,
         active.activated_at,
+        m.rebuild_error,
         newest.version as newest_version,
-        coalesce(nullif(current_setting('vae.stale_after', true), ''), '26 hours')::interval as stale_after
+        vae_private.stale_after() as stale_after
     from vae.models m
     left join vae.versions active on active.model_id = m.model_id and active.state = 'active'
     left join lateral (
@@ -31,28 +65,38 @@ with facts as (
     group by f.model
 ), checks as (
     select f.model, 1 as place, 'views' as check_name,
-        case when coalesce(g.gone[1], g.moved, g.lost) is null then 'ok' else 'critical' end as status,
+        case when coalesce(g.gone[1], g.moved, g.lost, f.rebuild_error) is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
             when g.gone is null and g.moved is not null then format('they read another table than %s, which was renamed or replaced', g.moved)
-            when g.gone is null then format('live calls read columns that are gone or renamed: %s', g.lost)
+            when g.gone is null and g.lost is not null then format('live calls read columns that are gone or renamed: %s', g.lost)
+            when g.gone is null then format('they are those of an earlier release, the upgrade could not remake them: %s', f.rebuild_error)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
-        case when f.has_schema and coalesce(g.gone[1], g.moved) is null
+        case when f.has_schema and g.gone is null and g.moved is null and g.lost is not null
                 then format('rename them back; other features: select vae.set_features(%L, …)', f.model)
             when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
+    -- By the catalogue: to_regclass and to_regprocedure ask for a right on the schema.
+    cross join lateral (
+        select array(
+            select c.relname::text
+            from pg_catalog.pg_class c
+            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+            where n.nspname = f.model
+            union all
+            select format('%s(%s)', p.proname, replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'))
+            from pg_catalog.pg_proc p
+            join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+            where n.nspname = f.model) as objects
+    ) h
     cross join lateral (
         select array_agg(o.object order by o.object) as gone,
             (select vae_private.moved_table(m) from vae.models m where m.model_id = f.model_id) as moved,
             (select vae_private.lost_columns(m) from vae.models m where m.model_id = f.model_id) as lost
         from vae_private.model_objects(f.model_id) o
-        where o.kind <> 'function' and not exists (
-            select
-            from pg_catalog.pg_class c
-            join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-            where n.nspname = f.model and c.relname = o.object)
+        where o.object <> all (h.objects)
     ) g
     union all
     select f.model, 2, 'active version',

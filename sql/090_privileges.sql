@@ -13,7 +13,11 @@ grant select on
     vae.freshness
 to vae_reader;
 -- vae.health_checks calls them.
-grant execute on function vae_private.model_objects(integer), vae_private.moved_table(vae.models), vae_private.lost_columns(vae.models)
+grant execute on function
+    vae_private.model_objects(integer),
+    vae_private.moved_table(vae.models),
+    vae_private.lost_columns(vae.models),
+    vae_private.stale_after()
 to vae_reader;
 
 -- Scorers call a model's live functions, which call these.
@@ -70,7 +74,6 @@ to vae_scorer;
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
-grant insert (model_id, version, previous_version, action, forced, reason, overridden) on vae.activations to vae_operator;
 grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
 grant execute on function
@@ -96,6 +99,7 @@ grant execute on function
     vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),
     vae_private.check_grants(vae.models, text),
+    vae_private.lock_versions(integer),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
@@ -114,7 +118,7 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (options, user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
+grant insert, update (options, user_features, item_features, exposure_column, rebuild_error), delete on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
@@ -200,7 +204,7 @@ to vae_trainer;
 
 -- Schedules: pg_cron asks for rights of its own.
 grant select on vae.schedules to vae_reader;
-grant execute on function vae_private.scheduled_jobs() to vae_reader;
+grant execute on function vae_private.has_cron(), vae_private.cron_jobs(boolean) to vae_reader;
 grant execute on function
     vae.schedule(text, text),
     vae.unschedule(text),

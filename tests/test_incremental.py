@@ -461,6 +461,21 @@ def test_the_freshness_view_tells_version_age_and_the_last_failure(trained: Conn
     assert trained.execute(query).fetchone() == (2, 2, True, users, "succeeded", None, True)
 
 
+def test_a_view_that_the_active_version_leaves_empty_is_of_that_version(
+    trained: Connection, trained_database: str
+) -> None:
+    # It has neither heads nor a forecast nor segments: its events span two months.
+    version = publish_network(trained_database, "shop", QUICK, seed=1)[0]
+    trained.execute("select * from vae.activate('shop', %s, force => true)", [version])
+    trained.execute("select vae.create_offer('shop', 'spring', array[item_id], 1) from events limit 1")
+    trained.execute("call vae.refresh('shop')")
+    found = trained.execute("select prediction, model_version, is_active_version, row_count from vae.freshness")
+    rows = {row[0]: row[1:] for row in found}
+    empty = ("churn", "demand", "offer_responses", "user_segments")
+    assert {name: rows[name] for name in empty} == dict.fromkeys(empty, (version, True, 0))
+    assert {row[:2] for row in rows.values()} == {(version, True)}
+
+
 def test_freshness_of_a_model_that_was_never_refreshed_is_unknown(trained: Connection) -> None:
     Shop().create_model(trained, "other")
     found = trained.execute("select distinct model_version, stale_users, is_exact from vae.check_freshness('other')")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -430,6 +432,41 @@ def test_pruning_keeps_what_is_needed_and_says_what_it_removed(trained: Connecti
     assert trained.execute("select * from vae.rollback('shop')").fetchall() == [(3, 2)]
     assert refusal(trained, "select * from vae.prune('shop', keep => -1)").sqlstate == "22023"
     assert refusal(trained, "select * from vae.prune('shop', keep => null)").sqlstate == "22023"
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ("check_activation('shop', 2)", "prune('shop', keep => 0)"),
+        ("verify('shop', 2)", "drop_version('shop', 2)"),
+        ("check_drift('shop')", "drop_version('shop', 1, force => true)"),
+        ("hit_rate('shop')", "drop_version('shop', 1, force => true)"),
+        ("check_activation('shop', 2)", "drop_model('shop')"),
+        ("activate('shop', 1)", "drop_model('shop')"),
+    ],
+)
+def test_who_looks_at_a_version_and_then_activates_it_meets_no_deadlock(
+    trained: Connection, first: str, other: str
+) -> None:
+    another(trained)
+    dropping = f"select * from vae.{other}"
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(trained.info.dsn, autocommit=True) as dropper:
+        with trained.transaction():
+            trained.execute(f"select * from vae.{first}".encode())
+            dropped = threads.submit(dropper.execute, dropping.encode())
+            waits = "select count(*) from pg_stat_activity where query = %s and wait_event_type = 'Lock'"
+            while not dropped.done() and trained.execute(waits, [dropping]).fetchone() == (0,):
+                # Within a transaction the activity is read once.
+                trained.execute("select pg_stat_clear_snapshot()")
+                time.sleep(0.01)
+            assert not dropped.done()
+            trained.execute("select * from vae.activate('shop', 2, force => true)")
+        # Nothing is left to prune where the version became active meanwhile; one that is active is not dropped.
+        if "'shop', 2" in other:
+            with pytest.raises(psycopg.errors.ObjectInUse):
+                dropped.result(60)
+        else:
+            dropped.result(60)
 
 
 def test_the_command_line_reads_times_and_texts_whatever_the_settings_of_a_role(

@@ -18,6 +18,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from conftest import as_role
+from pgvae.install import install
 from pgvae.server import Server
 from shop import BEGIN, QUICK, Shop, refusal
 from variants import publish_network
@@ -424,6 +425,10 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute(str(checks(trained)["views"][2]))
     trained.execute("call vae.refresh('shop', views => array['demand'])")
     assert problems(trained) == {}
+    trained.execute("drop function shop.recommend(bigint, integer, jsonb)")
+    assert checks(trained)["views"][:2] == ("critical", "missing: recommend(bigint, integer, jsonb)")
+    trained.execute(str(checks(trained)["views"][2]))
+    assert problems(trained) == {}
     trained.execute("alter table events rename to old")
     assert problems(trained) == {"views": "critical"}
     assert "they read another table than public.events" in health(trained)["detail"]
@@ -443,6 +448,42 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     trained.execute("update vae.versions set state = 'retired' where version = 1")
     trained.execute("update vae.versions set state = 'active', activated_at = now() where version = 2")
     assert checks(trained)["gates"][:2] == ("warning", "postgres forced past a gate: no gate was asked")
+
+
+@pytest.mark.parametrize("setting", ["a day", "-1 day", "0", "100000000 years"])
+def test_a_time_to_grow_stale_that_is_none_is_refused_with_a_remedy(shared_trained: Connection, setting: str) -> None:
+    shared_trained.execute("select set_config('vae.stale_after', %s, false)", [setting])
+    for view in ("vae.health", "vae.health_checks"):
+        refused = refusal(shared_trained, f"select * from {view}")
+        assert (refused.sqlstate, refused.message_primary) == ("22023", f"vae.stale_after is '{setting}'")
+        assert "set vae.stale_after = '26 hours'" in str(refused.message_hint)
+    shared_trained.execute("reset vae.stale_after")
+
+
+def test_a_model_that_an_upgrade_could_not_remake_is_not_well_until_it_is(trained: Connection) -> None:
+    drift(trained)
+    for gone, back, why in (
+        (
+            "alter table events rename to old",
+            "alter table old rename to events",
+            "table public.events of model shop does not exist",
+        ),
+        ("alter schema shop rename to aside", "alter schema aside rename to shop", "its schema was gone"),
+    ):
+        trained.execute(gone.encode())
+        install(trained.info.dsn)
+        trained.execute(back.encode())
+        assert problems(trained) == {"views": "critical"}
+        detail, remedy = checks(trained)["views"][1:]
+        assert remedy
+        assert detail == f"they are those of an earlier release, the upgrade could not remake them: {why}"
+        assert health(trained)["remedy"] == remedy == "select vae.rebuild_model('shop')"
+        trained.execute(remedy)
+        assert problems(trained) == {}
+    # Or until the next upgrade can.
+    trained.execute("update vae.models set rebuild_error = 'something'")
+    install(trained.info.dsn)
+    assert problems(trained) == {}
 
 
 def test_health_is_cheap_however_long_the_log(trained: Connection) -> None:

@@ -449,6 +449,41 @@ def test_a_trainer_defines_trains_and_drops_models_without_being_superuser(
     assert trained.execute("select count(distinct version_id) from vae_private.tensors").fetchone() == (1,)
 
 
+def test_a_model_whose_owner_leaves_goes_on_as_somebody_elses(
+    trained: psycopg.Connection, login: Login, role: str
+) -> None:
+    trained.execute(f"grant vae_trainer to {role}; grant create on database {trained.info.dbname} to {role}")
+    trained.execute(f"grant select on events to {role}")
+    with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as leaving:
+        Shop().create_model(leaving, "mine")
+        leaving.execute("grant usage on schema mine to the_reader, the_scorer, the_operator")
+        train_and_activate(leaving.info.dsn, "mine")
+        leaving.execute("call vae.refresh('mine')")
+    trained.execute("grant select on events to the_scorer")
+    trained.execute(f"reassign owned by {role} to the_trainer")
+    operator, trainer, reader, scorer = map(login, ("operator", "trainer", "reader", "scorer"))
+    for full in ("false", "true"):
+        refused = refusal(operator, f"call vae.refresh('mine', full => {full})")
+        assert refused.sqlstate == "42501"
+        assert "grant select on public.events to the_trainer" in str(refused.message_hint)
+    trained.execute("grant select on events to the_trainer")
+    trained.execute(f"drop owned by {role}")
+    operator.execute("call vae.refresh('mine', full => true)")
+    assert reader.execute("select count(*) > 0 from mine.recommendations").fetchone() == (True,)
+    assert scorer.execute("select count(*) > 0 from mine.recommend(%s)", [USER]).fetchone() == (True,)
+    trainer.execute("select vae.rebuild_model('mine')")
+    assert train_and_activate(trainer.info.dsn, "mine") == 2
+    assert install(trained.info.dsn).warnings == []
+    operator.execute("call vae.refresh('mine')")
+    owners = trained.execute(
+        "select distinct o::regrole::text from (select relowner from pg_class where relnamespace = 'mine'::regnamespace"
+        " union all select proowner from pg_proc where pronamespace = 'mine'::regnamespace) t (o)"
+    )
+    assert owners.fetchall() == [("the_trainer",)]
+    # Nothing is left that would keep the role: the fixture drops it.
+    trainer.execute("select vae.drop_model('mine')")
+
+
 def test_what_a_superuser_remakes_belongs_to_the_owner(trained: psycopg.Connection, login: Login) -> None:
     trained.execute("grant select on events to the_trainer")
     trained.execute(f"grant create on database {trained.info.dbname} to the_trainer")
@@ -645,11 +680,22 @@ def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Conne
     trained.execute("grant usage on schema shop to the_operator")
     train(trained.info.dsn)
     operator = login("operator")
+    trainer = login("trainer")
+    trained.execute("grant usage on schema shop to the_trainer")
+    for forged in (
+        "insert into vae.activations (model_id, version, action, forced) values (1, 2147483647, 'activate', false)",
+        "update vae.activations set forced = false",
+        "delete from vae.activations",
+    ):
+        assert refusal(operator, forged).sqlstate == "42501"
+        assert refusal(trainer, forged).sqlstate == "42501"
+    # Nor by way of a trigger of one's own with the function that may.
+    trained.execute("create schema trainers authorization the_trainer")
+    trainer.execute("create table trainers.versions (like vae.versions)")
     forged = (
-        "insert into vae.activations (model_id, version, action, forced, activated_by)"
-        " values (1, 1, 'activate', false, 'x')"
+        "create trigger t after insert on trainers.versions for each row execute function vae_private.log_activation()"
     )
-    assert refusal(operator, forged).sqlstate == "42501"
+    assert refusal(trainer, forged).sqlstate == "42501"
     forged = "insert into vae.refreshes (model_id, view, started_by) values (1, 'recommendations', 'x')"
     assert refusal(operator, forged).sqlstate == "42501"
     operator.execute("update vae.versions set state = 'retired' where state = 'active'")
@@ -658,6 +704,18 @@ def test_the_log_of_activations_tells_who_and_misses_none(trained: psycopg.Conne
     assert trained.execute(last).fetchone() == (2, "the_operator", True, "set without vae.activate")
     operator.execute("select * from vae.activate('shop', 1, force => true, reason => 'better')")
     assert trained.execute(last).fetchone() == (1, "the_operator", True, "better")
+    # Who it is stays true, whatever the state is set by, and after set role.
+    told = '{"activated_by": "x", "forced": false}'
+    operator.execute("select set_config('vae.activation', %s, false)", [told])
+    operator.execute("update vae.versions set state = 'retired' where state = 'active'")
+    operator.execute("update vae.versions set state = 'active' where version = 2")
+    assert trained.execute(last).fetchone() == (2, "the_operator", False, None)
+    trained.execute("set role the_operator; select * from vae.activate('shop', 1, force => true); reset role")
+    assert trained.execute(last).fetchone() == (1, "the_operator", True, None)
+    trained.execute("alter schema shop owner to the_trainer")
+    trainer.execute("select * from vae.drop_version('shop', 2)")
+    last = "select version, activated_by, action from vae.activations order by activation_id desc limit 1"
+    assert trained.execute(last).fetchone() == (2, "the_trainer", "drop")
 
 
 def test_a_trainer_cannot_publish_a_version_that_nobody_wrote(trained: psycopg.Connection, login: Login) -> None:

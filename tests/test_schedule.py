@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import FAST, _pg_config, as_role, create_database
 from pgvae.cli import app, register_commands
 from pgvae.cli.refresh import run_refresh
-from pgvae.install import install
+from pgvae.install import install, uninstall
 from pgvae.server import Server, find_bindir
 from shop import QUICK, Shop, refusal
 from test_lifecycle import measured
@@ -156,6 +156,42 @@ def test_a_server_without_pg_cron_says_what_to_do(shared_trained: Connection) ->
     assert "pgvae refresh" in str(refused.message_hint)
     assert refusal(shared_trained, "select vae.unschedule('shop')").sqlstate == "42704"
     assert shared_trained.execute("select * from vae.schedules").fetchall() == []
+
+
+def test_a_schema_that_somebody_else_called_cron_is_not_pg_crons(trained: Connection, role: str) -> None:
+    dsn = trained.info.dsn
+    trained.execute(f"grant vae_trainer to {role}; grant create on database {trained.info.dbname} to {role}")
+    with psycopg.connect(as_role(dsn, role), autocommit=True) as trainer:
+        trainer.execute(
+            "create schema cron;"
+            f"create function cron.rise() returns bigint language plpgsql as $$ begin alter role {role} superuser;"
+            " return 1; end $$;"
+            "create view cron.job as select cron.rise() as jobid, 'pgvae refresh shop'::name as jobname,"
+            " '* * * * *'::text as schedule, 'call vae.refresh(''shop'')'::text as command, 'nobody'::text as username,"
+            " true as active, current_database()::text as database;"
+            "create view cron.job_run_details as select 1::bigint as jobid, 1::bigint as runid, now() as start_time,"
+            " now() as end_time, ''::text as status, ''::text as return_message;"
+            "create function cron.unschedule(bigint) returns boolean language sql as 'select cron.rise() = 1';"
+            "create function cron.schedule(text, text, text) returns bigint language sql as 'select cron.rise()';"
+            "grant usage on schema cron to public; grant select on all tables in schema cron to public"
+        )
+        assert trained.execute("select * from vae.schedules").fetchall() == []
+        for call in ("vae.schedule('shop')", "vae.unschedule('shop')"):
+            assert refusal(trained, f"select {call}").sqlstate == "42704"
+        trained.execute("select vae.drop_model('shop')")
+        uninstall(dsn)
+        trained.execute(f"drop owned by {role} cascade")
+    assert trained.execute("select rolsuper from pg_roles where rolname = %s", [role]).fetchone() == (False,)
+
+
+def test_nothing_is_called_that_is_not_pg_crons_own(nightly: Connection) -> None:
+    nightly.execute("alter extension pg_cron drop function cron.unschedule(bigint)")
+    try:
+        assert nightly.execute("select * from vae.schedules").fetchall() == []
+        refused = refusal(nightly, "select vae.unschedule('shop')")
+        assert (refused.sqlstate, refused.message_primary) == ("42704", "this pg_cron lacks what pgvae calls")
+    finally:
+        nightly.execute("alter extension pg_cron add function cron.unschedule(bigint)")
 
 
 def test_pg_cron_in_another_database_is_named(cron: Server, nightly: Connection) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -84,9 +86,9 @@ def restored(server: Server) -> Iterator[str]:
     drop_database(server, "restored")
 
 
-def move(server: Server, source: str, target: str, dump_format: str, path: Path) -> None:
+def move(server: Server, source: str, target: str, dump_format: str, path: Path, *options: str) -> None:
     """Dumps a database and restores it into another; any error or warning fails."""
-    dump = [server.bindir / "pg_dump", "--format", dump_format, "--file", path, "--dbname", source]
+    dump = [server.bindir / "pg_dump", *options, "--format", dump_format, "--file", path, "--dbname", source]
     restore = {
         "plain": [server.bindir / "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "--dbname", target, "--file", path],
         "custom": [server.bindir / "pg_restore", "--exit-on-error", "--dbname", target, path],
@@ -128,6 +130,32 @@ def test_a_dump_without_content_is_filled_by_the_next_refresh(
             rows(connection, "select * from shop.recommendations")
         connection.execute("call vae.refresh('shop')")
         assert len(rows(connection, "select distinct user_id from shop.recommendations")) == len(Shop().users)
+
+
+def test_a_dump_of_the_schema_alone_is_refused_with_a_way_out(
+    server: Server, trained_database: str, restored: str, tmp_path: Path, run_cli: RunCli
+) -> None:
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute('create table events_too as select * from events; create schema "Other"')
+        Shop(events="events_too").create_model(connection, "too")
+    move(server, trained_database, restored, "plain", tmp_path / "dump", "--schema-only")
+    found = "pgvae's tables without their rows, as after a restore of a dump with --schema-only"
+    done = run_cli("doctor", "--json", dsn=restored)
+    assert done.returncode == 1
+    (check,) = (check for check in json.loads(done.stdout) if check["name"] == "pgvae")
+    assert (check["status"], found in check["found"]) == ("fail", True)
+    done = run_cli("install", dsn=restored)
+    assert (done.returncode, found in done.stderr) == (1, True)
+    statement = re.search(r"drop schema .* cascade", " ".join(done.stderr.split()))
+    assert statement
+    assert statement[0] == "drop schema vae, vae_private, shop, too cascade"
+    with psycopg.connect(restored, autocommit=True) as connection:
+        connection.execute(statement[0].encode())
+        assert install(restored).models == 0
+        Shop().add(connection, Shop().rows())
+        Shop().create_model(connection)
+        assert rows(connection, "select name from vae.models") == [("shop",)]
+    assert run_cli("doctor", dsn=restored).returncode == 0
 
 
 def test_the_model_of_a_role_that_is_no_superuser_is_restored_too(

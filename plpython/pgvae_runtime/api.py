@@ -231,8 +231,7 @@ def demand_all(plpy: Any, model_id: int) -> Iterator[sales.Row]:
     except ScoringError as error:
         if error.sqlstate != NO_DEMAND:
             raise
-        plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
-        return iter(())
+        return _empty(plpy, model_id, "demand", error)
     return sales.demand_of_all(plpy, found)
 
 
@@ -256,18 +255,20 @@ def explain_churn(plpy: Any, model_id: int, user_key: str | None) -> list[tuple[
 @translated
 def churn_all(plpy: Any, model_id: int) -> Iterator[churn.Row]:
     """Gives the same of all users, for a materialized view; none where the version has no heads, and a notice."""
-    version = _version_with_heads(plpy, model_id)
-    return iter(()) if version is None else churn.churn_of_all(plpy, version)
-
-
-def _version_with_heads(plpy: Any, model_id: int) -> Version | None:
     try:
-        return churn.version_with_heads(plpy, model_id)
+        version = churn.version_with_heads(plpy, model_id)
     except ScoringError as error:
         if error.sqlstate != NO_OUTCOMES:
             raise
-        plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
-        return None
+        return _empty(plpy, model_id, "churn", error)
+    return churn.churn_of_all(plpy, version)
+
+
+def _empty(plpy: Any, model_id: int, view: str, error: ScoringError) -> Iterator[Any]:
+    """Gives no row of a prediction view, says why, and remembers that this is what the active version has to say."""
+    plpy.notice(f"{error.message}; the view stays empty", hint=error.hint)
+    runs.record(active_version(plpy, model_id), view, 0)
+    return iter(())
 
 
 @translated
@@ -297,8 +298,13 @@ def offer_audiences(plpy: Any, model_id: int) -> Iterator[audiences.OfferRow]:
     if not offers:
         runs.record(active_version(plpy, model_id), "offer_responses", 0)
         return iter(())
-    version = _version_with_heads(plpy, model_id)
-    return iter(()) if version is None else audiences.offer_audiences(plpy, version, offers)
+    try:
+        version = churn.version_with_heads(plpy, model_id)
+    except ScoringError as error:
+        if error.sqlstate != NO_OUTCOMES:
+            raise
+        return _empty(plpy, model_id, "offer_responses", error)
+    return audiences.offer_audiences(plpy, version, offers)
 
 
 _AUDIENCE_OPTIONS = {

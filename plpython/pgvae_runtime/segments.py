@@ -52,6 +52,7 @@ def segment_all(plpy: Any, version: Version) -> Iterator[Row]:
     """Gives the segment of each user, for a materialized view; no row, and a notice, for a version without segments."""
     if CENTROIDS not in version.weights:
         plpy.notice(f"version {version.version} of model {version.model} has no segments: user_segments is empty")
+        runs.record(version, "user_segments", 0)
         return
     names = _names(plpy, version)
     done = 0

@@ -194,10 +194,14 @@ def read_facts(connection: psycopg.Connection) -> Facts:
 
 
 def installed_code(connection: psycopg.Connection) -> tuple[str, str] | None:
-    """Gives release and digest of the code that the database holds; None where the role may not read them."""
+    """Gives release and digest of the code that the database holds; None where the role may not read them.
+
+    Both are empty where the tables hold no rows, as in a database that was restored without data.
+    """
     try:
         with connection.transaction():
-            return connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
+            row = connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
+            return row or ("", "")
     except psycopg.errors.InsufficientPrivilege:
         return None
 
@@ -411,6 +415,14 @@ def check_installation(facts: Facts, code: tuple[str, str] | None) -> Check:
         found = f"installed in database {facts.database}; role {facts.role} may not read which release"
         return Check(name="pgvae", status="ok", found=found)
     release, digest = code
+    if not release:
+        return Check(
+            name="pgvae",
+            status="fail",
+            found=f"database {facts.database} holds pgvae's tables without their rows,"
+            " as after a restore of a dump with --schema-only",
+            remedy="restore with the data of the schemas vae and vae_private; pgvae install says how to begin anew",
+        )
     own = resources.runtime_digest()
     if digest == own:
         return Check(name="pgvae", status="ok", found=f"pgvae {release}, installed in database {facts.database}")

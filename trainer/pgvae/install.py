@@ -77,6 +77,21 @@ _FOREIGN_SCHEMA = """
 select pg_catalog.to_regnamespace('vae') is not null and pg_catalog.to_regclass('vae_private.installation') is null
 """
 
+# What a dump without data leaves of pgvae: its schemas, and those of models, whose names vae.models no longer tells.
+_LEFT = """
+select pg_catalog.quote_ident(n.nspname)
+from pg_catalog.pg_namespace n
+where n.nspname in ('vae', 'vae_private', 'vae_optuna') or exists (
+    select
+    from pg_catalog.pg_class c
+    join pg_catalog.pg_rewrite r on r.ev_class = c.oid
+    join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_rewrite'::regclass and d.objid = r.oid
+    join pg_catalog.pg_proc p on d.refclassid = 'pg_catalog.pg_proc'::regclass and p.oid = d.refobjid
+    where c.relnamespace = n.oid and c.relkind = 'm' and c.relname = 'recommendations_materialized'
+        and p.pronamespace = 'vae_private'::regnamespace)
+order by n.nspname like 'vae%' desc, n.nspname
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
@@ -152,10 +167,18 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
 
 
 def _check_revision(connection: Connection, config: Config) -> None:
-    """Refuses a database whose tables a newer release made."""
+    """Refuses a database whose tables a newer release made, or that came without their rows."""
     context = MigrationContext.configure(connection, opts={"version_table_schema": PUBLIC})
+    heads = set(context.get_current_heads())
+    if not heads and connection.execute(text("select pg_catalog.to_regclass('vae_private.installation')")).scalar():
+        schemas = ", ".join(connection.execute(text(_LEFT)).scalars())
+        raise PgvaeError(
+            "the database holds pgvae's tables without their rows, as after a restore of a dump with --schema-only",
+            hint="restore with the data of the schemas vae and vae_private; or begin anew, without models:"
+            f" drop schema {schemas} cascade, then pgvae install",
+        )
     known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
-    unknown = set(context.get_current_heads()) - known
+    unknown = heads - known
     if unknown:
         release = connection.execute(text("select release from vae_private.installation")).scalar()
         raise PgvaeError(

@@ -113,6 +113,12 @@ models = Table(
     ),
     _timestamp("created_at", "When the model was created.", default_now=True),
     Column("created_by", Text, nullable=False, server_default=_user, comment="Role that created the model."),
+    Column(
+        "rebuild_error",
+        Text,
+        comment="Why the last upgrade of pgvae could not remake the model's functions and views; null: they are of this"
+        " release.",
+    ),
     # Types become part of the statements that make a model's schema.
     CheckConstraint("user_id_type in ('bigint', 'integer', 'uuid', 'text')", name="user_id_type"),
     CheckConstraint("item_id_type in ('bigint', 'integer', 'uuid', 'text')", name="item_id_type"),
