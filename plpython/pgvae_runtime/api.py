@@ -18,7 +18,7 @@ from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
 from .session import default_type
-from .store import Version, active_version
+from .store import active_version
 
 _EXPLAIN_OPTIONS = {"by": one_of("event", "item")}
 
