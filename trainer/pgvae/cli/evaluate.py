@@ -49,7 +49,11 @@ def evaluate(
     ] = 1,
     k: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Length of the lists that are judged, 20 without it; may be given several times."),
+        typer.Option(
+            min=1,
+            help="Length of the lists that are shown, 20 without it; may be given several times. Lists of 20 are"
+            " measured in any case: vae.activate compares versions by them.",
+        ),
     ] = None,
     version: Annotated[
         int | None, typer.Option(help="Version whose configuration is measured; without it, the newest one.")
@@ -87,7 +91,8 @@ def show(model: str, result: Evaluated, split: str, ks: list[int]) -> None:
     """Prints what was measured."""
     from pgvae.baselines import CHOICES
 
-    metrics = result.comparison.metrics
+    # Lists of 20 are measured always, and shown where they are asked for.
+    metrics = [m for m in result.comparison.metrics if m.k in (0, *ks)]
     name, users = metrics[0].split, metrics[0].user_count
     part = PARTS[split] if name == split else f"the {name} split"
     out.print(f"version {result.version} of model {model}, measured on {part}, {users} users, all items ranked")
