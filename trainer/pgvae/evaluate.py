@@ -56,7 +56,13 @@ def evaluate_version(
         # Whether the gate lets the events pass was asked before the version was published.
         definition, dataset = read_checked(connection, model, True, TrainListener())
     comparison = compare(
-        dataset, config, max_history=definition.max_history, split=split, folds=folds, ks=sorted({K, *ks}), listener=listener
+        dataset,
+        config,
+        max_history=definition.max_history,
+        split=split,
+        folds=folds,
+        ks=sorted({K, *ks}),
+        listener=listener,
     )
     try:
         with connect(dsn) as connection:
