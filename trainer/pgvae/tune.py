@@ -156,7 +156,11 @@ def train_command(model: str, config: TrainingConfig) -> str:
     """Gives the `pgvae train` command line of a configuration: what differs from the defaults."""
     default = asdict(TrainingConfig())
     options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in asdict(config).items() if value != default[name]
+        f"--{name.replace('_', '-')}={each}"
+        for name, value in asdict(config).items()
+        if value != default[name]
+        # An option that takes several values is repeated.
+        for each in (value if isinstance(value, tuple) else (value,))
     ]
     return shlex.join(["pgvae", "train", model, *options])
 
