@@ -16,7 +16,7 @@ from pgvae.binary_copy import copy_rows
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.dataset import Dataset
 from pgvae.outcome_windows import HORIZONS_NEEDED, later_or_shorter
-from pgvae.regression import fit_poisson
+from pgvae.regression import fit_poisson, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
@@ -325,7 +325,7 @@ def fit_log_linear(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[floa
     """
     if not y.any():
         return _NOTHING, [0.0] * x.shape[1]
-    mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-9)
+    mean, scale = standardising(x)
     fitted = fit_poisson((x - mean) / scale, y, np.full(x.shape[1], 2.0 * _RIDGE), most=MOST_LOG)
     coefficients = fitted[:-1] / scale
     return float(fitted[-1] - coefficients @ mean), coefficients.tolist()

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, in_half, log_loss, score_parts
-from pgvae.regression import fit_logistic
+from pgvae.regression import fit_logistic, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.behaviour import names
@@ -89,7 +90,7 @@ def _rfm(honest: Sequence[Seen], setting: Setting) -> Floats:
     ]
     x = np.concatenate([seen.behaviour[:, columns] for seen in honest[2:]])
     y = np.concatenate([seen.window.has_bought for seen in honest[2:]])
-    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
+    mean, scale = standardising(x)
     fitted = fit_logistic((x - mean) / scale, y, np.full(len(columns), _RIDGE))
     later, newest = (
         ((seen.behaviour[:, columns] - mean) / scale) @ fitted[:-1] + fitted[-1] for seen in (honest[1], honest[0])
@@ -261,7 +262,6 @@ def calibration_error(p: Floats, truth: Floats) -> float:
 
 def area_under_curve(p: Floats, truth: Floats) -> float:
     """Gives the share of the (buyer, other) pairs that p puts in the right order; ties count half."""
-    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    # Mann and Whitney 1947: from the ranks, without a pair.
     buyers = truth.sum()
-    return float((rank[truth > 0].sum() - buyers * (buyers + 1) / 2) / (buyers * (len(p) - buyers)))
+    return float((rankdata(p)[truth > 0].sum() - buyers * (buyers + 1) / 2) / (buyers * (len(p) - buyers)))

@@ -12,6 +12,7 @@ from rich.progress import TaskID
 from pgvae.cli import Dsn, app
 from pgvae.cli.metrics import PARTS, lists_table, slices_table, verdicts
 from pgvae.console import err, out, progress_with_detail
+from pgvae.rows import DESCRIPTIVE
 
 if TYPE_CHECKING:
     from pgvae.comparison import Listener
@@ -97,9 +98,9 @@ def show(model: str, result: Evaluated, split: str, ks: list[int]) -> None:
     part = PARTS[split] if name == split else f"the {name} split"
     out.print(f"version {result.version} of model {model}, measured on {part}, {users} users, all items ranked")
     for length in ks:
-        of_length = [m for m in metrics if m.k == length and m.metric not in ("coverage", "novelty")]
+        of_length = [m for m in metrics if m.k == length and m.metric not in DESCRIPTIVE]
         out.print(lists_table(of_length, f"lists of {length}"))
-    out.print(lists_table([m for m in metrics if m.metric in ("coverage", "novelty")], "variety of the lists"))
+    out.print(lists_table([m for m in metrics if m.metric in DESCRIPTIVE], "variety of the lists"))
     out.print(lists_table([m for m in metrics if not m.k], "scores of all items"))
     slices = slices_table(metrics, ks[-1])
     if slices is not None:

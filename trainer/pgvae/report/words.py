@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgvae.report.insight import Insight
-from pgvae.rows import CurvePoint, Metric
+from pgvae.rows import LOWER_IS_BETTER, CurvePoint, Metric
 from pgvae.versions import PublishedVersion
 
 OWN = "pgvae"
@@ -42,7 +42,6 @@ METRICS = {
 MAIN = ("recall", "ndcg", "hit_rate", "coverage")
 # Gates that differ by less are told apart by nobody.
 _EVEN = 0.05
-_LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
 _NO_PERCENT = ("novelty", "log_loss", "brier")
 
 
@@ -84,7 +83,7 @@ def main_split(version: PublishedVersion) -> list[Metric]:
 
 def methods_of(rows: Iterable[Metric], metric: str, k: int) -> list[Metric]:
     """Gives the rows of one metric, the best method first."""
-    sign = 1 if metric in _LOWER_IS_BETTER else -1
+    sign = 1 if metric in LOWER_IS_BETTER else -1
     return sorted(
         (row for row in rows if (row.metric, row.k) == (metric, k)),
         key=lambda row: (sign * row.value, row.method != OWN, row.method),
