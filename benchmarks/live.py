@@ -53,6 +53,7 @@ def main(
     paired: Annotated[int, typer.Option(help="Users with ten pairs each to score.")] = 20_000,
 ) -> None:
     """Measures live calls on a throwaway server."""
+    paired = min(paired, users)
     with throwaway_server() as dsn:
         err.print(f"making {users * events} events", highlight=False)
         make_model(dsn, users, items, events, width, neighbours, 20)
@@ -61,7 +62,7 @@ def main(
             *_many_sessions(dsn, users, calls, sessions),
             *_many_sessions(dsn, users, calls, sessions, pace),
             *_idle_sessions(dsn, idle),
-            *_pairs(dsn, items, min(paired, users)),
+            *_pairs(dsn, items, paired),
         ]
     facts: dict[str, object] = {
         "users": users,

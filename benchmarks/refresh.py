@@ -79,7 +79,7 @@ def _measure(dsn: str, users: int, items: int, k: int, compare: bool) -> list[Fi
         explanations = timed(connection, "call vae.refresh('shop', array['explanations'])")
         freshness = timed(connection, "select * from vae.check_freshness('shop')")
         read_after = timed(connection, "select count(*) from shop.recommendations")
-        for user in range(1, users, users // 200):
+        for user in range(1, users, max(1, users // 200)):
             lookups.append(timed(connection, _ONE_USER.format(user=user)))
         modes = connection.execute(
             "select mode from vae.refreshes where view = 'recommendations' order by refresh_id desc limit 3"

@@ -10,10 +10,7 @@ import optuna
 
 from benchmarks.splits import Task
 from pgvae.config import TrainingConfig
-from pgvae.errors import PgvaeError
-from pgvae.loop import fit
-from pgvae.rows import CHOOSING, Epoch
-from pgvae.tune import SPACE
+from pgvae.tune import SPACE, pruner, train_trial
 
 
 def tuned(
@@ -24,37 +21,13 @@ def tuned(
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=default.seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3),
+        pruner=pruner(),
     )
 
     def objective(trial: optuna.Trial) -> float:
         values = {parameter.name: parameter.suggest(trial) for parameter in SPACE} if trial.number else {}
         trial.set_user_attr("values", values)
-        best = 0.0
-
-        def on_epoch(epoch: Epoch) -> None:
-            nonlocal best
-            if epoch.phase == CHOOSING:
-                return
-            best = max(best, epoch.validation_ndcg or 0.0)
-            trial.report(best, epoch.epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            # Epochs are ranked without shortcut and recency, so none need be chosen.
-            config = replace(default, **values, neighbours=0)
-            fit(
-                task.part,
-                config,
-                max_history=max_history,
-                phase="tune",
-                recency=0.0,
-                validation=task.validation,
-                on_epoch=on_epoch,
-            )
-        except PgvaeError as error:
-            raise optuna.TrialPruned from error
+        best = train_trial(trial, replace(default, **values), task.part, task.validation, max_history=max_history)
         say(f"trial {trial.number}: NDCG@20 {best:.4f} {values}")
         return best
 

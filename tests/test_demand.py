@@ -14,7 +14,7 @@ import pytest
 
 from conftest import as_role, create_database, drop_database
 from pgvae.cli.metrics import demand_verdict
-from pgvae.demand import Sales, fit_demand, fit_interval, fit_log_linear, pinball_loss
+from pgvae.demand import Sales, conformal_bounds, fit_demand, fit_interval, fit_log_linear, pinball_loss
 from pgvae.server import Server
 from pgvae.train import train as run_training
 from pgvae.versions import read_version
@@ -102,6 +102,17 @@ def test_an_interval_covers_what_it_says_at_every_level() -> None:
         assert inside[level].mean() == pytest.approx(0.8, abs=0.04)
     assert (found.low <= found.expected).all()
     assert (found.expected <= found.high).all()
+
+
+@pytest.mark.parametrize("count", [9, 10, 25, 100])
+def test_an_interval_fitted_on_few_covers_what_it_says(count: int) -> None:
+    draws = np.random.default_rng(1).normal(size=(20_000, count + 1))
+    bounds = np.array([conformal_bounds(values) for values in draws[:, 1:]])
+    inside = ((draws[:, 0] >= bounds[:, 0]) & (draws[:, 0] <= bounds[:, 1])).mean()
+    # Of n + 1 exchangeable values so many lie between two order statistics.
+    beyond = (count + 1) // 10
+    assert inside == pytest.approx(1 - 2 * beyond / (count + 1), abs=0.01)
+    assert 0.79 < inside < 0.86
 
 
 def test_the_true_quantile_has_the_least_pinball_loss() -> None:

@@ -760,6 +760,20 @@ def test_the_command_measures_writes_and_shows(lively: str, run_cli: RunCli) -> 
     assert {row[4] for row in rows} == {0, 20}
 
 
+def test_whatever_lists_are_asked_for_versions_can_be_compared(lively: str, run_cli: RunCli) -> None:
+    before = {row[:5] for row in stored(lively, "temporal") if row[3] == "ndcg"}
+    done = run_cli("evaluate", "shop", "--k", "10", dsn=lively)
+    assert done.returncode == 0, done.stderr
+    assert "lists of 10" in done.stdout
+    assert "lists of 20" not in done.stdout
+    assert "ndcg@20" not in done.stdout
+    assert "coverage@20" not in done.stdout
+    # vae.activate compares the NDCG of lists of one length.
+    ndcg = {row[:5] for row in stored(lively, "temporal") if row[3] == "ndcg"}
+    assert {row for row in ndcg if row[2] == "all"} >= {row for row in before if row[2] == "all"}
+    assert {row[4] for row in ndcg} == {10, 20}
+
+
 def test_other_splits_stand_beside_the_first(lively: str, run_cli: RunCli) -> None:
     before = stored(lively, "temporal")
     for split in ("random", "strong"):
@@ -836,7 +850,7 @@ def test_trainers_replace_the_metrics_of_models_that_they_may_use(lively: str, r
         finally:
             admin.execute(sql.SQL("revoke all on events from {}").format(sql.Identifier(role)))
             admin.execute(sql.SQL("revoke all on schema shop from {}").format(sql.Identifier(role)))
-    assert {row[4] for row in stored(lively, "temporal")} == {0, 3}
+    assert {row[4] for row in stored(lively, "temporal")} == {0, 3, 20}
 
 
 def test_only_the_whole_decides_over_an_activation(trained: psycopg.Connection) -> None:

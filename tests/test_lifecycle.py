@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_golden_scores_are_those_of_the_trained_network(with_features: tuple[Con
     assert verify(connection, 1)["passed"]
     tamper(connection, "user_feature_embedding", lambda array: array * 1.001)
     assert not verify(connection, 1)["passed"]
+
+
+def test_cold_items_of_a_version_without_features_pass_the_parity_gate(
+    with_features: tuple[Connection, Any, Any, Any],
+) -> None:
+    connection, *_ = with_features
+    config = replace(QUICK, without=("features",))
+    version, _, dataset, _ = publish_network(connection.info.dsn, "shop", config, 3)
+    assert not dataset.trained_items.all()
+    # Nothing is known of cold items but their features, which are not read.
+    row = verify(connection, version)
+    assert (row["passed"], row["detail"]) == (True, None)
 
 
 def test_no_golden_history_is_a_persons(trained: Connection) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -110,6 +110,31 @@ def test_parquet_goes_the_same_way(empty_database: str, run_cli: RunCli, tmp_pat
     ]
 
 
+def test_floats_of_parquet_are_keys_and_times_and_none_where_they_are_no_number(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    # As pandas writes whole numbers of which some are missing.
+    table = pyarrow.table(
+        {
+            "user": [1.0, float("nan"), 3.0],
+            "item": ["a", "b", "c"],
+            "ts": [1577836800.0, 1577836801.0, 1577836802.5],
+            "price": [1.0, 2.5, float("nan")],
+        }
+    )
+    parquet.write_table(table, tmp_path / "events.parquet")
+    done = run_cli("load", "events", str(tmp_path / "events.parquet"), "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert "0 rejected" in done.stdout or "rejected" not in done.stdout
+    begin = datetime(2020, 1, 1, tzinfo=UTC)
+    assert rows(empty_database, "select user_id, item_id, occurred_at, price::float8 from events order by item_id") == [
+        (1, "a", begin, 1.0),
+        (None, "b", begin + timedelta(seconds=1), 2.5),
+        (3, "c", begin + timedelta(seconds=2.5), None),
+    ]
+    assert rows(empty_database, "select pg_typeof(user_id)::text from events limit 1") == [("bigint",)]
+
+
 def test_rejected_rows_are_kept_with_line_and_reason(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
     good = "".join(f'{n},"two\nlines {n}",2024-01-01T00:00:00Z,1\n' for n in range(60_000))
     bad = b"x1,a,2024-01-01,1\n5,b,2024-13-01,1\n6,c\n7,\xff\xfe,2024-01-01,1\n99999999999999999999,e,2024-01-01,1\n"
@@ -184,6 +209,10 @@ def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp
         (["1262304000", "1293958800"], ("--type", "occurred_at=timestamptz"), "2011-01-02 09:00:00+00"),
         (["1262304000", "1293958800"], (), "2011-01-02 09:00:00+00"),
         (["1262304000000", "1293958800000"], (), "2011-01-02 09:00:00+00"),
+        (["1262304000000000", "1293958800000250"], (), "2011-01-02 09:00:00.00025+00"),
+        (["1262304000000000000", "1293958800000250000"], (), "2011-01-02 09:00:00.00025+00"),
+        (["1262304000.0", "1293958800.0"], (), "2011-01-02 09:00:00+00"),
+        (["1262304000", "1293958800.25"], (), "2011-01-02 09:00:00.25+00"),
         (["12/25/2010 12:26 AM", "01/02/2011 9:00 PM"], (), "2011-01-02 21:00:00+00"),
         (["12/25/2010 12:26:00 am", "12/25/2010 12:26 a.m."], (), "2010-12-25 00:26:00+00"),
         (["25.12.2010 08:26", "01.02.2011 09:00"], (), "2011-02-01 09:00:00+00"),
@@ -197,6 +226,38 @@ def test_times_are_read_in_the_order_that_they_tell(
     assert done.returncode == 0, done.stderr
     query = "select (max(occurred_at) at time zone 'UTC')::text || '+00' from events"
     assert rows(empty_database, query) == [(expected,)]
+
+
+@pytest.mark.parametrize(
+    ("rows_of_dates", "registered", "told"),
+    [
+        # What a column proves is for those that could be of both orders, whichever comes first.
+        ([("01/02/2011", "01/25/2011"), ("03/04/2011", "02/01/2011")], ["2011-01-02", "2011-03-04"], True),
+        # Where columns prove different orders each has its own.
+        ([("25/02/2011", "01/25/2011"), ("03/04/2011", "02/01/2011")], ["2011-02-25", "2011-04-03"], False),
+        # Long after the first rows.
+        ([("", "2011-01-01")] * 1500 + [("01/25/2011", "2011-01-01")], ["2011-01-25"], False),
+    ],
+    ids=["proof beats guess", "proofs differ", "empty at first"],
+)
+def test_one_proof_decides_the_order_of_all_dates(
+    empty_database: str,
+    run_cli: RunCli,
+    tmp_path: Path,
+    rows_of_dates: list[tuple[str, str]],
+    registered: list[str],
+    told: bool,
+) -> None:
+    lines = "".join(f"1,a,{first},{second}\n" for first, second in rows_of_dates)
+    file = write(tmp_path / "events.csv", "user,item,registered,time\n" + lines)
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert ("month before day, as in time" in done.stdout) == told
+    assert "guess" not in done.stdout
+    found = rows(empty_database, "select registered::text from events where registered is not null order by 1")
+    assert [date for (date,) in found] == registered
+    times = rows(empty_database, "select max(occurred_at at time zone 'UTC')::date::text from events")
+    assert times == [("2011-02-01" if len(rows_of_dates) == 2 else "2011-01-01",)]
 
 
 def test_a_few_broken_times_do_not_make_the_column_text(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from psycopg.types.json import Jsonb
 
 from conftest import as_role, create_database, drop_database
 from pgvae.checkpoints import Checkpoints
-from pgvae.dataset import Dataset, ModelDefinition, read_dataset
+from pgvae.comparison import Evaluation
+from pgvae.dataset import Dataset, read_dataset
 from pgvae.loop import Fit, fit
 from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
 from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
@@ -25,7 +26,7 @@ from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.server import Server
 from pgvae.splits import temporal
-from pgvae.train import Training, _fit_until
+from pgvae.train import Training, _Earlier
 from pgvae.train import train as run_training
 from pgvae.transfer import export_version, import_version
 from pgvae.validation import NO_SHORTCUT
@@ -340,9 +341,22 @@ def test_a_horizon_in_which_half_of_the_users_bought_nothing_is_told(weights: di
 def test_the_odds_of_items_are_fitted_with_a_network_of_the_published_kind(weights: dict[str, Any]) -> None:
     dataset, _ = simulated()
     final = Fit(weights=weights, best_epoch=1, curve=[], shortcut=NO_SHORTCUT)
-    definition = ModelDefinition(model_id=1, name="shop", max_history=50, quality=[])
-    earlier = _fit_until(dataset, 92 * DAY, QUICK, final, definition, "outcomes", Checkpoints(Path("/dev/null")))
-    assert earlier.weights["shortcut_item"].size == 0
+    evaluation = Evaluation(fit=dataclasses.replace(final, weights={}), metrics=[], learned_until=92 * DAY)
+    earlier = _Earlier(
+        dataset=dataset,
+        config=QUICK,
+        max_history=50,
+        evaluation=evaluation,
+        final=final,
+        checkpoints=Checkpoints(Path("/dev/null")),
+    )
+    # That of the evaluation has learned from the very moment.
+    trained, end = earlier.network(92 * DAY, "outcomes")
+    assert trained["shortcut_item"].size == 0
+    assert end == 92 * DAY
+    known, end = earlier.network(93 * DAY, "outcomes")
+    assert known == {}
+    assert 92 * DAY < end < 92 * DAY + 1
 
 
 # In the database

@@ -6,6 +6,7 @@ import ast
 import inspect
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -49,6 +50,7 @@ USERS, MAX_HISTORY = 90, 12
 ITEMS, COLD = 40, 5
 CATALOGUE = ITEMS + COLD
 TINY = TrainingConfig(hidden=10, latent=6)
+NO_FEATURES_READ = replace(TINY, without=("features",))
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 
 
@@ -92,8 +94,8 @@ def assert_same_ranking(columns: Any, expected: Any) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("config", "items"),
-    [(TINY, 40), (TrainingConfig(hidden=1, latent=1), 2), (TrainingConfig(), 3000)],
-    ids=["tiny", "of width one", "of default size"],
+    [(TINY, 40), (TrainingConfig(hidden=1, latent=1), 2), (TrainingConfig(), 3000), (NO_FEATURES_READ, 40)],
+    ids=["tiny", "of width one", "of default size", "cold items, without features"],
 )
 def test_numpy_scores_as_pytorch_does_whatever_the_weights_and_histories(
     config: TrainingConfig, items: int, seed: int
@@ -105,7 +107,8 @@ def test_numpy_scores_as_pytorch_does_whatever_the_weights_and_histories(
     network, links = random_network(dataset, config, seed), random_links(dataset, seed)
     tokens = history.tokens(MAX_HISTORY)
     weights: dict[str, Any] = network.weights() | links.tensors()
-    assert all(np.any(tensor) for name, tensor in weights.items() if name != "item_popularity")
+    neutral = {"item_popularity", *(["user_feature_embedding"] if "features" in config.without else [])}
+    assert all(np.any(tensor) for name, tensor in weights.items() if name not in neutral)
     expected = torch_scores(network, links, history, MAX_HISTORY)
     cold_items = ~dataset.trained_items
     with torch.no_grad():

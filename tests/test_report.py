@@ -308,7 +308,10 @@ def version_with(report: Report, *values: tuple[str, float, float]) -> Published
     [
         ([("pgvae", 0.5, 0.05), ("popularity", 0.1, 0.05), ("ease", 0.3, 0.05)], "good", "Clearly better"),
         ([("pgvae", 0.5, 0.05), ("popularity", 0.1, 0.05), ("ease", 0.45, 0.05)], "mixed", "no clear margin"),
-        ([("pgvae", 0.5, 0.05), ("popularity", 0.1, 0.05), ("ease", 0.6, 0.05)], "mixed", "behind EASE"),
+        ([("pgvae", 0.5, 0.05), ("popularity", 0.1, 0.05), ("ease", 0.65, 0.05)], "mixed", "behind EASE"),
+        ([("pgvae", 0.5, 0.05), ("popularity", 0.48, 0.05), ("ease", 0.7, 0.05)], "mixed", "no clear margin ahead of"),
+        ([("pgvae", 0.5, 0.05), ("popularity", 0.1, 0.05), ("ease", 0.52, 0.05)], "mixed", "Behind nothing compared"),
+        ([("pgvae", 0.5, 0.05), ("popularity", 0.51, 0.05)], "bad", "Do not use it"),
         ([("pgvae", 0.1, 0.05), ("popularity", 0.2, 0.05), ("ease", 0.1, 0.05)], "bad", "Do not use it"),
         ([("pgvae", 0.5, 0.05)], "unknown", "Nobody knows"),
         ([], "unknown", "Nobody knows"),
@@ -332,6 +335,23 @@ def test_a_paired_lead_decides_where_it_was_measured(report: Report) -> None:
     assert verdict(version).tone == "mixed"
     lead = replace(version.metrics[-1], metric="ndcg_lead", method="popularity", value=0.1, lower=0.05, upper=0.15)
     assert verdict(replace(version, metrics=[*version.metrics, lead])).tone == "good"
+
+
+def test_behind_is_what_a_paired_lead_says_too(report: Report) -> None:
+    version = version_with(report, ("pgvae", 0.5, 0.01), ("popularity", 0.1, 0.01), ("ease", 0.51, 0.2))
+    lead = replace(version.metrics[-1], metric="ndcg_lead", method="ease", value=-0.01, lower=-0.03, upper=0.01)
+    of_popularity = replace(lead, method="popularity", value=0.4, lower=0.3, upper=0.5)
+    chance = verdict(replace(version, metrics=[*version.metrics, lead, of_popularity]))
+    assert chance.headline == "Behind nothing compared, but with no clear margin between it and EASE (linear)"
+    sure = replace(lead, lower=-0.015, upper=-0.005)
+    found = verdict(replace(version, metrics=[*version.metrics, sure, of_popularity]))
+    assert found.headline == "Ahead of bestsellers, behind EASE (linear)"
+
+
+def test_bestsellers_that_may_be_ahead_by_chance_are_ahead(report: Report) -> None:
+    said = "With this many people the difference may be chance."
+    assert said in verdict(version_with(report, ("pgvae", 0.5, 0.05), ("popularity", 0.51, 0.05))).sentences
+    assert said not in verdict(version_with(report, ("pgvae", 0.5, 0.05), ("popularity", 0.7, 0.05))).sentences
 
 
 @pytest.mark.usefixtures("without_charts")

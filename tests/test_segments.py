@@ -277,6 +277,31 @@ def test_the_number_of_segments_is_the_one_that_fits() -> None:
     assert len(segments._cluster(np.repeat(own[:1], 30, axis=0), TrainingConfig(), None, 0)) == 1
 
 
+def test_there_are_more_segments_where_tastes_have_come() -> None:
+    random = np.random.default_rng(3)
+    own = np.repeat(np.eye(16, dtype=np.float32)[:6], 40, axis=0) + 0.05 * random.normal(size=(240, 16))
+    own = (own / np.linalg.norm(own, axis=1, keepdims=True)).astype(np.float32)
+    taste = np.repeat(np.arange(6), 40)
+    # Three of the tastes were one segment.
+    before = np.minimum(taste, 3)
+    assert len(segments._cluster(own, TrainingConfig(), before, 4)) == 6
+    # Segments that dissolve come back.
+    assert len(segments._cluster(own, TrainingConfig(), np.where(taste < 2, taste, -1), 2)) == 6
+    # Where as many are asked for as there were, they stay.
+    assert len(segments._cluster(own, TrainingConfig(segments=4), before, 4)) == 4
+
+
+def test_segments_that_separate_about_as_well_as_new_ones_go_on() -> None:
+    own = np.random.default_rng(4).normal(size=(600, 3)).astype(np.float32)
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    first = segments._cluster(own, TrainingConfig(seed=1), None, 0)
+    before, _ = segments.nearest(own, first)
+    other = segments._cluster(own, TrainingConfig(seed=2), None, 0)
+    assert (segments.nearest(own, first)[1] != segments.nearest(own, other)[1]).any()
+    again = segments._cluster(own, TrainingConfig(seed=2), before, len(first))
+    assert (segments.nearest(own, again)[0] == before).all()
+
+
 def test_no_segment_is_of_a_handful_of_users_unless_so_many_are_asked_for() -> None:
     own = np.repeat(np.eye(16, dtype=np.float32)[:5], [40, 40, 40, 40, 3], axis=0)
     own += 0.05 * np.random.default_rng(3).normal(size=own.shape).astype(np.float32)

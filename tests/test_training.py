@@ -79,6 +79,19 @@ def outcome(fitted: Fit) -> Any:
     return weights, [replace(epoch, seconds=0.0) for epoch in fitted.curve], fitted.best_epoch, fitted.shortcut
 
 
+def test_a_training_leaves_pytorch_as_it_was() -> None:
+    assert torch.get_deterministic_debug_mode() == 0
+    modes = []
+    trained_on(some_events(), on_epoch=lambda epoch: modes.append(torch.get_deterministic_debug_mode()))
+    # "error", while it lasts.
+    assert set(modes) == {2}
+    assert torch.get_deterministic_debug_mode() == 0
+    with pytest.raises(PgvaeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "pass_over_users", lambda run: (np.nan, 0.0, 0.0))
+        trained_on(some_events())
+    assert torch.get_deterministic_debug_mode() == 0
+
+
 # Checkpoints
 
 

@@ -20,11 +20,13 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
+from typer.main import get_group
 
 from command import processes, start_server
 from conftest import as_role, create_database, drop_database
 from pgvae import loop, validation
 from pgvae import tune as tuning
+from pgvae.cli import app
 from pgvae.cli.train import train
 from pgvae.cli.tune import _difference, _show
 from pgvae.config import FUTURE_SHARES, TrainingConfig
@@ -112,6 +114,12 @@ def test_the_command_line_names_what_differs_and_is_understood() -> None:
     config = replace(TrainingConfig(), learning_rate=0.00123, seed=7)
     assert train_command("my shop", config) == "pgvae train 'my shop' --learning-rate=0.00123 --seed=7"
     assert train_command("shop", TrainingConfig()) == "pgvae train shop"
+    config = replace(config, without=("age", "order"), segments=0, future_share=0.5)
+    _, name, *arguments = shlex.split(train_command("shop", config))
+    understood = get_group(app).commands[name].make_context(name, arguments).params
+    understood["without"] = tuple(understood["without"])
+    # Not every setting is an option.
+    assert understood == understood | {name: value for name, value in asdict(config).items() if name in understood}
 
 
 def test_where_the_default_gives_no_figure_the_best_is_told_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

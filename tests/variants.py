@@ -47,7 +47,7 @@ def install_variant(dsn: str, module: str, *changes: tuple[str, str]) -> str:
 def random_network(dataset: Dataset, config: TrainingConfig, seed: int) -> AttentionVae:
     """Gives a network in which no gate, embedding or bias is zero, as a fresh or a briefly trained one has them.
 
-    Its items lean on others that need not be similar to them.
+    But for those of parts that the configuration leaves out. Its items lean on others that need not be similar to them.
     """
     drawn = np.random.default_rng(seed)
     size = (len(dataset.item_keys), 3)
@@ -55,7 +55,7 @@ def random_network(dataset: Dataset, config: TrainingConfig, seed: int) -> Atten
     network = AttentionVae(dataset, config, graph)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(parameter.shape[-1], 1) ** -0.5)
         recency = network.get_buffer("gate_recency")
         recency.copy_(0.1 + torch.rand(recency.shape, generator=generator))

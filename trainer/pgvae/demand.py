@@ -16,7 +16,7 @@ from pgvae.binary_copy import copy_rows
 from pgvae.bootstrap import interval, resampled_means
 from pgvae.dataset import Dataset
 from pgvae.outcome_windows import HORIZONS_NEEDED, later_or_shorter
-from pgvae.regression import fit_poisson
+from pgvae.regression import fit_poisson, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime.demand import (
     COVERAGE,
@@ -325,7 +325,7 @@ def fit_log_linear(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[floa
     """
     if not y.any():
         return _NOTHING, [0.0] * x.shape[1]
-    mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-9)
+    mean, scale = standardising(x)
     fitted = fit_poisson((x - mean) / scale, y, np.full(x.shape[1], 2.0 * _RIDGE), most=MOST_LOG)
     coefficients = fitted[:-1] / scale
     return float(fitted[-1] - coefficients @ mean), coefficients.tolist()
@@ -340,7 +340,9 @@ def fit_interval(
 ) -> Interval:
     """Gives how far what happened strayed from what was expected, [N] each, by the level of what was expected.
 
-    Split conformal with a scale for each row (Papadopoulos et al. 2002; Lei et al. 2018), level by level.
+    Split conformal with a scale for each row (Papadopoulos et al. 2002; Lei et al. 2018), level by level. Its guarantee
+    is for rows that nothing was chosen on; the half-life and the share of the regression are chosen on these, and their
+    windows overlap. Choosing on older rows makes the forecast worse by more than the interval gains (docs/demand.md).
     """
     scale = deviation_scale(intercept, coefficients, matrix)
     order = np.argsort(expected, kind="stable")
@@ -352,8 +354,7 @@ def fit_interval(
     for level, own in sorted(levels.items()):
         part = np.concatenate(own)
         strayed = (happened[part] - expected[part]) / scale[part]
-        low, high = np.quantile(strayed, [(1.0 - COVERAGE) / 2.0, (1.0 + COVERAGE) / 2.0])
-        knots.append((level, float(low), float(high), float(np.sqrt(np.mean(strayed**2)))))
+        knots.append((level, *conformal_bounds(strayed), float(np.sqrt(np.mean(strayed**2)))))
     expected_, low_, high_, deviation = (list(column) for column in zip(*knots, strict=True))
     return Interval(
         intercept=intercept,
@@ -363,6 +364,18 @@ def fit_interval(
         high=high_,
         deviation=deviation,
     )
+
+
+def conformal_bounds(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Gives bounds between which one more value like the n given lies in COVERAGE of the cases at least.
+
+    With equal shares beyond both: the order statistics of n + 1, not of n (Lei et al. 2018). Of fewer than nine values
+    the least and the greatest, which hold less.
+    """
+    ordered = np.sort(values)
+    # A share such as 0.1 is not quite one in binary.
+    beyond = max(1, int((len(ordered) + 1) * (1.0 - COVERAGE) / 2.0 + 1e-9))
+    return float(ordered[beyond - 1]), float(ordered[-beyond])
 
 
 def _metrics(tests: list[_Test], seed: int) -> list[Metric]:

@@ -38,8 +38,10 @@ def evaluate_version(
 ) -> Evaluated:
     """Trains with the configuration of a version, the newest by default, on a split of today's events, and measures.
 
-    The version's weights stay as they are; its metrics of the same split are replaced. No connection is open while it
-    trains. PgvaeError where there is no such version, or too few users for the split.
+    The version's weights stay as they are; its metrics of the same split are replaced, all of them, since those of
+    other events would say something else. So lists of K are measured whatever else is asked for: by these
+    vae.activate compares versions. No connection is open while it trains. PgvaeError where there is no such version,
+    or too few users for the split.
     """
     with connect(dsn) as connection:
         version_id = find_version(connection, model, version, prefers_active=False)
@@ -54,7 +56,13 @@ def evaluate_version(
         # Whether the gate lets the events pass was asked before the version was published.
         definition, dataset = read_checked(connection, model, True, TrainListener())
     comparison = compare(
-        dataset, config, max_history=definition.max_history, split=split, folds=folds, ks=ks, listener=listener
+        dataset,
+        config,
+        max_history=definition.max_history,
+        split=split,
+        folds=folds,
+        ks=sorted({K, *ks}),
+        listener=listener,
     )
     try:
         with connect(dsn) as connection:

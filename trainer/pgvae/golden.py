@@ -112,7 +112,9 @@ def _scores(
     direction = network.decode_direction(network.posterior(network.pool(tokens))[0])
     items = len(dataset.item_keys)
     # A heavy shortcut divides the decoder's logits: the length of the rows says by what, and not the temperature alone.
-    length = float(np.linalg.norm(weights["output_weight"].astype(np.float64), axis=1).mean())
+    # The rows of items of which nothing is known, as of cold ones without features, are zero.
+    lengths = np.linalg.norm(weights["output_weight"].astype(np.float64), axis=1)
+    length = float(lengths[lengths > 0].mean())
     logits = direction @ network.item_directions(np.arange(items)).T * length + network.output_bias
     start, linked = weights["shortcut_start"], torch.from_numpy(weights["shortcut_item"].astype(np.int64))
     weight, recency = (torch.from_numpy(weights[f"shortcut_{name}"]).double() for name in ("weight", "recency"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -68,6 +69,19 @@ class Fit:
     judged: dict[ShortcutChoice, float] = field(default_factory=dict)
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Lets PyTorch refuse what would not give the same result again, and after it what the process had before."""
+    before = torch.get_deterministic_debug_mode()
+    # use_deterministic_algorithms does the same, and imports PyTorch's compiler for two seconds.
+    torch.set_deterministic_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+@_deterministic()
 def fit(
     dataset: Dataset,
     config: TrainingConfig,
@@ -89,8 +103,6 @@ def fit(
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
     rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
     """
-    # use_deterministic_algorithms does the same, and imports PyTorch's compiler for two seconds.
-    torch.set_deterministic_debug_mode("error")
     epochs = epochs or config.epochs
     judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
     leaning = config.graph_neighbours

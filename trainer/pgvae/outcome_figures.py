@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from pgvae.bootstrap import interval, resampled_means
-from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, in_half, log_loss, score_parts
-from pgvae.regression import fit_logistic
+from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, Window, in_half, log_loss, score_parts
+from pgvae.regression import fit_logistic, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.behaviour import names
@@ -89,7 +91,7 @@ def _rfm(honest: Sequence[Seen], setting: Setting) -> Floats:
     ]
     x = np.concatenate([seen.behaviour[:, columns] for seen in honest[2:]])
     y = np.concatenate([seen.window.has_bought for seen in honest[2:]])
-    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-9
+    mean, scale = standardising(x)
     fitted = fit_logistic((x - mean) / scale, y, np.full(len(columns), _RIDGE))
     later, newest = (
         ((seen.behaviour[:, columns] - mean) / scale) @ fitted[:-1] + fitted[-1] for seen in (honest[1], honest[0])
@@ -101,26 +103,60 @@ def _rfm(honest: Sequence[Seen], setting: Setting) -> Floats:
 def _measure_items(
     checked: Seen, found: Outlook, weights: Weights, setting: Setting
 ) -> tuple[list[Metric], list[CurvePoint]]:
-    """Gives how well the probabilities of items foretell what is bought.
+    """Gives how well the probabilities of items foretell what is bought, of the half of the users that fitted nothing.
 
     response_lift: among all pairs of user and item, how much more often than on average those of the best tenth were
     purchases. audience_lift: the same among the users of one item, a mean over the items with the most buyers.
     """
     half = np.flatnonzero(in_half(checked.window.users, 1))
-    window, items = checked.window.of(half), len(setting.dataset.item_keys)
-    popularity = setting.dataset.between(-np.inf, window.moment).popularity()
-    buyers = np.bincount(window.bought_item, minlength=items)
+    window = checked.window.of(half)
+    buyers = np.bincount(window.bought_item, minlength=len(setting.dataset.item_keys))
     offers = np.argsort(-buyers, kind="stable")[:_OFFERS]
     offers = offers[buyers[offers] >= _OFFER_BUYERS]
-    # Bins of the probability's logarithm: all pairs of a large shop would not fit into memory.
+    pairs = _read_pairs(window, found.of(half), offers, weights, setting)
+    metrics, curves = _calibration_of_items(pairs, len(window.users))
+    popularity = setting.dataset.between(-np.inf, window.moment).popularity()
+    lifts, lift_curves = _response_lifts(pairs, popularity, len(window.users))
+    if len(offers):
+        orders = {
+            "pgvae": pairs.to_offers.T,
+            # The users who bought most: what a shop without a model would mail to.
+            "rfm": np.broadcast_to(_rfm_order(checked, setting)[half], pairs.to_offers.T.shape),
+            "random": np.random.default_rng(setting.seed).random(pairs.to_offers.T.shape),
+        }
+        lifts += _audience_lifts(orders, window, offers)
+    return metrics + lifts, curves + lift_curves
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    """What was foretold of pairs of user and item, and what happened.
+
+    `bins` [B, 3] holds how many pairs have a probability of each bin, the lowest first, the sum of these and the
+    purchases; all pairs of a large shop would not fit into memory. `items` [I, 2] are the pairs and purchases of each
+    item, `listed` and `listed_truth` the probabilities and the purchases of the best items of each user, `to_offers`
+    [U, O] the probabilities of the offers.
+    """
+
+    bins: Floats
+    items: Floats
+    listed: Floats
+    listed_truth: Floats
+    to_offers: Floats
+
+
+def _read_pairs(
+    window: Window, found: Outlook, offers: NDArray[np.int64], weights: Weights, setting: Setting
+) -> _Pairs:
+    """Scores all items for the users of a window, in batches."""
     edges = np.linspace(np.log(1e-9), 0.0, 2001)
     bins = np.zeros((len(edges) + 1, 3))
-    of_popularity = np.zeros((items, 2))
+    items = np.zeros((len(setting.dataset.item_keys), 2))
     to_offers = np.empty((len(window.users), len(offers)))
     listed, listed_truth = [], []
     for users, scores in score_parts(window.history, np.arange(len(window.users)), weights, setting):
         own = slice(int(users[0]), int(users[-1]) + 1)
-        p = item_probability(weights, found.of(half[own]), scores)
+        p = item_probability(weights, found.of(np.arange(own.start, own.stop)), scores)
         begin, end = np.searchsorted(window.bought_user, [own.start, own.stop])
         truth = np.zeros(p.shape, dtype=bool)
         truth[window.bought_user[begin:end] - own.start, window.bought_item[begin:end]] = True
@@ -128,41 +164,60 @@ def _measure_items(
         place = np.searchsorted(edges, np.log(np.maximum(p, 1e-30)).ravel())
         for column, amount in enumerate((None, p.ravel(), truth.ravel())):
             bins[:, column] += np.bincount(place, weights=amount, minlength=len(bins))
-        of_popularity += np.column_stack((np.full(items, len(users)), truth.sum(axis=0)))
+        items += np.column_stack((np.full(len(items), len(users)), truth.sum(axis=0)))
         best = forward.top_k(scores, _LIST)[0]
         listed.append(np.take_along_axis(p, best, axis=1).ravel())
         listed_truth.append(np.take_along_axis(truth, best, axis=1).ravel().astype(np.float64))
-    p, truth = np.concatenate(listed), np.concatenate(listed_truth)
-    by_popularity = of_popularity[np.argsort(-popularity, kind="stable")]
-    pairs, users_ = bins[:, 0].sum(), len(window.users)
+    return _Pairs(
+        bins=bins,
+        items=items,
+        listed=np.concatenate(listed),
+        listed_truth=np.concatenate(listed_truth),
+        to_offers=to_offers,
+    )
+
+
+def _calibration_of_items(pairs: _Pairs, users: int) -> tuple[list[Metric], list[CurvePoint]]:
+    """Gives whether as much is bought as is foretold: of the best items of each user, and of all pairs."""
+    expected, bought = pairs.bins[:, 1], pairs.bins[:, 2]
+    error = float(np.abs(_merged(expected) - _merged(bought)).sum() / max(2.0 * bought.sum(), 1.0))
+    bias = float(expected.sum() / max(bought.sum(), 1.0))
     metrics = [
-        _metric("pgvae", "response_ece", calibration_error(p, truth), users_, k=_LIST),
-        _metric(
-            "pgvae",
-            "response_calibration_error",
-            float(np.abs(_merged(bins[:, 1]) - _merged(bins[:, 2])).sum() / max(2.0 * bins[:, 2].sum(), 1.0)),
-            users_,
-        ),
-        _metric("pgvae", "response_bias", float(bins[:, 1].sum() / max(bins[:, 2].sum(), 1.0)), users_),
-        _metric("pgvae", "response_lift", _pooled_lift(bins[::-1, 0], bins[::-1, 2]), users_),
-        _metric("popularity", "response_lift", _pooled_lift(by_popularity[:, 0], by_popularity[:, 1]), users_),
-        _metric("random", "response_lift", 1.0, users_),
+        _metric("pgvae", "response_ece", calibration_error(pairs.listed, pairs.listed_truth), users, k=_LIST),
+        _metric("pgvae", "response_calibration_error", error, users),
+        _metric("pgvae", "response_bias", bias, users),
     ]
-    curves = calibration_curve("response_calibration", "pgvae", p, truth)
-    curves += _lift_curve("pgvae", bins[::-1, 0], bins[::-1, 2], pairs)
-    curves += _lift_curve("popularity", by_popularity[:, 0], by_popularity[:, 1], pairs)
-    if len(offers):
-        own_truth = np.stack([np.isin(np.arange(users_), window.bought_user[window.bought_item == i]) for i in offers])
-        ways = {
-            "pgvae": to_offers.T,
-            # The users who bought most: what a shop without a model would mail to.
-            "rfm": np.broadcast_to(_rfm_order(checked, setting)[half], own_truth.shape),
-            "random": np.random.default_rng(setting.seed).random(own_truth.shape),
-        }
-        for method, order in ways.items():
-            lifts = [top_lift(row, own) for row, own in zip(order, own_truth, strict=True)]
-            metrics.append(_metric(method, "audience_lift", float(np.mean(lifts)), users_))
-    return metrics, curves
+    return metrics, calibration_curve("response_calibration", "pgvae", pairs.listed, pairs.listed_truth)
+
+
+def _response_lifts(
+    pairs: _Pairs, popularity: NDArray[np.float32], users: int
+) -> tuple[list[Metric], list[CurvePoint]]:
+    """Gives how many purchases lie among the best of all pairs, by probability and by the popularity of the item."""
+    by_popularity = pairs.items[np.argsort(-popularity, kind="stable")]
+    groups = {
+        "pgvae": (pairs.bins[::-1, 0], pairs.bins[::-1, 2]),
+        "popularity": (by_popularity[:, 0], by_popularity[:, 1]),
+    }
+    metrics = [_metric(method, "response_lift", _pooled_lift(*own), users) for method, own in groups.items()]
+    metrics.append(_metric("random", "response_lift", 1.0, users))
+    total = pairs.bins[:, 0].sum()
+    return metrics, [point for method, own in groups.items() for point in _lift_curve(method, *own, total)]
+
+
+def _audience_lifts(orders: dict[str, Floats], window: Window, offers: NDArray[np.int64]) -> list[Metric]:
+    """Gives the mean lift over the offers, of the orders [O, U] in which each way would choose users."""
+    users = np.arange(len(window.users))
+    truth = [np.isin(users, window.bought_user[window.bought_item == item]) for item in offers]
+    return [
+        _metric(
+            method,
+            "audience_lift",
+            float(np.mean([top_lift(row, own) for row, own in zip(order, truth, strict=True)])),
+            len(users),
+        )
+        for method, order in orders.items()
+    ]
 
 
 def _rfm_order(checked: Seen, setting: Setting) -> Floats:
@@ -261,7 +316,6 @@ def calibration_error(p: Floats, truth: Floats) -> float:
 
 def area_under_curve(p: Floats, truth: Floats) -> float:
     """Gives the share of the (buyer, other) pairs that p puts in the right order; ties count half."""
-    _, place, count = np.unique(p, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    # Mann and Whitney 1947: from the ranks, without a pair.
     buyers = truth.sum()
-    return float((rank[truth > 0].sum() - buyers * (buyers + 1) / 2) / (buyers * (len(p) - buyers)))
+    return float((rankdata(p)[truth > 0].sum() - buyers * (buyers + 1) / 2) / (buyers * (len(p) - buyers)))

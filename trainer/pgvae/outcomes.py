@@ -30,7 +30,7 @@ from pgvae.outcome_windows import (
     too_little,
     windows,
 )
-from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
+from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.outcomes import MOST_LOG, sigmoid
@@ -121,9 +121,7 @@ def _fit(fitting: Sequence[Seen], calibrating: Seen, setting: Setting) -> dict[s
     """
     x = np.concatenate([seen.behaviour for seen in fitting])
     y = np.concatenate([seen.window.has_bought for seen in fitting])
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    # A number that never varies says nothing.
-    scale = np.where(scale > 1e-6, scale, np.inf)
+    mean, scale = standardising(x)
     standard = (x - mean) / scale
     truth = calibrating.window.has_bought
     candidates = []

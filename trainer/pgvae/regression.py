@@ -14,8 +14,19 @@ Floats = NDArray[np.float64]
 Loss = Callable[[Floats], tuple[Floats, Floats, Floats]]
 
 _STEPS = 50
+# A standard deviation of less is rounding.
+_LEAST_DEVIATION = 1e-6
 # exp of more is no rate of anything.
 _MOST = 12.0
+
+
+def standardising(x: Floats) -> tuple[Floats, Floats]:
+    """Gives mean and scale of the columns, [D] each, so that (x - mean) / scale has the mean 0 and the variance 1.
+
+    A number that never varies says nothing: its scale is infinite, so that it is 0 everywhere and its coefficient, too.
+    """
+    scale = x.std(axis=0)
+    return x.mean(axis=0), np.where(scale > _LEAST_DEVIATION, scale, np.inf)
 
 
 def fit_logistic(x: Floats, y: Floats, ridge: Floats) -> Floats:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 # The slice of all users.
 ALL = "all"
+# Of other metrics more is better.
+LOWER_IS_BETTER = frozenset({"log_loss", "brier", "calibration_error"})
+# More of these is neither better nor worse: a broad choice is not better by itself, nor is a narrow one.
+DESCRIPTIVE = frozenset({"coverage", "novelty"})
 
 
 @dataclass(frozen=True, kw_only=True)

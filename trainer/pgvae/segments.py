@@ -2,8 +2,9 @@
 
 Each user's mean of q(z | x) is taken as a direction. k-means finds the centroids (Lloyd 1982, seeded by k-means++,
 Arthur and Vassilvitskii 2007); of several numbers of segments the one with the best simplified silhouette is taken
-(Hruschka et al. 2006). Where the active version has segments, k-means begins with these, and the new ones take over the
-numbers and names of those that they have most users in common with (Kuhn 1955). docs/segments.md tells it for people.
+(Hruschka et al. 2006). Where the active version has segments, k-means begins with these, too, and what comes out is
+taken while it separates about as well. The new ones take over the numbers and names of those that they have most users
+in common with (Kuhn 1955). docs/segments.md tells it for people.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ _FEWEST, _MOST = 4, 12
 _RESTARTS = 3
 _ITERATIONS = 50
 _ENCODED = 1024
+# The share of the silhouette of segments found anew that those of the version before must have to go on. On a
+# simulated shop of 3 000 users, with networks of other seeds and of older events, they had .965 to 1.017; half as many
+# as are best had .88.
+_ABOUT_AS_WELL = 0.95
 # A label belongs to a segment where so many users of it have it, and by so much more often than all users.
 _MIN_SUPPORT = 5
 _MIN_LIFT = 1.2
@@ -211,15 +216,30 @@ def _directions(
 def _cluster(
     own: NDArray[np.float32], config: TrainingConfig, before: NDArray[np.int64] | None, count_before: int
 ) -> NDArray[np.float32]:
-    """Gives the centroids, [S, Z]: going out from the segments of before, or of several numbers of them the best."""
+    """Gives the centroids, [S, Z]: going out from the segments of before, or of several numbers of them the best.
+
+    Where no number is asked for, the segments of before go on only while they separate about as well as new ones: else
+    their number could fall, as segments dissolve, and never rise, whatever new tastes come.
+    """
+    from_before = None
     if before is not None and config.segments in (None, count_before):
         known = [own[before == place] for place in range(count_before)]
         if all(len(part) for part in known):
-            found = _lloyd(own, np.stack([part.mean(axis=0) for part in known]))
-            return found if config.segments else _large_ones(own, found)
+            from_before = _lloyd(own, np.stack([part.mean(axis=0) for part in known]))
+            if config.segments:
+                return from_before
+            from_before = _large_ones(own, from_before)
+    judges = own[_sample(len(own), _MAX_JUDGES, config.seed)]
+    fresh = _search(own, judges, config)
+    if from_before is None or silhouette(judges, from_before) < _ABOUT_AS_WELL * silhouette(judges, fresh):
+        return fresh
+    return from_before
+
+
+def _search(own: NDArray[np.float32], judges: NDArray[np.float32], config: TrainingConfig) -> NDArray[np.float32]:
+    """Gives the centroids, [S, Z], that separate best of those of several numbers, or of the number asked for."""
     most = min(_MOST, len(own) // _MIN_USERS)
     counts = [config.segments] if config.segments else range(max(1, min(_FEWEST, most)), max(1, most) + 1)
-    judges = own[_sample(len(own), _MAX_JUDGES, config.seed)]
     generator = np.random.default_rng(config.seed)
     tried = [_lloyd(judges, _seeds(judges, count, generator)) for count in counts for _ in range(_RESTARTS)]
     if not config.segments:

@@ -106,14 +106,20 @@ def train(
         with connect(dsn) as connection:
             previous = read_previous(connection, model)
         segments = find_segments(dataset, final.weights, config, max_history=definition.max_history, previous=previous)
+    earlier = _Earlier(
+        dataset=dataset,
+        config=config,
+        max_history=definition.max_history,
+        evaluation=evaluation,
+        final=final,
+        checkpoints=kept,
+    )
     with _timed("outcomes", durations, listener):
-        outcomes = _fit_outcomes(dataset, config, evaluation, final, definition, sales.horizon, kept)
+        outcomes = _fit_outcomes(earlier, sales.horizon)
     uplift = UpliftFit(missing=NO_COLUMN)
     if assignments is not None:
         with _timed("uplift", durations, listener):
-            uplift = _fit_uplift(
-                dataset, assignments, config, evaluation, final, definition, outcomes, sales.horizon, kept
-            )
+            uplift = _fit_uplift(earlier, assignments, outcomes, sales.horizon)
     with _timed("publish", {}, listener), connect(dsn) as connection:
         version = publish(
             connection,
@@ -141,79 +147,62 @@ def train(
     )
 
 
-def _fit_outcomes(
-    dataset: Dataset,
-    config: TrainingConfig,
-    evaluation: Evaluation,
-    final: Fit,
-    definition: ModelDefinition,
-    horizon: int,
-    checkpoints: Checkpoints,
-) -> OutcomeFit:
-    """Gives the heads, with the network of the evaluation where that has not learned from the newest horizon.
+@dataclass(frozen=True, kw_only=True)
+class _Earlier:
+    """Networks that have not learned from the newest events, as heads are measured and fitted with."""
 
-    Else one is trained that has not.
-    """
-    # A moment later: what happened at the very last one was learned, too, and in a shop of dates that is a whole day.
-    earlier, end = evaluation.fit, float(np.nextafter(evaluation.learned_until, np.inf))
-    has_learned_it = earlier is None or end > newest_moment(dataset, horizon)
-    if has_learned_it and not too_little(dataset, horizon, config.seed):
-        end = newest_moment(dataset, horizon)
-        earlier = _fit_until(dataset, end, config, final, definition, "outcomes", checkpoints)
+    dataset: Dataset
+    config: TrainingConfig
+    max_history: int
+    evaluation: Evaluation
+    final: Fit
+    checkpoints: Checkpoints
+
+    def network(self, until: float, phase: str) -> tuple[Weights, float]:
+        """Gives the weights of one that has learned from events before a moment only, and when those events end.
+
+        That of the evaluation, or one that is trained for it, for as many epochs as the published one.
+        """
+        known = self.evaluation
+        if known.fit is not None and known.learned_until < until:
+            # A moment later: what happened at the very last one was learned, too, and in a shop of dates that is a
+            # whole day.
+            return known.fit.weights, float(np.nextafter(known.learned_until, np.inf))
+        trained = fit(
+            self.dataset.between(-np.inf, until),
+            self.config,
+            max_history=self.max_history,
+            phase=phase,
+            epochs=self.final.best_epoch,
+            recency=self.final.recency,
+            shortcut=self.final.shortcut,
+            checkpoints=self.checkpoints,
+        )
+        return trained.weights, until
+
+
+def _fit_outcomes(earlier: _Earlier, horizon: int) -> OutcomeFit:
+    """Gives the heads of outcomes, with a network that has not learned from the newest horizon."""
+    dataset, seed = earlier.dataset, earlier.config.seed
+    if why := too_little(dataset, horizon, seed):
+        return OutcomeFit(tensors={}, metrics=[], curves=[], missing=why)
+    weights, end = earlier.network(newest_moment(dataset, horizon), "outcomes")
     return fit_outcomes(
-        dataset,
-        earlier=earlier.weights if earlier else {},
-        earlier_end=end,
-        horizon=horizon,
-        max_history=definition.max_history,
-        seed=config.seed,
+        dataset, earlier=weights, earlier_end=end, horizon=horizon, max_history=earlier.max_history, seed=seed
     )
 
 
-def _fit_uplift(
-    dataset: Dataset,
-    assignments: Assignments,
-    config: TrainingConfig,
-    evaluation: Evaluation,
-    final: Fit,
-    definition: ModelDefinition,
-    outcomes: OutcomeFit,
-    horizon: int,
-    checkpoints: Checkpoints,
-) -> UpliftFit:
-    """Gives the head of uplift, with the network of the evaluation where that has not learned from the experiment."""
-
-    def network(until: float) -> Weights:
-        if evaluation.fit is not None and evaluation.learned_until < until:
-            return evaluation.fit.weights
-        return _fit_until(dataset, until, config, final, definition, "uplift", checkpoints).weights
-
+def _fit_uplift(earlier: _Earlier, assignments: Assignments, outcomes: OutcomeFit, horizon: int) -> UpliftFit:
+    """Gives the head of uplift, with a network that has not learned from the experiment."""
     if not outcomes.tensors:
         return UpliftFit(missing=f"there are no probabilities of purchases to rest it on: {outcomes.missing}")
     return fit_uplift(
-        dataset, assignments, network, horizon=horizon, max_history=definition.max_history, seed=config.seed
-    )
-
-
-def _fit_until(
-    dataset: Dataset,
-    until: float,
-    config: TrainingConfig,
-    final: Fit,
-    definition: ModelDefinition,
-    phase: str,
-    checkpoints: Checkpoints,
-) -> Fit:
-    """Gives a network that has learned from the events before a moment, for as many epochs as the published one."""
-    return fit(
-        dataset.between(-np.inf, until),
-        config,
-        max_history=definition.max_history,
-        phase=phase,
-        epochs=final.best_epoch,
-        recency=final.recency,
-        shortcut=final.shortcut,
-        checkpoints=checkpoints,
+        earlier.dataset,
+        assignments,
+        lambda until: earlier.network(until, "uplift")[0],
+        horizon=horizon,
+        max_history=earlier.max_history,
+        seed=earlier.config.seed,
     )
 
 

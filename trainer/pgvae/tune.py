@@ -156,7 +156,11 @@ def train_command(model: str, config: TrainingConfig) -> str:
     """Gives the `pgvae train` command line of a configuration: what differs from the defaults."""
     default = asdict(TrainingConfig())
     options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in asdict(config).items() if value != default[name]
+        f"--{name.replace('_', '-')}={each}"
+        for name, value in asdict(config).items()
+        if value != default[name]
+        # An option that takes several values is repeated.
+        for each in (value if isinstance(value, tuple) else (value,))
     ]
     return shlex.join(["pgvae", "train", model, *options])
 
@@ -438,9 +442,7 @@ def _work(task: _Task) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // task.search.workers))
     try:
         with _reported():
-            # A median of fewer than five says little, and annealing moves the first passes.
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3)
-            study = optuna.load_study(study_name=task.study, storage=_storage(task.dsn, task.search), pruner=pruner)
+            study = optuna.load_study(study_name=task.study, storage=_storage(task.dsn, task.search), pruner=pruner())
             while _wait_for_turn(task, study):
                 study.optimize(lambda trial: _objective(task, study, trial), n_trials=1, catch=(_Stopped,))
     except PgvaeError as error:
@@ -482,11 +484,8 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
     known = _searched(task.config)
     values = {p.name: p.suggest(trial) for p in SPACE if p.name in known or not is_default}
     trial.set_user_attr("values", values)
-    best = 0.0
 
     def on_epoch(epoch: Epoch) -> None:
-        nonlocal best
-        assert epoch.validation_ndcg is not None
         if _is_orphan():
             raise _Stopped
         if epoch.phase == CHOOSING:
@@ -496,25 +495,63 @@ def _objective(task: _Task, study: optuna.Study, trial: Trial) -> float:
             return
         if epoch.epoch == 1:
             trial.set_user_attr("note", "")
-        best = max(best, epoch.validation_ndcg)
-        trial.report(best, epoch.epoch)
-        if is_default:
-            return
-        if task.is_late():
+        if task.is_late() and not is_default:
             raise _Stopped
-        if trial.should_prune():
+
+    return train_trial(
+        trial,
+        replace(task.config, **values),
+        task.train,
+        task.validation,
+        max_history=task.max_history,
+        may_prune=not is_default,
+        on_epoch=on_epoch,
+    )
+
+
+def pruner() -> optuna.pruners.BasePruner:
+    """Gives what ends trials that lag behind."""
+    # A median of fewer than five says little, and annealing moves the first passes.
+    return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3)
+
+
+def train_trial(
+    trial: Trial,
+    config: TrainingConfig,
+    train: Dataset,
+    validation: Holdout,
+    *,
+    max_history: int,
+    may_prune: bool = True,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> float:
+    """Trains a configuration, tells the trial of each epoch, and gives the best NDCG@20 on the validation part.
+
+    `optuna.TrialPruned` where it lags behind or diverges; `on_epoch` may raise what ends it otherwise.
+    """
+    best = 0.0
+
+    def told(epoch: Epoch) -> None:
+        nonlocal best
+        # Epochs that only choose a setting are not the trial's own.
+        if epoch.phase != CHOOSING:
+            assert epoch.validation_ndcg is not None
+            best = max(best, epoch.validation_ndcg)
+            trial.report(best, epoch.epoch)
+        on_epoch(epoch)
+        if epoch.phase != CHOOSING and may_prune and trial.should_prune():
             raise optuna.TrialPruned
 
     try:
         fit(
-            task.train,
+            train,
             # Epochs are ranked without shortcut and recency, so none need be chosen.
-            replace(task.config, **values, neighbours=0),
-            max_history=task.max_history,
+            replace(config, neighbours=0),
+            max_history=max_history,
             phase="tune",
             recency=0.0,
-            validation=task.validation,
-            on_epoch=on_epoch,
+            validation=validation,
+            on_epoch=told,
         )
     except PgvaeError as error:
         # Such as a loss that is no number any more: the sampler shall keep away from it.

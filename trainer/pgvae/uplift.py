@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pgvae.dataset import Dataset
 from pgvae.outcome_windows import Floats, Setting, Weights, newest_moment, parts, too_little
 from pgvae.outcomes import fit_heads
-from pgvae.regression import fit_logistic
+from pgvae.regression import fit_logistic, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae.trials import Assignments, Trial, has_bought, histories_before, trial_of
 from pgvae.uplift_figures import Estimate, Gains, balance, effects, estimate, gains
@@ -195,9 +195,7 @@ def _older(trial: Trial, seed: int) -> NDArray[np.bool_]:
 
 def fit_head(x: Floats, trial: Trial) -> dict[str, NDArray[Any]]:
     """Gives the head fitted to assignments with inputs x, [N, 3], by maximum likelihood with ridge."""
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    # A number that never varies says nothing.
-    scale = np.where(scale > 1e-6, scale, np.inf)
+    mean, scale = standardising(x)
     standard = (x - mean) / scale
     exposed = trial.assignments.exposed.astype(np.float64)[:, None]
     matrix = np.column_stack((standard, exposed * standard, exposed))

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from pgvae.bootstrap import SAMPLES, interval
 from pgvae.outcome_windows import Floats
-from pgvae.regression import fit_logistic
+from pgvae.regression import fit_logistic, standardising
 from pgvae.trials import Integers, Trial
 
 # Of the inputs, per row and of standardised numbers.
@@ -81,8 +82,8 @@ def balance(trial: Trial, inputs: Floats, seed: int) -> Estimate:
             continue
         columns = [inputs, popularity] + [_shares(group, given.exposed, shares) for group in (given.item, week)]
         x = np.column_stack(columns)
-        mean, scale = x[fitting].mean(axis=0), x[fitting].std(axis=0)
-        x = np.clip((x - mean) / np.where(scale > 1e-6, scale, np.inf), -5.0, 5.0)
+        mean, scale = standardising(x[fitting])
+        x = np.clip((x - mean) / scale, -5.0, 5.0)
         fitted = fit_logistic(x[fitting], given.exposed[fitting].astype(np.float64), np.full(x.shape[1], _RIDGE))
         place[judged] = quantiles(x[judged] @ fitted[:-1])
     bins = np.minimum((place * _AUC_BINS).astype(np.int64), _AUC_BINS - 1)
@@ -106,8 +107,7 @@ def _shares(group: Integers, exposed: NDArray[np.bool_], chosen: NDArray[np.bool
 
 def quantiles(values: Floats) -> Floats:
     """Gives the place of each value among all, in [0, 1), [N]; equal ones stand at their middle."""
-    _, number, count = np.unique(values, return_inverse=True, return_counts=True)
-    middle: Floats = ((np.cumsum(count) - count / 2.0) / len(values))[number]
+    middle: Floats = (rankdata(values) - 0.5) / len(values)
     return middle
 
 

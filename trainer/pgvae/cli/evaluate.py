@@ -12,6 +12,7 @@ from rich.progress import TaskID
 from pgvae.cli import Dsn, app
 from pgvae.cli.metrics import PARTS, lists_table, slices_table, verdicts
 from pgvae.console import err, out, progress_with_detail
+from pgvae.rows import DESCRIPTIVE
 
 if TYPE_CHECKING:
     from pgvae.comparison import Listener
@@ -49,7 +50,11 @@ def evaluate(
     ] = 1,
     k: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Length of the lists that are judged, 20 without it; may be given several times."),
+        typer.Option(
+            min=1,
+            help="Length of the lists that are shown, 20 without it; may be given several times. Lists of 20 are"
+            " measured in any case: vae.activate compares versions by them.",
+        ),
     ] = None,
     version: Annotated[
         int | None, typer.Option(help="Version whose configuration is measured; without it, the newest one.")
@@ -87,14 +92,15 @@ def show(model: str, result: Evaluated, split: str, ks: list[int]) -> None:
     """Prints what was measured."""
     from pgvae.baselines import CHOICES
 
-    metrics = result.comparison.metrics
+    # Lists of 20 are measured always, and shown where they are asked for.
+    metrics = [m for m in result.comparison.metrics if m.k in (0, *ks)]
     name, users = metrics[0].split, metrics[0].user_count
     part = PARTS[split] if name == split else f"the {name} split"
     out.print(f"version {result.version} of model {model}, measured on {part}, {users} users, all items ranked")
     for length in ks:
-        of_length = [m for m in metrics if m.k == length and m.metric not in ("coverage", "novelty")]
+        of_length = [m for m in metrics if m.k == length and m.metric not in DESCRIPTIVE]
         out.print(lists_table(of_length, f"lists of {length}"))
-    out.print(lists_table([m for m in metrics if m.metric in ("coverage", "novelty")], "variety of the lists"))
+    out.print(lists_table([m for m in metrics if m.metric in DESCRIPTIVE], "variety of the lists"))
     out.print(lists_table([m for m in metrics if not m.k], "scores of all items"))
     slices = slices_table(metrics, ks[-1])
     if slices is not None:

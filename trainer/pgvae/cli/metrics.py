@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pgvae.rows import DESCRIPTIVE, LOWER_IS_BETTER
+
 if TYPE_CHECKING:
     from pgvae.demand import DemandFit
     from pgvae.outcomes import OutcomeFit
@@ -20,9 +22,6 @@ PARTS = {
     "random": "a tenth of each user's items, by chance",
     "strong": "users who were never trained on",
 }
-_LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
-# More of these is neither better nor worse.
-_DESCRIPTIVE = ("coverage", "novelty")
 _LEAD = "ndcg_lead"
 
 
@@ -40,7 +39,7 @@ def lists_table(metrics: Sequence[Metric], title: str) -> Table:
         box=SIMPLE_HEAD,
         title=f"{title}, with 95 % intervals" if stacked else title,
         # Elsewhere a star says that a difference is significant.
-        caption="* the best of its column" if any(name not in _DESCRIPTIVE for name, _ in columns) else None,
+        caption="* the best of its column" if any(name not in DESCRIPTIVE for name, _ in columns) else None,
     )
     table.add_column("method", overflow="fold")
     for name, k in columns:
@@ -144,8 +143,8 @@ def uplift_verdict(fit: UpliftFit) -> str:
 
 
 def _cell(metric: Metric, column: Sequence[Metric], stacked: bool) -> str:
-    pick = min if metric.metric in _LOWER_IS_BETTER else max
-    best = metric.metric not in _DESCRIPTIVE and metric.value == pick(other.value for other in column)
+    pick = min if metric.metric in LOWER_IS_BETTER else max
+    best = metric.metric not in DESCRIPTIVE and metric.value == pick(other.value for other in column)
     mark = "*" if best else " "
     if metric.lower is None or metric.upper is None:
         return f"{metric.value:.4f}{mark}"

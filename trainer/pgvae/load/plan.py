@@ -10,9 +10,20 @@ from itertools import islice
 from pgvae.errors import PgvaeError
 from pgvae.load.columns import Kind, snake_case, squashed
 from pgvae.load.sources import BATCH_ROWS, Batch, Source
-from pgvae.load.types import Dialect, converter, date_order_of, has_decimal_commas, infer, infer_time
+from pgvae.load.types import (
+    GUESS,
+    DateOrder,
+    Dialect,
+    as_proved_by,
+    converter,
+    has_decimal_commas,
+    infer,
+    infer_time,
+    proved_order,
+)
 
 SAMPLE_ROWS = 6 * BATCH_ROWS
+_TIMES = ("timestamptz", "timestamp", "date")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +37,10 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnPlan:
-    """One column: its header in the file, its name and type in the table, and what the sample showed."""
+    """One column: its header in the file, its name and type in the table, and what the sample showed.
+
+    `dialect` is that of the load, with the order of this column's short dates where one is known.
+    """
 
     source: str
     name: str
@@ -36,15 +50,15 @@ class ColumnPlan:
     examples: Sequence[str]
     remark: str | None
     decimal_commas: bool
+    dialect: Dialect
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All columns in the order of the header, the way texts are read, and the batches already read for the sample."""
+    """All columns in the order of the header, and the batches already read for the sample."""
 
     kind: Kind
     columns: Sequence[ColumnPlan]
-    dialect: Dialect
     sampled: Sequence[Batch]
     sample_rows: int
 
@@ -80,11 +94,8 @@ def make_plan(kind: Kind, source: Source, options: LoadOptions) -> Plan:
             # A key that looks like a number, a date or a truth stays as it is written: 1.1 and 1.10 may be two items.
             guessed, remark = "text", remark if guessed == "text" else None
         sql_type = options.types.get(names[header], guessed)
-        if sql_type in ("timestamptz", "timestamp", "date") and dialect.date_order is None:
-            # One order for the whole load: the first column with short dates decides.
-            order, told = date_order_of(values, dialect)
-            if told and any("/" in value or "." in value[:6] for value in values[:1000]):
-                dialect = replace(dialect, date_order=order)
+        # What no value tells is null: another column may.
+        order = dialect.date_order or (proved_order(values) if sql_type in _TIMES else None)
         columns.append(
             ColumnPlan(
                 source=header,
@@ -95,9 +106,32 @@ def make_plan(kind: Kind, source: Source, options: LoadOptions) -> Plan:
                 examples=list(dict.fromkeys(value for value in values[:200] if value not in dialect.nulls))[:3],
                 remark=None if names[header] in options.types else remark,
                 decimal_commas=has_decimal_commas([value for value in values if value not in dialect.nulls]),
+                dialect=replace(dialect, date_order=order),
             )
         )
-    return Plan(kind=kind, columns=columns, dialect=dialect, sampled=sampled, sample_rows=len(rows))
+    return Plan(kind=kind, columns=_with_proved_order(columns), sampled=sampled, sample_rows=len(rows))
+
+
+def _with_proved_order(columns: Sequence[ColumnPlan]) -> list[ColumnPlan]:
+    """Gives the columns with the one order that others prove for those whose short dates could be of both.
+
+    Where others prove different orders, each of those has its own, and the rest are left to the guess.
+    """
+    proved: dict[DateOrder, str] = {}
+    for column in columns:
+        if column.dialect.date_order and column.sql_type in _TIMES:
+            proved.setdefault(column.dialect.date_order, column.source)
+    if len(proved) != 1:
+        return list(columns)
+    ((order, source),) = proved.items()
+    return [
+        replace(
+            column,
+            dialect=replace(column.dialect, date_order=order),
+            remark=as_proved_by(order, source) if column.remark == GUESS else column.remark,
+        )
+        for column in columns
+    ]
 
 
 def _names(kind: Kind, source: Source, mapping: Mapping[str, str]) -> dict[str, str]:

@@ -95,7 +95,7 @@ def load(
         created = _prepare(connection, plan, schema, table, mode)
         types = [column.sql_type for column in plan.columns] if created else _types_of(connection, schema, table, plan)
         columns = [
-            _Column(converter(sql_type, plan.dialect, decimal_commas=column.decimal_commas))
+            _Column(converter(sql_type, column.dialect, decimal_commas=column.decimal_commas))
             for sql_type, column in zip(types, plan.columns, strict=True)
         ]
         copy_sql = sql.SQL("copy {} ({}) from stdin").format(

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import lzma
+import math
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from pgvae.errors import PgvaeError
 BATCH_ROWS = 8192
 # A quote that is never closed would swallow the rest of the file; a field of this size is taken for one.
 _LONGEST_FIELD = 4 * 1024 * 1024
+# Whole floats below this are exact.
+_EXACT = 2**53
 _PARQUET_MAGIC = b"PAR1"
 _DECOMPRESSORS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
     (b"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw)),
@@ -193,4 +196,9 @@ def _text(value: object) -> str:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float):
+        # Whole numbers of which some are missing are floats in many a file, as pandas writes them, and NaN is none.
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() and abs(value) < _EXACT else str(value)
     return value.isoformat(" ") if isinstance(value, datetime) else str(value)

@@ -25,8 +25,14 @@ _SLASHED = re.compile(
 _BOOLEANS = {"true": "t", "false": "f", "t": "t", "f": "f", "yes": "t", "no": "f", "1": "t", "0": "f"}
 _BOOLEAN_WORDS = {"true", "false", "t", "f", "yes", "no"}
 _RANGES = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
-# Whole seconds since 1970, or milliseconds: those of 1973 and later have 12 digits or more.
-_EPOCH_DIGITS, _MILLISECONDS_DIGITS = 9, 12
+# A time as a number since 1970. From 1973 on seconds have 9 digits or more, until the year 5138; each finer unit has
+# three more.
+_EPOCH = re.compile(r"(\d{9,19})(?:\.(\d*))?")
+_EPOCH_DIGITS = 9
+_EPOCH_UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+_ORDERS: dict[DateOrder, str] = {"dmy": "day before month", "mdy": "month before day"}
+# What is said of dates whose order nothing proves.
+GUESS = f"{_ORDERS['dmy']} is a guess: --date-order mdy for the other"
 # The share of a column's values that must be times where a few are none.
 _MOSTLY = 0.9
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -81,9 +87,8 @@ def infer_time(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None
     """Gives the type of a column that must hold times: also where some values are none, or count from 1970."""
     guessed, remark = infer(values, dialect)
     filled = [value.strip() for value in values if value not in dialect.nulls and value.strip()]
-    if guessed == "bigint" and all(value.isdigit() and len(value) >= _EPOCH_DIGITS for value in filled):
-        unit = "milliseconds" if len(filled[0]) >= _MILLISECONDS_DIGITS else "seconds"
-        return "timestamptz", f"{unit} since 1970"
+    if guessed in ("bigint", "numeric") and all(_EPOCH.fullmatch(value) for value in filled):
+        return "timestamptz", f"{_EPOCH_UNITS[_epoch_unit(filled[0].partition('.')[0])]} since 1970"
     if guessed not in ("text", "date", "timestamptz"):
         return guessed, f"no times, but {guessed}: make a view that computes them"
     if guessed != "text" or not filled:
@@ -101,12 +106,21 @@ def date_order_of(values: Sequence[str], dialect: Dialect) -> tuple[DateOrder, s
     """Gives the order of day and month in dates such as 01/12/2010: the caller's, or what the values tell."""
     if dialect.date_order:
         return dialect.date_order, None
+    order = proved_order(values)
+    return (order, _ORDERS[order]) if order else ("dmy", GUESS)
+
+
+def proved_order(values: Sequence[str]) -> DateOrder | None:
+    """Gives the order of day and month of which the values leave no doubt; None where each could be of both."""
     matches = [match for value in values if (match := _SLASHED.fullmatch(value.strip()))]
     if any(int(match[1]) > 12 for match in matches):
-        return "dmy", "day before month"
-    if any(int(match[2]) > 12 for match in matches):
-        return "mdy", "month before day"
-    return "dmy", "day before month is a guess: --date-order mdy for the other"
+        return "dmy"
+    return "mdy" if any(int(match[2]) > 12 for match in matches) else None
+
+
+def as_proved_by(order: DateOrder, column: str) -> str:
+    """Says whence an order is known that the values of a column do not tell."""
+    return f"{_ORDERS[order]}, as in {column}"
 
 
 def has_decimal_commas(values: Sequence[str]) -> bool:
@@ -240,10 +254,22 @@ def _date(text: str, dialect: Dialect) -> str:
 
 def _timestamp(text: str, dialect: Dialect) -> str:
     try:
-        if text.isdigit() and len(text) >= _EPOCH_DIGITS:
-            thousands = len(text) >= _MILLISECONDS_DIGITS
-            return datetime.fromtimestamp(int(text) / (1000 if thousands else 1), UTC).isoformat()
+        if epoch := _EPOCH.fullmatch(text):
+            return _since_1970(epoch[1], epoch[2] or "").isoformat()
         found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
         return (found if found.tzinfo else found.replace(tzinfo=dialect.timezone)).isoformat()
     except (ValueError, OverflowError, OSError):
         return Bad(f"{_shown(text)} is no time")
+
+
+def _epoch_unit(digits: str) -> int:
+    """Gives the place among the units, of which each is a thousandth of the one before, of a number since 1970."""
+    return (len(digits) - _EPOCH_DIGITS) // 3
+
+
+def _since_1970(digits: str, decimals: str) -> datetime:
+    """Gives the time; what is finer than a microsecond is left out, as PostgreSQL has nothing finer."""
+    # A float would lose the last digits.
+    whole = len(digits) - 3 * _epoch_unit(digits)
+    fraction = (digits[whole:] + decimals)[:6].ljust(6, "0")
+    return datetime.fromtimestamp(int(digits[:whole]), UTC).replace(microsecond=int(fraction))

@@ -16,7 +16,7 @@ from pgvae.connection import connect
 from pgvae.files import write_file
 from pgvae.report import charts, words
 from pgvae.report.insight import Insight, look_into
-from pgvae.rows import CurvePoint, Metric
+from pgvae.rows import DESCRIPTIVE, CurvePoint, Metric
 from pgvae.versions import PublishedVersion, read_version
 
 _POPULARITY = "popularity"
@@ -186,8 +186,7 @@ def _table(rows: list[Metric], methods: list[str], keys: list[tuple[str, int]]) 
             row = own.get(method)
             interval = "" if row is None or row.lower is None or row.upper is None else _interval(metric, row)
             text = "–" if row is None else words.figure(metric, row.value)
-            # Neither a broad nor a narrow choice is better by itself.
-            best = metric not in ("coverage", "novelty") and row is not None and row.value == ranked[0].value
+            best = metric not in DESCRIPTIVE and row is not None and row.value == ranked[0].value
             cells.append((text, interval, best))
         found.append((f"{metric}@{k}" if k else metric, words.METRICS[metric], cells))
     return _Table(methods=[words.method_name(method) for method in methods], rows=found)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgvae.report.insight import Insight
-from pgvae.rows import CurvePoint, Metric
+from pgvae.rows import LOWER_IS_BETTER, CurvePoint, Metric
 from pgvae.versions import PublishedVersion
 
 OWN = "pgvae"
@@ -42,7 +42,6 @@ METRICS = {
 MAIN = ("recall", "ndcg", "hit_rate", "coverage")
 # Gates that differ by less are told apart by nobody.
 _EVEN = 0.05
-_LOWER_IS_BETTER = ("log_loss", "brier", "calibration_error")
 _NO_PERCENT = ("novelty", "log_loss", "brier")
 
 
@@ -84,7 +83,7 @@ def main_split(version: PublishedVersion) -> list[Metric]:
 
 def methods_of(rows: Iterable[Metric], metric: str, k: int) -> list[Metric]:
     """Gives the rows of one metric, the best method first."""
-    sign = 1 if metric in _LOWER_IS_BETTER else -1
+    sign = 1 if metric in LOWER_IS_BETTER else -1
     return sorted(
         (row for row in rows if (row.metric, row.k) == (metric, k)),
         key=lambda row: (sign * row.value, row.method != OWN, row.method),
@@ -123,26 +122,37 @@ def verdict(version: PublishedVersion) -> Verdict:
         )
     leads = {row.method: row for row in methods_of(rows, "ndcg_lead", k)}
     others = [method for method in ndcg if method != OWN]
-    behind = [method for method in others if ndcg[method].value > own.value]
-    open_ = [method for method in others if not _clearly_beats(own, ndcg[method], leads.get(method))]
+    ahead = [method for method in others if _is_clear(own, ndcg[method], leads.get(method), sign=1)]
+    behind = [method for method in others if _is_clear(own, ndcg[method], leads.get(method), sign=-1)]
+    open_ = [method for method in others if method not in ahead + behind]
     sentences = _recall_sentences(version, recall, k)
-    if "popularity" in behind:
+    # As strict as vae.activate, which asks for no interval here.
+    if "popularity" in ndcg and ndcg["popularity"].value > own.value:
+        chance = () if "popularity" in behind else ("With this many people the difference may be chance.",)
         return Verdict(
             tone="bad",
             headline="Do not use it: a plain list of bestsellers ranks better",
-            sentences=(*sentences, "Activation refuses it unless it is forced. More events, or pgvae tune, may help."),
+            sentences=(
+                *sentences,
+                *chance,
+                "Activation refuses it unless it is forced. More events, or pgvae tune, may help.",
+            ),
         )
     if behind:
+        bestsellers = "by no clear margin ahead of bestsellers" if "popularity" in open_ else "ahead of bestsellers"
         return Verdict(
             tone="mixed",
-            headline=f"Ahead of bestsellers, behind {_listed(method_name(method) for method in behind)}",
+            headline=f"{bestsellers.capitalize()}, behind {_listed(method_name(method) for method in behind)}",
             sentences=(*sentences, "It may still be worth its place: see the parts below, and try pgvae tune."),
         )
     if open_:
         names = _listed(method_name(method) for method in open_)
+        leads_all = all(ndcg[method].value <= own.value for method in open_)
         return Verdict(
             tone="mixed",
-            headline=f"Ahead of everything compared, though over {names} by no clear margin",
+            headline=f"Ahead of everything compared, though over {names} by no clear margin"
+            if leads_all
+            else f"Behind nothing compared, but with no clear margin between it and {names}",
             sentences=(*sentences, "With this many people the difference may be chance."),
         )
     return Verdict(
@@ -152,11 +162,16 @@ def verdict(version: PublishedVersion) -> Verdict:
     )
 
 
-def _clearly_beats(own: Metric, other: Metric, lead: Metric | None) -> bool:
-    """Says whether the 95 % interval of the paired difference is above 0, or, without it, the two intervals apart."""
-    if lead is not None and lead.lower is not None:
-        return lead.lower > 0
-    return own.lower is not None and other.upper is not None and own.lower > other.upper
+def _is_clear(own: Metric, other: Metric, lead: Metric | None, *, sign: int) -> bool:
+    """Says whether the 95 % interval of the paired difference is above 0, or below it where `sign` is -1.
+
+    Without it, whether the two intervals are apart.
+    """
+    if lead is None or lead.lower is None or lead.upper is None:
+        if own.lower is None or own.upper is None or other.lower is None or other.upper is None:
+            return False
+        return own.lower > other.upper if sign > 0 else own.upper < other.lower
+    return lead.lower > 0 if sign > 0 else lead.upper < 0
 
 
 def _recall_sentences(version: PublishedVersion, recall: dict[str, Metric], k: int) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ Whoever gets it and has not left buys the item because of it with the probabilit
     offer_ceiling · pay_probability / (1 + exp(offer_threshold - offer_pull · affinity))
 
 whatever else the user does; affinity is the product of the tastes of user and item. Who buys the item in the 28 days
-from then on anyway is not won.
+from then on anyway can be won, too, and then buys it once more, so that win_probability is the same for both; the true
+effect, which counts buyers, is 0 there.
 """
 
 from __future__ import annotations
