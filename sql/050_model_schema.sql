@@ -39,10 +39,10 @@ cross join lateral (values
     (31, 'function', format('churn(%s)', m.user_id_type), true, 'whether one user will buy anything within the horizon, from now on'),
     (32, 'function', format('explain_churn(%s)', m.user_id_type), true, 'what speaks for and against one user''s leaving'),
     (33, 'function', format('response(%s, %s)', m.user_id_type, m.item_id_type), true, 'the probability that a user buys an item within the horizon'),
-    (34, 'function', format('response(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
+    (34, 'function', format('response_to_items(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
     (34, 'function', format('uplift(%s, %s)', m.user_id_type, m.item_id_type), true, 'by how much an offer of an item raises the probability that a user buys it within the horizon'),
     (35, 'function', format('audience(%s, integer, jsonb)', m.item_id_type), true, 'whom to send an offer of an item: the users who are likeliest to buy it'),
-    (36, 'function', format('audience(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
+    (36, 'function', format('audience_of_items(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
     (37, 'function', 'audience_of_category(text, integer, jsonb, text)', true, 'whom to send an offer of a category: the users who are likeliest to buy one of its items'),
     (38, 'view', 'offer_responses', true, 'whom to send each offer: the users who are likeliest to answer, as of the last vae.refresh'),
     (39, 'view', 'offers', true, 'each offer in sums: whom it goes to, how many will buy and what it brings'),
@@ -78,6 +78,57 @@ $$;
 
 comment on function vae_private.model_objects(integer) is
     'Lists what a model''s schema holds, in the order in which it is made.';
+
+
+create or replace function vae_private.retired_functions(m vae.models)
+returns table (object text)
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+values
+    -- A literal without a type, '550e8400-…', could have been an item or a list of items.
+    (format('audience(%s[], integer, jsonb)', m.item_id_type)),
+    (format('response(%s, %s[])', m.user_id_type, m.item_id_type))
+$$;
+
+comment on function vae_private.retired_functions(vae.models) is
+    'Lists functions that an earlier release made in a model''s schema, and this one does not.';
+
+
+create or replace function vae_private.drop_retired(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    retired text;
+begin
+    for retired in
+        select f.object from vae_private.retired_functions(m) f
+        where to_regprocedure(format('%I.%s', m.name, f.object)) is not null
+    loop
+        begin
+            execute format('drop function %I.%s', m.name, retired);
+        exception when dependent_objects_still_exist then
+            -- What somebody built on it goes on working.
+            raise warning '%.% is of an earlier release, and stays since others use it', m.name, retired
+                using hint = format('see who does with: drop function %I.%s; change them, then: select vae.rebuild_model(%L)',
+                    m.name, retired, m.name);
+        end;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.drop_retired(vae.models) is
+    'Drops what an earlier release made in a model''s schema, and this one does not; part of vae_private.build_model.';
 
 
 create or replace function vae_private.time_literal(time_type text, expression text)
@@ -817,6 +868,7 @@ begin
         end;
     end if;
     perform vae_private.check_tables(m);
+    perform vae_private.drop_retired(m);
     -- Whoever reads a view locks it before the views beneath it, and the shop's events (up to step 6) before what is stored: locked in
     -- another order, they would end in deadlocks.
     for locked in

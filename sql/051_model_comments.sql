@@ -75,7 +75,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
         when object like 'explain_churn(%' then
             ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
             ' leaving, compared to the average user.'
-        when object like 'response(%' then
+        when object like 'response%(%' then
             ', from now on. Null for a user without events. With or without an offer: what an offer changes says uplift.'
         when object like 'uplift(%' then
             ': P(buys if it is offered) less P(buys if not). Null where the active version claims no uplift (no_uplift of'
@@ -88,8 +88,9 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
             ' is response or uplift.'
         when object = 'offer_responses' then
-            '. A row per offer and user, of offers that have not ended. Join on user_id; sum response_probability where is_chosen for'
-            ' the expected number of buyers.'
+            '. A row per offer and user, of offers that have not ended at the moment of the query; those of one that has not begun are'
+            ' a plan. Join on user_id; write to users where is_chosen and is_running; sum response_probability where is_chosen for the'
+            ' expected number of buyers.'
         when object = 'offers' then
             '. A row per offer of vae.create_offer.'
         when object = 'recommendations' then

@@ -102,9 +102,9 @@ comment on function vae_private.churn_all(integer) is
 comment on function vae_private.explain_churn(integer, text) is
     'Gives what speaks for and against the leaving of one user of a model, by key, for <model>.explain_churn.';
 comment on function vae_private.response(integer, text, text[]) is
-    'Gives the probability that a user of a model buys one of some items, by keys, for <model>.response.';
+    'Gives the probability that a user of a model buys one of some items, by keys, for <model>.response and response_to_items.';
 comment on function vae_private.audience(integer, text[], integer, jsonb) is
-    'Gives the users of a model who are likeliest to buy one of some items, by keys, for <model>.audience.';
+    'Gives the users of a model who are likeliest to buy one of some items, by keys, for <model>.audience and its like.';
 
 
 create or replace function vae_private.items_of_category(id integer, category text, column_name text, item_keys text[])
@@ -229,13 +229,13 @@ begin
         m.name, format('response(user_id %s, item_id %s)', u, i), 'real',
         format('select vae_private.response(%s, $1::text, array[$2::text])', m.model_id));
     perform vae_private.make_function(
-        m.name, format('response(user_id %s, item_ids %s[])', u, i), 'real',
+        m.name, format('response_to_items(user_id %s, item_ids %s[])', u, i), 'real',
         format('select vae_private.response(%s, $1::text, $2::text[])', m.model_id));
     perform vae_private.make_function(
         m.name, format('audience(item_id %s, k integer default 1000, options jsonb default null)', i), audience,
         format(found, 'array[$1::text]'));
     perform vae_private.make_function(
-        m.name, format('audience(item_ids %s[], k integer default 1000, options jsonb default null)', i), audience,
+        m.name, format('audience_of_items(item_ids %s[], k integer default 1000, options jsonb default null)', i), audience,
         format(found, '$1::text[]'));
     if m.items_table is not null then
         perform vae_private.make_function(
@@ -297,9 +297,12 @@ begin
         '\n            else coalesce(r.response_probability::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true)'
         '\n        end as is_chosen,'
         '\n    r.model_version, r.scored_at, r.uplift,'
-        '\n    (r.uplift::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as incremental_profit'
+        '\n    (r.uplift::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as incremental_profit,'
+        '\n    o.starts_at, o.ends_at, coalesce(o.starts_at <= statement_timestamp(), true) as is_running'
         '\nfrom %1$I.offer_responses_materialized r'
-        '\njoin vae.offers o on o.offer_id = r.offer_id', m.name);
+        '\njoin vae.offers o on o.offer_id = r.offer_id'
+        -- An offer ends by itself, refreshed or not.
+        '\nwhere o.ends_at is null or o.ends_at > statement_timestamp()', m.name);
     execute format(
         E'create or replace view %1$I.offers as'
         '\nselect o.name as offer, cardinality(o.item_keys) as items, r.users,'
@@ -309,7 +312,8 @@ begin
         '\n    r.buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as expected_profit,'
         '\n    o.starts_at, o.ends_at, r.model_version, r.scored_at, o.choose_by,'
         '\n    r.incremental_buyers,'
-        '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit'
+        '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit,'
+        '\n    coalesce(o.starts_at <= statement_timestamp(), true) and coalesce(o.ends_at > statement_timestamp(), true) as is_running'
         '\nfrom ('
         -- With the users that are not chosen: of an offer that pays with nobody they say when it was scored.
         '\n    select q.offer_id, count(*) filter (where s.is_chosen) as users,'
@@ -341,6 +345,9 @@ begin
             ('offer_responses', 'is_chosen', 'Whether the budget reaches this far, and the user is worth the cost.'),
             ('offer_responses', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('offer_responses', 'scored_at', 'When the row was scored.'),
+            ('offer_responses', 'starts_at', 'When the offer begins; null: it has begun.'),
+            ('offer_responses', 'ends_at', 'When it ends, and its rows are gone; null: never.'),
+            ('offer_responses', 'is_running', 'Whether the offer has begun, at the moment of the query; false: it is planned.'),
             ('offers', 'offer', 'Name of the offer.'),
             ('offers', 'items', 'How many items are offered.'),
             ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
@@ -351,7 +358,8 @@ begin
             ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
             ('offers', 'ends_at', 'When it ends; null: never.'),
             ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
-            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined.')
+            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined, or it has ended.'),
+            ('offers', 'is_running', 'Whether the offer has begun and has not ended, at the moment of the query.')
     ) as c (relation, column_name, comment);
 end;
 $$;

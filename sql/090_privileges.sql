@@ -150,6 +150,8 @@ grant execute on function
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
+    vae_private.retired_functions(vae.models),
+    vae_private.drop_retired(vae.models),
     vae_private.build_event_views(vae.models),
     vae_private.make_function(text, text, text, text),
     vae_private.make_planned_function(text, text, text, text),

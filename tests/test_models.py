@@ -572,6 +572,30 @@ def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connect
     assert "vae.drop_model" in str(refused.message_hint)
 
 
+def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    old = [
+        "audience(item_ids bigint[], k integer, options jsonb)",
+        "response(user_id bigint, item_ids bigint[])",
+    ]
+    mine = "audience(item_id text)"
+    for signature in [*old, mine]:
+        shop.execute(f"create function shop.{signature} returns integer language sql as 'select 1'")
+    left = "select pronargs from pg_proc where pronamespace = 'shop'::regnamespace and proname = any (%s) order by 1"
+    shop.execute("create view used as select shop.response(1, array[2::bigint])")
+    notices: list[tuple[str | None, str | None]] = []
+    shop.add_notice_handler(lambda notice: notices.append((notice.message_primary, notice.message_hint)))
+    shop.execute("select vae.rebuild_model('shop')")
+    assert shop.execute(left, [["audience"]]).fetchall() == [(1,), (3,)]
+    assert shop.execute(left, [["response"]]).fetchall() == [(2,), (2,)]
+    ((message, hint),) = notices
+    assert message == "shop.response(bigint, bigint[]) is of an earlier release, and stays since others use it"
+    assert "select vae.rebuild_model('shop')" in str(hint)
+    assert shop.execute("table used").fetchall() == [(1,)]
+    shop.execute(f"drop view used; drop function shop.{mine}")
+    shop.execute("select vae.drop_model('shop')")
+
+
 def test_features_need_a_table(shop: psycopg.Connection) -> None:
     Shop().create_model(shop)
     assert shop.execute("select * from vae.feature_columns('shop')").fetchall() == []

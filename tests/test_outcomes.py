@@ -626,7 +626,7 @@ def test_who_asks_by_category_locks_views_in_the_order_of_a_change(shop: Connect
 
 def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -> None:
     ((one, other, either),) = shop.execute(
-        "select shop.response(9, 2), shop.response(9, 5), shop.response(9, array[2, 5]::bigint[])"
+        "select shop.response(9, 2), shop.response(9, 5), shop.response_to_items(9, array[2, 5]::bigint[])"
     ).fetchall()
     assert max(one, other) < either < one + other
     of_category = shop.execute(
@@ -635,7 +635,7 @@ def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -
     items = shop.execute("select array_agg(item_id) from items where category = 'A'").fetchone()
     assert items is not None
     by_items = shop.execute(
-        "select user_id, response_probability from shop.audience(%s::bigint[], k => 9)", items
+        "select user_id, response_probability from shop.audience_of_items(%s::bigint[], k => 9)", items
     ).fetchall()
     assert of_category == by_items
     # The table may hold an item twice.
@@ -671,10 +671,10 @@ def test_options_of_an_audience(shop: Connection) -> None:
     ("query", "state", "message"),
     [
         ("select shop.response(1, 99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
-        ("select shop.response(1, array[]::bigint[])", "22023", "items names no item"),
-        ("select shop.response(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
+        ("select shop.response_to_items(1, array[]::bigint[])", "22023", "items names no item"),
+        ("select shop.response_to_items(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
         ("select * from shop.audience(99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
-        ("select * from shop.audience(array[1, null]::bigint[])", "22023", "items names item null"),
+        ("select * from shop.audience_of_items(array[1, null]::bigint[])", "22023", "items names item null"),
         ("select * from shop.audience(1, k => 0)", "22023", "k is 0"),
         ("select * from shop.audience(1, k => null)", "22023", "k is null"),
         ("set local vae.max_threads = 0; select * from shop.audience(1)", "22023", "vae.max_threads is '0'"),
@@ -748,7 +748,7 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
             " where offer = 'spring' order by rank limit 7"
         ).fetchall()
         live = shop.execute(
-            "select user_id, response_probability from shop.audience(array[2, 5]::bigint[], 7)"
+            "select user_id, response_probability from shop.audience_of_items(array[2, 5]::bigint[], 7)"
         ).fetchall()
         assert [user for user, _ in spring] == [user for user, _ in live]
         assert [p for _, p in spring] == pytest.approx([p for _, p in live], rel=1e-5)
@@ -785,6 +785,45 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         assert shop.execute(
             "select users, expected_profit, model_version, scored_at is not null from shop.offers where offer = 'dear'"
         ).fetchone() == (0, 0, 1, True)
+    finally:
+        shop.execute("delete from vae.offers")
+
+
+def test_offers_begin_and_end_without_a_refresh(shop: Connection) -> None:
+    try:
+        shop.execute(
+            "select vae.create_offer('shop', 'always', array[3], max_users => 4),"
+            " vae.create_offer('shop', 'ending', array[3], max_users => 5, ends_at => now() + interval '1 hour'),"
+            " vae.create_offer('shop', 'planned', array[3], max_users => 6, starts_at => now() + interval '1 hour')"
+        )
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        listed = (
+            "select offer, count(*) filter (where is_chosen), bool_and(is_running), min(starts_at) is null,"
+            " min(ends_at) is null from shop.offer_responses group by 1 order by 1"
+        )
+        assert shop.execute(listed).fetchall() == [
+            ("always", 4, True, True, True),
+            ("ending", 5, True, True, False),
+            ("planned", 6, False, False, True),
+        ]
+        summed = "select offer, users, is_running, scored_at is null from shop.offers order by 1"
+        assert shop.execute(summed).fetchall() == [
+            ("always", 4, True, False),
+            ("ending", 5, True, False),
+            ("planned", 6, False, False),
+        ]
+        shop.execute(
+            "update vae.offers set starts_at = starts_at - interval '2 hours', ends_at = ends_at - interval '2 hours'"
+        )
+        assert shop.execute(listed).fetchall() == [
+            ("always", 4, True, True, True),
+            ("planned", 6, True, False, True),
+        ]
+        assert shop.execute(summed).fetchall() == [
+            ("always", 4, True, False),
+            ("ending", 0, False, True),
+            ("planned", 6, True, False),
+        ]
     finally:
         shop.execute("delete from vae.offers")
 
