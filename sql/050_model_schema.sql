@@ -319,7 +319,8 @@ begin
         case when m.event_type_column is null then '4::real' when is_grouped then 'max(t.weight)' else 't.weight' end,
         m.events_schema, m.events_table,
         case when m.event_type_column is null then ''
-            else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
+            else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text and t.event_type <> ''ignore''',
+                m.model_id, m.event_type_column) end,
         array_to_string(rules, E'\n    and '),
         case when m.event_type_column is null and scope not in ('admitted rows', 'anonymous sales') then ' distinct' else '' end,
         case when is_sales then format(E',\n    %s as quantity',
@@ -402,22 +403,25 @@ declare
     relation regclass;
     found text;
     gone text;
-    remedy constant text := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L);'
-        ' else drop the model with vae.drop_model and create it anew', m.name);
+    remedy text;
 begin
     for wanted in
         select * from (values
-            (m.events_schema, m.events_table, m.user_id_column, m.user_id_type),
-            (m.events_schema, m.events_table, m.item_id_column, m.item_id_type),
-            (m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
-            (m.events_schema, m.events_table, m.event_type_column, null),
-            (m.events_schema, m.events_table, m.quantity_column, null),
-            (m.events_schema, m.events_table, m.exposure_column, 'boolean'),
-            (m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
-            (m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
-        ) as c (table_schema, table_name, column_name, column_type)
+            (null, m.events_schema, m.events_table, m.user_id_column, m.user_id_type),
+            (null, m.events_schema, m.events_table, m.item_id_column, m.item_id_type),
+            (null, m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
+            (null, m.events_schema, m.events_table, m.event_type_column, null),
+            (null, m.events_schema, m.events_table, m.quantity_column, null),
+            (null, m.events_schema, m.events_table, m.exposure_column, 'boolean'),
+            ('users', m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
+            ('items', m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
+        ) as c (argument, table_schema, table_name, column_name, column_type)
         where c.column_name is not null
     loop
+        remedy := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L); else %s',
+            m.name, case
+                when wanted.argument is null then 'drop the model with vae.drop_model and create it anew'
+                else format('name another table: select vae.set_tables(%L, %s => …)', m.name, wanted.argument) end);
         relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
@@ -714,7 +718,12 @@ begin
         m.events_schema, m.events_table, m.user_id_column,
         m.occurred_at_column, vae_private.earliest(m),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
-        case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) else '' end,
+        concat(
+            case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) end,
+            -- What is ignored is nothing that the user did, a robot's heartbeat for example.
+            case when m.event_type_column is not null then format(
+                ' and coalesce(e.%I::text <> all (array(select t.name from vae.event_types t'
+                ' where t.model_id = %s and t.event_type = ''ignore'')), true)', m.event_type_column, m.model_id) end),
         m.user_id_column,
         case m.occurred_at_type
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)

@@ -36,13 +36,8 @@ begin
     select c.* into before from vae.candidates c where c.model_id = m.model_id and c.for_refresh;
     -- Not given, it stays as it is.
     for_refresh := coalesce(for_refresh, before.name = name, false);
-    if for_refresh and not has_table_privilege(
-        (select n.nspowner from pg_namespace n where n.nspname = m.name), relation, 'select')
-    then
-        raise exception 'the owner of model % may not read %', model, relation
-            using errcode = 'insufficient_privilege',
-                hint = format('a refresh reads it with the owner''s rights: grant select on %s to %I', relation,
-                    (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name));
+    if for_refresh then
+        perform vae_private.check_owner_reads(m, array[relation]);
     end if;
     found := vae_private.key_type(relation, item_id, 'item_id');
     if found <> m.item_id_type and not array[found, m.item_id_type] <@ array['integer', 'bigint'] then

@@ -114,7 +114,11 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (options, user_features, item_features, exposure_column), delete on vae.models to vae_trainer;
+grant insert, delete on vae.models to vae_trainer;
+grant update (
+    options, user_features, item_features, exposure_column, users_schema, users_table, users_key_column, items_schema, items_table,
+    items_key_column
+) on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
@@ -130,6 +134,9 @@ grant execute on function
     vae.set_event_type(text, text, text, real),
     vae.set_features(text, text[], text[]),
     vae.set_exposure(text, text),
+    vae.set_tables(text, regclass, text, regclass, text, text[], text[]),
+    vae_private.with_tables(vae.models, regclass, regclass, text, regclass, text, text[], text[]),
+    vae_private.check_owner_reads(vae.models, regclass[]),
     vae.set_options(text, jsonb),
     vae_private.check_exposure(regclass, text),
     vae.set_candidates(text, text, regclass, text, boolean),
@@ -144,6 +151,7 @@ grant execute on function
     vae_private.refresh_select(integer, boolean),
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
+    vae_private.named_or_taken(regclass, text, text),
     vae_private.check_readable(regclass[]),
     vae_private.map_event_types(integer, jsonb),
     vae_private.map_event_type(integer, text, text, jsonb),

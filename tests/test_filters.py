@@ -273,7 +273,9 @@ def test_a_set_is_defined_anew_and_dropped(shop: psycopg.Connection) -> None:
     assert "there are: in_stock" in str(refused.message_hint)
 
 
-def test_what_refreshes_recommend_changes_only_on_demand_and_never_silently(role: str, shop: psycopg.Connection) -> None:
+def test_what_refreshes_recommend_changes_only_on_demand_and_never_silently(
+    role: str, shop: psycopg.Connection
+) -> None:
     shop.execute("create view sellable as select * from in_stock")
     notices: list[str | None] = []
     shop.add_notice_handler(lambda notice: notices.append(notice.message_primary))

@@ -1,4 +1,4 @@
-"""Drop the call whose rows now say whether the candidates are those of the refreshes"""
+"""What a model reads can be refused and changed: event types that are ignored, tables of users and items"""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Drops a function alone, which gives other columns from now on: it cannot be replaced."""
+    """Words a comment anew, and drops a function that gives other columns from now on: it cannot be replaced."""
+    op.execute(
+        "comment on column vae.event_types.event_type is"
+        " 'Standard event type that it means: view, search, add_to_cart, purchase, review, share, register; or ignore.'"
+    )
     op.execute("drop function if exists vae.set_candidates(text, text, regclass, text, boolean)")
 
 

@@ -136,7 +136,7 @@ event_types = Table(
         "event_type",
         Text,
         nullable=False,
-        comment="Standard event type that it means: view, search, add_to_cart, purchase, review, share, register.",
+        comment="Standard event type that it means: view, search, add_to_cart, purchase, review, share, register; or ignore.",
     ),
     Column(
         "weight", REAL, nullable=False, comment="How much one such event counts as a training target; 0: an input only."
