@@ -51,6 +51,7 @@ cross join lateral (values
     (40, 'function', format('item_titles(%s[])', m.item_id_type), true, 'the titles of some items, as because says them'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
+    (42, 'function', format('recommend_for_users(%s[], integer, jsonb)', m.user_id_type), true, 'the best items for each of some users, now'),
     (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
     (44, 'function', format('related(%s, integer, jsonb)', m.item_id_type), true, 'what goes with an item, now'),
     (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
@@ -828,6 +829,14 @@ begin
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
             '\norder by r.rank',
             i, m.model_id));
+    perform vae_private.make_planned_function(
+        m.name, format('recommend_for_users(user_ids %s[], k integer default 10, options jsonb default null)', u),
+        format('table (user_id %s, rank integer, item_id %s, score real, is_cold_start boolean, model_version integer, probability real)',
+            u, i),
+        format(
+            E'select r.user_key::%s, r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
+            '\nfrom vae_private.recommend_for_users(%s, $1::text[], $2, $3) r',
+            u, i, m.model_id));
     perform vae_private.make_function(
         m.name, format('score(user_id %s, item_id %s)', u, i), 'real',
         format('select vae_private.score(%s, $1::text, $2::text)', m.model_id));

@@ -34,6 +34,9 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' others and the columns that come back are those of recommend.'
         when object like 'recommend_for_items(%' then
             '. The arrays are of one length; without event_types all are views, without occurred_ats they happen now, one after the other.'
+        when object like 'recommend_for_users(%' then
+            ', in one pass: the rows of recommend, with its options, a user once. For users who came since the last vae.refresh, say; for everybody'
+            ' read recommendations.'
         when object like 'related(%' then
             ': the model asked for somebody who bought this item and nothing else. score is an item''s share of the probability over'
             ' the catalogue, lift that share over the mean one beside any item of the shop, support the users who bought'

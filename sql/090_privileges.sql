@@ -32,6 +32,7 @@ grant execute on function
     vae_private.table_features(regclass, text, text),
     vae_private.check_tables(vae.models),
     vae_private.recommend(integer, text, integer, jsonb),
+    vae_private.recommend_for_users(integer, text[], integer, jsonb),
     vae_private.score(integer, text, text),
     vae_private.score_pairs(integer, text[], text[]),
     vae_private.embedding(integer, text),

@@ -20,6 +20,10 @@ CALLS = {
     "history": [f"{SOME_USERS} cross join lateral shop.history(u.user_id) r join items using (item_id)"],
     "features": [f"{SOME_USERS} cross join lateral shop.features(u.user_id) r"],
     "recommend": [f"{SOME_USERS} cross join lateral shop.recommend(u.user_id) r join items using (item_id)"],
+    "recommend_for_users": [
+        "(select array_agg(user_id) as user_ids from users) a cross join lateral shop.recommend_for_users(a.user_ids) r"
+        " join users using (user_id) join items using (item_id)"
+    ],
     "score": [f"{SOME_USERS} cross join {SOME_ITEMS} where shop.score(u.user_id, i.item_id) > 0"],
     "score_pairs": [
         "(select array_agg(user_id) as user_ids, array_agg(item_id) as item_ids from events) a"
@@ -133,7 +137,7 @@ def test_a_bare_literal_is_a_key_wherever_one_is_asked_for(typed: psycopg.Connec
     literals = {
         "user_id": user,
         "item_id": item,
-        **dict.fromkeys(("user_ids",), f"'{{{shop.users[0]}}}'"),
+        "user_ids": f"'{{{shop.users[0]}}}'",
         **dict.fromkeys(("item_ids", "items", "with_item_ids"), f"'{{{shop.items[0]}}}'"),
         "event_types": "'{purchase}'",
         "events": "'[]'",
@@ -224,6 +228,28 @@ def test_the_view_holds_what_the_live_call_gives(typed: psycopg.Connection[Any],
     assert value(typed, f"select shop.score('{stored[0][0]}', '{stored[0][2]}')") == pytest.approx(
         stored[0][3], rel=1e-5
     )
+
+
+def test_many_users_get_the_lists_that_each_gets_alone(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    stranger = keys("user", shop.user_type, 200)[-1]
+    users = [*shop.users, stranger, shop.users[0]]
+    rows = "r.item_id, r.is_cold_start, r.model_version, r.score, coalesce(r.probability, -1)"
+    some = f"%s::{shop.user_type}[]"
+    for options in (None, '{"exclude_seen": false, "at_most": {"category": 2}, "min_score": 0.005}'):
+        many = typed.execute(
+            f"select r.user_id, r.rank, {rows} from shop.recommend_for_users({some}, 7, %s) r order by 1, 2",
+            [users, options],
+        ).fetchall()
+        alone = typed.execute(
+            f"select u, r.rank, {rows} from (select distinct u from unnest({some}) u) u, shop.recommend(u, 7, %s) r"
+            " order by 1, 2",
+            [users, options],
+        ).fetchall()
+        assert {user for user, *_ in many} == {*users}
+        assert [row[:5] for row in many] == [row[:5] for row in alone]
+        for place in (5, 6):
+            assert [row[place] for row in many] == pytest.approx([row[place] for row in alone], rel=1e-5)
+    assert {(row[0], row[6]) for row in many if row[3]} == {(stranger, -1)}
 
 
 def test_a_session_names_items_in_any_spelling_of_their_type(typed: psycopg.Connection[Any], shop: Shop) -> None:
