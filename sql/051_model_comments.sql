@@ -89,7 +89,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
             ' uplift to the number of those who buy because of the offer; it is null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
-            ' is response or uplift.'
+            ' is response or uplift; among names a relation, public.subscribers say, whose column user_id (or among_key) lists who may be chosen.'
         when object = 'offer_responses' then
             '. A row per offer and user, of offers that have not ended at the moment of the query; those of one that has not begun are'
             ' a plan. Join on user_id; write to users where is_chosen and is_running; sum response_probability where is_chosen for the'

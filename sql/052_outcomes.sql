@@ -379,7 +379,9 @@ create or replace function vae.create_offer(
     exclude_buyers boolean default false,
     starts_at timestamptz default null,
     ends_at timestamptz default null,
-    choose_by text default 'response'
+    choose_by text default 'response',
+    among regclass default null,
+    among_key text default 'user_id'
 )
 returns bigint
 language plpgsql
@@ -396,6 +398,8 @@ declare
     wrong record;
     unknown record;
     new_id bigint;
+    m vae.models;
+    key_type text;
 begin
     if name is null or name = '' or octet_length(name) > 200 then
         raise exception 'an offer cannot be called "%"', coalesce(name, 'null')
@@ -442,6 +446,18 @@ begin
             using errcode = 'invalid_parameter_value',
                 hint = 'an experiment offers one item at a time, so that uplift is known of one item: make an offer of each';
     end if;
+    if among is not null then
+        -- A refresh runs what it names with the rights of the model's owner, so nobody else does.
+        perform vae_private.check_owner(model);
+        perform vae_private.check_readable(array[among]);
+        select * into m from vae.models where models.model_id = id;
+        perform vae_private.check_owner_reads(m, array[among]);
+        key_type := vae_private.key_type(among, among_key, 'among_key');
+        if key_type <> m.user_id_type and not array[key_type, m.user_id_type] <@ array['integer', 'bigint'] then
+            raise exception 'keys of users differ: % in model %, % in %', m.user_id_type, model, key_type, among
+                using errcode = 'datatype_mismatch', hint = 'give a view that casts the column';
+        end if;
+    end if;
     select v.version, v.no_uplift into unknown
     from vae_private.scoring_versions v
     where v.model_id = id and choose_by = 'uplift' and not v.has_uplift;
@@ -461,18 +477,27 @@ begin
         raise exception 'item % is not in the catalogue of version % of model %', unknown.key, unknown.version, model
             using errcode = 'VA051', hint = format('is the key right? The next version knows a new item: pgvae train %s', model);
     end if;
-    insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
-    values (id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
+    insert into vae.offers (
+        model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+        among_schema, among_table, among_column
+    )
+    select
+        id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+        n.nspname, c.relname, case when among is not null then among_key end
+    from (select) one
+    left join (pg_class c join pg_namespace n on n.oid = c.relnamespace) on c.oid = among
     returning offer_id into new_id;
     return new_id;
 end;
 $$;
 
-comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text) is
+comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text, regclass, text) is
     'Defines an offer of some items: the next vae.refresh lists the max_users users who are likeliest to buy one of them in '
     '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
     'budget what may be spent in all: they choose the users who are worth it. choose_by '
-    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. Gives the number of the offer.';
+    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. among names a table or view whose column '
+    'among_key lists the users who may be asked, subscribers for example: the others take no rank and no budget; only the model''s owner can. '
+    'Gives the number of the offer.';
 
 
 create or replace function vae.drop_offer(model text, name text)

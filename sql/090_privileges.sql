@@ -84,9 +84,13 @@ grant execute on function
     vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),
-    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text),
+    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text, regclass, text),
     vae.drop_offer(text, text),
     vae_private.model_id(text),
+    vae_private.check_owner(text),
+    vae_private.check_readable(regclass[]),
+    vae_private.check_owner_reads(vae.models, regclass[]),
+    vae_private.key_type(regclass, text, text),
     vae_private.may_use(integer),
     vae_private.time_literal(text, text),
     vae_private.key_collation(vae.models, text),
@@ -137,7 +141,6 @@ grant execute on function
     vae.set_exposure(text, text),
     vae.set_tables(text, regclass, text, regclass, text, text[], text[]),
     vae_private.with_tables(vae.models, regclass, regclass, text, regclass, text, text[], text[]),
-    vae_private.check_owner_reads(vae.models, regclass[]),
     vae.set_options(text, jsonb),
     vae_private.check_exposure(regclass, text),
     vae.set_candidates(text, text, regclass, text, boolean),
@@ -145,7 +148,6 @@ grant execute on function
     vae_private.standard_event_types(),
     vae_private.default_options(),
     vae_private.checked_options(jsonb),
-    vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
     vae_private.locked_model(text),
     vae_private.feature_select(integer, text, text),
@@ -153,7 +155,6 @@ grant execute on function
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
     vae_private.named_or_taken(regclass, text, text),
-    vae_private.check_readable(regclass[]),
     vae_private.map_event_types(integer, jsonb),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
@@ -205,7 +206,6 @@ grant delete on vae.versions to vae_trainer;
 grant execute on function
     vae.drop_version(text, integer, boolean),
     vae.prune(text, integer),
-    vae_private.check_owner(text),
     vae_private.version_bytes(bigint)
 to vae_trainer;
 
@@ -309,9 +309,12 @@ create policy select_policy on vae.segments for select to vae_reader using (true
 create policy insert_policy on vae.segments for insert to vae_trainer with check (exists (
     select from vae.versions v where v.version_id = segments.version_id and vae_private.may_use(v.model_id)));
 
--- Offers: whoever operates a model makes them.
+-- Offers: whoever operates a model makes them; but for the model's owner, among everybody: as with candidate sets.
 grant select on vae.offers to vae_reader;
-grant insert (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by) on vae.offers to vae_operator;
+grant insert (
+    model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+    among_schema, among_table, among_column
+) on vae.offers to vae_operator;
 grant delete on vae.offers to vae_operator;
 do $$
 declare
@@ -322,7 +325,11 @@ begin
         execute format('drop policy if exists %I on vae.offers', command || '_policy');
     end loop;
     create policy select_policy on vae.offers for select to vae_reader using (true);
-    create policy insert_policy on vae.offers for insert to vae_operator with check (vae_private.may_use(model_id));
+    create policy insert_policy on vae.offers for insert to vae_operator with check (
+        vae_private.may_use(model_id)
+        and (among_table is null or exists (
+            select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name
+            where m.model_id = offers.model_id and pg_catalog.pg_has_role(n.nspowner, 'usage'))));
     create policy delete_policy on vae.offers for delete to vae_operator using (vae_private.may_use(model_id));
 end;
 $$;

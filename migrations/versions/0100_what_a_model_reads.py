@@ -1,7 +1,8 @@
-"""What a model reads can be refused and changed: event types that are ignored, tables of users and items"""
+"""What is read can be chosen: event types that are ignored, the users of an offer"""
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0100"
@@ -11,7 +12,17 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Words a comment anew, and drops a function that gives other columns from now on: it cannot be replaced."""
+    """Adds whom an offer is among, and drops the functions that have other arguments or columns from now on."""
+    for column, comment in (
+        ("among_schema", "Schema of the relation that lists whom the offer may go to; null: everybody."),
+        ("among_table", "Name of that relation."),
+        ("among_column", "Its column with the key of the user."),
+    ):
+        op.add_column("offers", sa.Column(column, sa.Text(), comment=comment), schema="vae")
+    op.execute(
+        "drop function if exists vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean,"
+        " timestamptz, timestamptz, text)"
+    )
     op.execute(
         "comment on column vae.event_types.event_type is"
         " 'Standard event type that it means: view, search, add_to_cart, purchase, review, share, register; or ignore.'"

@@ -486,6 +486,11 @@ _AUDIENCE_OPTIONS = {
     "exclude_buyers": TRUE_OR_FALSE,
     "min_probability": from_0_to_1("probability"),
     "rank_by": one_of(audiences.RESPONSE, audiences.UPLIFT),
+    "among": Option(
+        accepts=lambda value: isinstance(value, str),
+        hint="""give the name of a relation, as in {"among": "public.subscribers"}""",
+    ),
+    "among_key": Option(accepts=lambda value: isinstance(value, str), hint="give the name of its column of users"),
 }
 _MOST_USERS = 10_000_000
 
@@ -509,7 +514,9 @@ def audience(
     rank_by = chosen.get("rank_by", audiences.RESPONSE)
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))
-    return audiences.audience_of(plpy, version, audiences.Criteria(items=items, k=k, **chosen))
+    relation, column = chosen.pop("among", None), chosen.pop("among_key", "user_id")
+    among = None if relation is None else audiences.read_users(plpy, version, relation, column)
+    return audiences.audience_of(plpy, version, audiences.Criteria(items=items, k=k, among=among, **chosen))
 
 
 def checked_k(k: int | None) -> int:

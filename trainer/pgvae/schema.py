@@ -216,6 +216,11 @@ offers = Table(
         comment="What ranks and chooses the users: response (who is likeliest to buy) or uplift (whom the offer makes"
         " buy).",
     ),
+    Column(
+        "among_schema", Text, comment="Schema of the relation that lists whom the offer may go to; null: everybody."
+    ),
+    Column("among_table", Text, comment="Name of that relation."),
+    Column("among_column", Text, comment="Its column with the key of the user."),
     UniqueConstraint("model_id", "name"),
     CheckConstraint("choose_by in ('response', 'uplift')", name="choose_by"),
     schema=PUBLIC,
