@@ -1045,9 +1045,9 @@ begin
     -- Of a model whose last upgrade failed.
     for dropped in
         select f.object from vae.models m cross join lateral vae_private.retired_functions(m) f
-        where m.model_id = id and to_regnamespace(quote_ident(model)) is not null
+        where m.model_id = id and to_regprocedure(format('%I.%s', model, f.object)) is not null
     loop
-        execute format('drop function if exists %I.%s', model, dropped.object);
+        execute format('drop function %I.%s', model, dropped.object);
     end loop;
     delete from vae.models m where m.model_id = id;
     if exists (select from pg_namespace where nspname = model) then

@@ -650,7 +650,9 @@ def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(s
     assert "select vae.rebuild_model('shop')" in str(hint)
     assert shop.execute("table used").fetchall() == [(1,)]
     shop.execute(f"drop view used; drop function shop.{mine}")
+    notices.clear()
     shop.execute("select vae.drop_model('shop')")
+    assert not notices
 
 
 def test_features_need_a_table(shop: psycopg.Connection) -> None:
