@@ -79,6 +79,20 @@ if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIM
 return GD["@RUNTIME@"].recommend(plpy, model_id, user_key, k, options)
 $pgvae$;
 
+create or replace function vae_private.recommend_for_users(model_id integer, user_keys text[], k integer, options jsonb)
+returns table (
+    user_key text, rank integer, item_key text, score real, is_cold_start boolean, model_version integer, probability real)
+language plpython3u
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $pgvae$
+if "@RUNTIME@" not in GD: plpy.execute("select vae_private.load_runtime('@RUNTIME@')")
+return GD["@RUNTIME@"].recommend_for_users(plpy, model_id, user_keys, k, options)
+$pgvae$;
+
 create or replace function vae_private.score(model_id integer, user_key text, item_key text)
 returns real
 language plpython3u
@@ -187,6 +201,8 @@ $pgvae$;
 
 comment on function vae_private.recommend(integer, text, integer, jsonb) is
     'Scores one user of a model by key, for <model>.recommend, which gives typed keys.';
+comment on function vae_private.recommend_for_users(integer, text[], integer, jsonb) is
+    'Scores users of a model by their keys, for <model>.recommend_for_users, which gives typed keys.';
 comment on function vae_private.score_pairs(integer, text[], text[]) is
     'Scores pairs of user and item of a model by key, for <model>.score_pairs.';
 comment on function vae_private.score(integer, text, text) is

@@ -336,7 +336,8 @@ begin
         if cardinality(chosen) > 0 then
             raise exception '% is given, but no table', argument
                 using errcode = 'invalid_parameter_value',
-                    hint = format('a model knows the table that it was made with: vae.create_model(…, %1$s => ''public.%1$s'')', split_part(argument, '_', 1) || 's');
+                    hint = format('name the table beside it: %1$s => ''public.%1$s'', of a model that exists with vae.set_tables; '
+                        'of a table that the model has, vae.set_features chooses columns', split_part(argument, '_', 1) || 's');
         end if;
         return '{}';
     end if;
@@ -456,6 +457,53 @@ comment on function vae_private.check_readable(regclass[]) is
     'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model and vae.set_candidates.';
 
 
+create or replace function vae_private.with_tables(
+    m vae.models, events regclass, users regclass, users_key text, items regclass, items_key text, user_features text[],
+    item_features text[]
+)
+returns vae.models
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform vae_private.check_readable(array[users, items]);
+    if users is not null and vae_private.key_type(users, users_key, 'users_key') <> m.user_id_type then
+        raise exception 'keys of users differ: % in %, % in %',
+            m.user_id_type, events, vae_private.key_type(users, users_key, 'users_key'), users
+            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+    end if;
+    if items is not null and vae_private.key_type(items, items_key, 'items_key') <> m.item_id_type then
+        raise exception 'keys of items differ: % in %, % in %',
+            m.item_id_type, events, vae_private.key_type(items, items_key, 'items_key'), items
+            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+    end if;
+    if users is not null or user_features is not null or m.users_table is null then
+        m.user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
+    end if;
+    if items is not null or item_features is not null or m.items_table is null then
+        m.item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
+    end if;
+    if users is not null then
+        select n.nspname, c.relname, users_key into m.users_schema, m.users_table, m.users_key_column
+        from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = users;
+    end if;
+    if items is not null then
+        select n.nspname, c.relname, items_key into m.items_schema, m.items_table, m.items_key_column
+        from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = items;
+    end if;
+    return m;
+end;
+$$;
+
+comment on function vae_private.with_tables(vae.models, regclass, regclass, text, regclass, text, text[], text[]) is
+    'Gives a model with these tables of users and items, where they are given, and the columns that it reads of them; refuses those '
+    'that do not fit. Part of vae.create_model and vae.set_tables.';
+
+
 create or replace function vae_private.map_event_types(model_id integer, event_types jsonb)
 returns void
 language plpgsql
@@ -500,6 +548,36 @@ comment on function vae_private.map_event_types(integer, jsonb) is
     'Gives a new model the standard event types, and the mapping of the shop''s words; part of vae.create_model.';
 
 
+create or replace function vae_private.named_or_taken(events regclass, argument text, given text)
+returns text
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if given is not null then
+        return nullif(given, '');
+    end if;
+    if not exists (
+        select from pg_attribute a where a.attrelid = events and a.attname = argument and a.attnum > 0 and not a.attisdropped
+    ) then
+        return null;
+    end if;
+    raise notice 'column "%" of % is taken as %', argument, events,
+        case argument when 'quantity' then 'the quantity: rows of 0 or less are returns, and left out' else 'the type of the event' end
+        using hint = format('if it is something else: %s => '''', or the name of another column', argument);
+    return argument;
+end;
+$$;
+
+comment on function vae_private.named_or_taken(regclass, text, text) is
+    'Gives the column that an argument of vae.create_model names, null for an empty text; where it is not given, the column of the '
+    'argument''s name, if there is one, with a notice.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -533,13 +611,14 @@ declare
     time_type text;
     new_id integer;
     checked jsonb;
+    m vae.models;
 begin
     perform vae_private.check_model_name(model);
     if events is null then
         raise exception 'events is null'
             using errcode = 'null_value_not_allowed', hint = 'name the table of events: events => ''public.events''';
     end if;
-    perform vae_private.check_readable(array[events, users, items]);
+    perform vae_private.check_readable(array[events]);
     user_type := vae_private.key_type(events, user_id, 'user_id');
     item_type := vae_private.key_type(events, item_id, 'item_id');
     time_type := vae_private.column_type(events, occurred_at, 'occurred_at');
@@ -548,17 +627,8 @@ begin
             using errcode = 'datatype_mismatch',
                 hint = 'the time is timestamptz, timestamp or date: give a view that casts the column';
     end if;
-    -- Columns of the standard names are taken by themselves.
-    if event_type is null and exists (
-        select from pg_attribute a where a.attrelid = events and a.attname = 'event_type' and not a.attisdropped
-    ) then
-        event_type := 'event_type';
-    end if;
-    if quantity is null and exists (
-        select from pg_attribute a where a.attrelid = events and a.attname = 'quantity' and not a.attisdropped
-    ) then
-        quantity := 'quantity';
-    end if;
+    event_type := vae_private.named_or_taken(events, 'event_type', event_type);
+    quantity := vae_private.named_or_taken(events, 'quantity', quantity);
     if event_type is not null then
         -- Of any type: event types are compared by their text.
         perform vae_private.column_type(events, event_type, 'event_type');
@@ -570,21 +640,12 @@ begin
         raise exception 'column "%" of % has the type %',
             quantity, events, vae_private.column_type(events, quantity, 'quantity')
             using errcode = 'datatype_mismatch',
-                hint = 'the quantity is a number: give a view that casts the column, or one without it';
+                hint = 'the quantity is a number: give a view that casts the column; or take none: quantity => ''''';
     end if;
     perform vae_private.check_exposure(events, exposure_column);
-    if users is not null and vae_private.key_type(users, users_key, 'users_key') <> user_type then
-        raise exception 'keys of users differ: % in %, % in %',
-            user_type, events, vae_private.key_type(users, users_key, 'users_key'), users
-            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
-    end if;
-    if items is not null and vae_private.key_type(items, items_key, 'items_key') <> item_type then
-        raise exception 'keys of items differ: % in %, % in %',
-            item_type, events, vae_private.key_type(items, items_key, 'items_key'), items
-            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
-    end if;
-    user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
-    item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
+    m.user_id_type := user_type;
+    m.item_id_type := item_type;
+    m := vae_private.with_tables(m, events, users, users_key, items, items_key, user_features, item_features);
     checked := vae_private.checked_options(options);
 
     if not has_database_privilege(current_database(), 'create') then
@@ -606,13 +667,11 @@ begin
     )
     select
         model, en.nspname, e.relname, user_id, item_id, occurred_at, event_type,
-        quantity, user_type, item_type, time_type, un.nspname, u.relname, case when users is not null then users_key end,
-        inn.nspname, i.relname, case when items is not null then items_key end, checked,
-        user_features, item_features, exposure_column
+        quantity, user_type, item_type, time_type, m.users_schema, m.users_table, m.users_key_column,
+        m.items_schema, m.items_table, m.items_key_column, checked,
+        m.user_features, m.item_features, exposure_column
     from pg_class e
     join pg_namespace en on en.oid = e.relnamespace
-    left join (pg_class u join pg_namespace un on un.oid = u.relnamespace) on u.oid = users
-    left join (pg_class i join pg_namespace inn on inn.oid = i.relnamespace) on i.oid = items
     where e.oid = events
     returning model_id into new_id;
 
@@ -625,9 +684,9 @@ $$;
 
 comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[], text) is
     'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
-    'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, and '
-    'without an event type every row is a purchase. event_types maps the shop''s '
-    'words, as in {"buy": {"event_type": "purchase", "weight": 4}}. user_features '
+    'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, as a notice says, unless '
+    'they are given as '''', which takes none; without an event type every row is a purchase. event_types maps the shop''s '
+    'words, as in {"buy": {"event_type": "purchase", "weight": 4}, "scroll": "ignore"}. user_features '
     'and item_features name the columns of users and items that the model reads, an empty array none; without them it '
     'reads all that it can, but for columns of users that look personal. exposure_column, a boolean, marks the rows of a '
     'randomised experiment: true, the offer of the item was made, false, it was withheld by chance; they are no behaviour, '
@@ -648,6 +707,7 @@ as $$
 declare
     standard text := event_type;
     default_weight real;
+    meanings constant text := 'map it to one of: register, search, view, add_to_cart, purchase, review, share; or to ignore, which leaves it out';
 begin
     if name is null then
         raise exception 'name of an event type is null'
@@ -656,12 +716,16 @@ begin
     end if;
     if standard is null then
         select s.event_type into standard from vae_private.standard_event_types() s where s.name = map_event_type.name;
+        if standard is null then
+            raise exception 'event type "%" has no meaning of its own', name
+                using errcode = 'invalid_parameter_value', hint = meanings;
+        end if;
     end if;
     select s.weight into default_weight from vae_private.standard_event_types() s where s.name = standard and s.event_type = standard;
+    default_weight := case standard when 'ignore' then 0 else default_weight end;
     if default_weight is null then
         raise exception 'event type "%" is mapped to "%"', name, event_type
-            using errcode = 'invalid_parameter_value',
-                hint = 'map it to one of: register, search, view, add_to_cart, purchase, review, share';
+            using errcode = 'invalid_parameter_value', hint = meanings;
     end if;
     if weight is not null and (jsonb_typeof(weight) <> 'number' or (weight)::numeric not between 0 and 1000) then
         raise exception 'weight of event type "%" is %', name, weight
@@ -695,7 +759,8 @@ end;
 $$;
 
 comment on function vae.set_event_type(text, text, text, real) is
-    'Says what an event type of the shop means and how much it weighs in training. The meaning counts at once, in histories, in what '
+    'Says what an event type of the shop means and how much it weighs in training: a standard type, ignore, which leaves such events '
+    'out everywhere, or null, which is what the word means by itself. The meaning counts at once, in histories, in what '
     'counts as bought, in churn and demand; the weight with the next training, with which the model learns the meaning too.';
 
 
@@ -784,6 +849,77 @@ $$;
 comment on function vae_private.locked_model(text) is
     'Gives a model to its owner, for a change of its settings or views: waits for a refresh of one view, and for other changes; until '
     'the end of the transaction none begins.';
+
+
+create or replace function vae_private.check_owner_reads(m vae.models, relations regclass[])
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    owner constant name := (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name);
+    relation regclass;
+begin
+    foreach relation in array array_remove(relations, null) loop
+        if not has_table_privilege(owner, relation, 'select') then
+            raise exception 'the owner of model % may not read %', m.name, relation
+                using errcode = 'insufficient_privilege',
+                    hint = format('a refresh reads it with the owner''s rights: grant select on %s to %I', relation, owner);
+        end if;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.check_owner_reads(vae.models, regclass[]) is
+    'Refuses a relation that the owner of a model may not read, whoever else may; null is fine.';
+
+
+create or replace function vae.set_tables(
+    model text,
+    users regclass default null,
+    users_key text default 'user_id',
+    items regclass default null,
+    items_key text default 'item_id',
+    user_features text[] default null,
+    item_features text[] default null
+)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    m vae.models := vae_private.locked_model(model);
+begin
+    if users is null and items is null then
+        raise exception 'neither users nor items is given'
+            using errcode = 'null_value_not_allowed', hint = 'name one table or both: items => ''public.items''';
+    end if;
+    perform vae_private.check_schema(m);
+    m := vae_private.with_tables(
+        m, vae_private.shop_table(m.events_schema, m.events_table), users, users_key, items, items_key, user_features, item_features);
+    perform vae_private.check_owner_reads(m, array[users, items]);
+    update vae.models set
+        users_schema = m.users_schema, users_table = m.users_table, users_key_column = m.users_key_column,
+        items_schema = m.items_schema, items_table = m.items_table, items_key_column = m.items_key_column,
+        user_features = m.user_features, item_features = m.item_features
+    where models.model_id = m.model_id;
+    perform vae_private.build_model(m.model_id);
+end;
+$$;
+
+comment on function vae.set_tables(text, regclass, text, regclass, text, text[], text[]) is
+    'Gives a model that exists a table of users, of items, or both, or others in their place; the arguments are those of '
+    'vae.create_model, and a table that is not given stays as it is. The versions stay and go on scoring. Which events count, who gets '
+    'recommendations, and what names and categories of items answer follows at once or with the next vae.refresh; the columns '
+    'become features with the next training.';
 
 
 create or replace function vae.set_features(model text, user_features text[] default null, item_features text[] default null)
@@ -906,6 +1042,13 @@ begin
         order by o.step > 6, o.step desc, o.object
     loop
         execute format('drop %s if exists %I.%s', dropped.kind, model, dropped.object);
+    end loop;
+    -- Of a model whose last upgrade failed.
+    for dropped in
+        select f.object from vae.models m cross join lateral vae_private.retired_functions(m) f
+        where m.model_id = id and to_regprocedure(format('%I.%s', model, f.object)) is not null
+    loop
+        execute format('drop function %I.%s', model, dropped.object);
     end loop;
     delete from vae.models m where m.model_id = id;
     if exists (select from pg_namespace where nspname = model) then

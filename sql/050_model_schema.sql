@@ -39,10 +39,10 @@ cross join lateral (values
     (31, 'function', format('churn(%s)', m.user_id_type), true, 'whether one user will buy anything within the horizon, from now on'),
     (32, 'function', format('explain_churn(%s)', m.user_id_type), true, 'what speaks for and against one user''s leaving'),
     (33, 'function', format('response(%s, %s)', m.user_id_type, m.item_id_type), true, 'the probability that a user buys an item within the horizon'),
-    (34, 'function', format('response(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
+    (34, 'function', format('response_to_items(%s, %s[])', m.user_id_type, m.item_id_type), true, 'the probability that a user buys one of some items within the horizon'),
     (34, 'function', format('uplift(%s, %s)', m.user_id_type, m.item_id_type), true, 'by how much an offer of an item raises the probability that a user buys it within the horizon'),
     (35, 'function', format('audience(%s, integer, jsonb)', m.item_id_type), true, 'whom to send an offer of an item: the users who are likeliest to buy it'),
-    (36, 'function', format('audience(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
+    (36, 'function', format('audience_of_items(%s[], integer, jsonb)', m.item_id_type), true, 'whom to send an offer of some items: the users who are likeliest to buy one of them'),
     (37, 'function', 'audience_of_category(text, integer, jsonb, text)', true, 'whom to send an offer of a category: the users who are likeliest to buy one of its items'),
     (38, 'view', 'offer_responses', true, 'whom to send each offer: the users who are likeliest to answer, as of the last vae.refresh'),
     (39, 'view', 'offers', true, 'each offer in sums: whom it goes to, how many will buy and what it brings'),
@@ -51,6 +51,7 @@ cross join lateral (values
     (40, 'function', format('item_titles(%s[])', m.item_id_type), true, 'the titles of some items, as because says them'),
     (41, 'function', 'recommend_for(jsonb, integer, jsonb)', true, 'the best items for a session that no table holds: events of somebody anonymous or made up'),
     (42, 'function', format('recommend_for_items(%s[], text[], timestamptz[], integer, jsonb)', m.item_id_type), true, 'recommend_for with arrays, as array_agg makes them'),
+    (42, 'function', format('recommend_for_users(%s[], integer, jsonb)', m.user_id_type), true, 'the best items for each of some users, now'),
     (43, 'function', format('support(%1$s[], %1$s[], text[])', m.item_id_type), true, 'how many users have events of these types both on an item and on one of item_ids'),
     (44, 'function', format('related(%s, integer, jsonb)', m.item_id_type), true, 'what goes with an item, now'),
     (45, 'function', format('basket(%s[], integer, jsonb)', m.item_id_type), true, 'what goes with the items of a cart, now'),
@@ -78,6 +79,57 @@ $$;
 
 comment on function vae_private.model_objects(integer) is
     'Lists what a model''s schema holds, in the order in which it is made.';
+
+
+create or replace function vae_private.retired_functions(m vae.models)
+returns table (object text)
+language sql
+immutable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+values
+    -- A literal without a type, '550e8400-…', could have been an item or a list of items.
+    (format('audience(%s[], integer, jsonb)', m.item_id_type)),
+    (format('response(%s, %s[])', m.user_id_type, m.item_id_type))
+$$;
+
+comment on function vae_private.retired_functions(vae.models) is
+    'Lists functions that an earlier release made in a model''s schema, and this one does not.';
+
+
+create or replace function vae_private.drop_retired(m vae.models)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    retired text;
+begin
+    for retired in
+        select f.object from vae_private.retired_functions(m) f
+        where to_regprocedure(format('%I.%s', m.name, f.object)) is not null
+    loop
+        begin
+            execute format('drop function %I.%s', m.name, retired);
+        exception when dependent_objects_still_exist then
+            -- What somebody built on it goes on working.
+            raise warning '%.% is of an earlier release, and stays since others use it', m.name, retired
+                using hint = format('see who does with: drop function %I.%s; change them, then: select vae.rebuild_model(%L)',
+                    m.name, retired, m.name);
+        end;
+    end loop;
+end;
+$$;
+
+comment on function vae_private.drop_retired(vae.models) is
+    'Drops what an earlier release made in a model''s schema, and this one does not; part of vae_private.build_model.';
 
 
 create or replace function vae_private.time_literal(time_type text, expression text)
@@ -268,7 +320,8 @@ begin
         case when m.event_type_column is null then '4::real' when is_grouped then 'max(t.weight)' else 't.weight' end,
         m.events_schema, m.events_table,
         case when m.event_type_column is null then ''
-            else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text', m.model_id, m.event_type_column) end,
+            else format(E'\njoin vae.event_types t on t.model_id = %s and t.name = e.%I::text and t.event_type <> ''ignore''',
+                m.model_id, m.event_type_column) end,
         array_to_string(rules, E'\n    and '),
         case when m.event_type_column is null and scope not in ('admitted rows', 'anonymous sales') then ' distinct' else '' end,
         case when is_sales then format(E',\n    %s as quantity',
@@ -351,22 +404,25 @@ declare
     relation regclass;
     found text;
     gone text;
-    remedy constant text := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L);'
-        ' else drop the model with vae.drop_model and create it anew', m.name);
+    remedy text;
 begin
     for wanted in
         select * from (values
-            (m.events_schema, m.events_table, m.user_id_column, m.user_id_type),
-            (m.events_schema, m.events_table, m.item_id_column, m.item_id_type),
-            (m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
-            (m.events_schema, m.events_table, m.event_type_column, null),
-            (m.events_schema, m.events_table, m.quantity_column, null),
-            (m.events_schema, m.events_table, m.exposure_column, 'boolean'),
-            (m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
-            (m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
-        ) as c (table_schema, table_name, column_name, column_type)
+            (null, m.events_schema, m.events_table, m.user_id_column, m.user_id_type),
+            (null, m.events_schema, m.events_table, m.item_id_column, m.item_id_type),
+            (null, m.events_schema, m.events_table, m.occurred_at_column, m.occurred_at_type),
+            (null, m.events_schema, m.events_table, m.event_type_column, null),
+            (null, m.events_schema, m.events_table, m.quantity_column, null),
+            (null, m.events_schema, m.events_table, m.exposure_column, 'boolean'),
+            ('users', m.users_schema, m.users_table, m.users_key_column, m.user_id_type),
+            ('items', m.items_schema, m.items_table, m.items_key_column, m.item_id_type)
+        ) as c (argument, table_schema, table_name, column_name, column_type)
         where c.column_name is not null
     loop
+        remedy := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L); else %s',
+            m.name, case
+                when wanted.argument is null then 'drop the model with vae.drop_model and create it anew'
+                else format('name another table: select vae.set_tables(%L, %s => …)', m.name, wanted.argument) end);
         relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
@@ -663,7 +719,12 @@ begin
         m.events_schema, m.events_table, m.user_id_column,
         m.occurred_at_column, vae_private.earliest(m),
         m.occurred_at_column, vae_private.time_literal(m.occurred_at_type, 'statement_timestamp()'),
-        case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) else '' end,
+        concat(
+            case when m.exposure_column is not null then format(' and e.%I is null', m.exposure_column) end,
+            -- What is ignored is nothing that the user did, a robot's heartbeat for example.
+            case when m.event_type_column is not null then format(
+                ' and coalesce(e.%I::text <> all (array(select t.name from vae.event_types t'
+                ' where t.model_id = %s and t.event_type = ''ignore'')), true)', m.event_type_column, m.model_id) end),
         m.user_id_column,
         case m.occurred_at_type
             when 'timestamptz' then format('(e.%I at time zone ''UTC'')::date', m.occurred_at_column)
@@ -768,6 +829,14 @@ begin
             '\nfrom vae_private.recommend(%s, $1::text, $2, $3) r'
             '\norder by r.rank',
             i, m.model_id));
+    perform vae_private.make_planned_function(
+        m.name, format('recommend_for_users(user_ids %s[], k integer default 10, options jsonb default null)', u),
+        format('table (user_id %s, rank integer, item_id %s, score real, is_cold_start boolean, model_version integer, probability real)',
+            u, i),
+        format(
+            E'select r.user_key::%s, r.rank, r.item_key::%s, r.score, r.is_cold_start, r.model_version, r.probability'
+            '\nfrom vae_private.recommend_for_users(%s, $1::text[], $2, $3) r',
+            u, i, m.model_id));
     perform vae_private.make_function(
         m.name, format('score(user_id %s, item_id %s)', u, i), 'real',
         format('select vae_private.score(%s, $1::text, $2::text)', m.model_id));
@@ -817,6 +886,7 @@ begin
         end;
     end if;
     perform vae_private.check_tables(m);
+    perform vae_private.drop_retired(m);
     -- Whoever reads a view locks it before the views beneath it, and the shop's events (up to step 6) before what is stored: locked in
     -- another order, they would end in deadlocks.
     for locked in

@@ -34,6 +34,9 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' others and the columns that come back are those of recommend.'
         when object like 'recommend_for_items(%' then
             '. The arrays are of one length; without event_types all are views, without occurred_ats they happen now, one after the other.'
+        when object like 'recommend_for_users(%' then
+            ', in one pass: the rows of recommend, with its options, a user once. For users who came since the last vae.refresh, say; for everybody'
+            ' read recommendations.'
         when object like 'related(%' then
             ': the model asked for somebody who bought this item and nothing else. score is an item''s share of the probability over'
             ' the catalogue, lift that share over the mean one beside any item of the shop, support the users who bought'
@@ -75,7 +78,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
         when object like 'explain_churn(%' then
             ': a row per group of what the user did, strongest first. contribution is what it adds to the logarithm of the odds of'
             ' leaving, compared to the average user.'
-        when object like 'response(%' then
+        when object like 'response%(%' then
             ', from now on. Null for a user without events. With or without an offer: what an offer changes says uplift.'
         when object like 'uplift(%' then
             ': P(buys if it is offered) less P(buys if not). Null where the active version claims no uplift (no_uplift of'
@@ -87,10 +90,11 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' uplift to the number of those who buy because of the offer, which can be far off for one item and is right over many; it is'
             ' null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
-            ' is response or uplift.'
+            ' is response or uplift; among names a relation, public.subscribers say, whose column user_id (or among_key) lists who may be chosen.'
         when object = 'offer_responses' then
-            '. A row per offer and user, of offers that have not ended. Join on user_id; sum response_probability where is_chosen for'
-            ' the expected number of buyers.'
+            '. A row per offer and user, of offers that have not ended at the moment of the query; those of one that has not begun are'
+            ' a plan. Join on user_id; write to users where is_chosen and is_running; sum response_probability where is_chosen for the'
+            ' expected number of buyers.'
         when object = 'offers' then
             '. A row per offer of vae.create_offer.'
         when object = 'recommendations' then

@@ -102,9 +102,9 @@ comment on function vae_private.churn_all(integer) is
 comment on function vae_private.explain_churn(integer, text) is
     'Gives what speaks for and against the leaving of one user of a model, by key, for <model>.explain_churn.';
 comment on function vae_private.response(integer, text, text[]) is
-    'Gives the probability that a user of a model buys one of some items, by keys, for <model>.response.';
+    'Gives the probability that a user of a model buys one of some items, by keys, for <model>.response and response_to_items.';
 comment on function vae_private.audience(integer, text[], integer, jsonb) is
-    'Gives the users of a model who are likeliest to buy one of some items, by keys, for <model>.audience.';
+    'Gives the users of a model who are likeliest to buy one of some items, by keys, for <model>.audience and its like.';
 
 
 create or replace function vae_private.items_of_category(id integer, category text, column_name text, item_keys text[])
@@ -229,13 +229,13 @@ begin
         m.name, format('response(user_id %s, item_id %s)', u, i), 'real',
         format('select vae_private.response(%s, $1::text, array[$2::text])', m.model_id));
     perform vae_private.make_function(
-        m.name, format('response(user_id %s, item_ids %s[])', u, i), 'real',
+        m.name, format('response_to_items(user_id %s, item_ids %s[])', u, i), 'real',
         format('select vae_private.response(%s, $1::text, $2::text[])', m.model_id));
     perform vae_private.make_function(
         m.name, format('audience(item_id %s, k integer default 1000, options jsonb default null)', i), audience,
         format(found, 'array[$1::text]'));
     perform vae_private.make_function(
-        m.name, format('audience(item_ids %s[], k integer default 1000, options jsonb default null)', i), audience,
+        m.name, format('audience_of_items(item_ids %s[], k integer default 1000, options jsonb default null)', i), audience,
         format(found, '$1::text[]'));
     if m.items_table is not null then
         perform vae_private.make_function(
@@ -297,9 +297,12 @@ begin
         '\n            else coalesce(r.response_probability::float8 * o.value::float8 >= coalesce(o.cost, 0)::float8, true)'
         '\n        end as is_chosen,'
         '\n    r.model_version, r.scored_at, r.uplift,'
-        '\n    (r.uplift::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as incremental_profit'
+        '\n    (r.uplift::float8 * o.value::float8 - coalesce(o.cost, 0)::float8) as incremental_profit,'
+        '\n    o.starts_at, o.ends_at, coalesce(o.starts_at <= statement_timestamp(), true) as is_running'
         '\nfrom %1$I.offer_responses_materialized r'
-        '\njoin vae.offers o on o.offer_id = r.offer_id', m.name);
+        '\njoin vae.offers o on o.offer_id = r.offer_id'
+        -- An offer ends by itself, refreshed or not.
+        '\nwhere o.ends_at is null or o.ends_at > statement_timestamp()', m.name);
     execute format(
         E'create or replace view %1$I.offers as'
         '\nselect o.name as offer, cardinality(o.item_keys) as items, r.users,'
@@ -309,7 +312,8 @@ begin
         '\n    r.buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as expected_profit,'
         '\n    o.starts_at, o.ends_at, r.model_version, r.scored_at, o.choose_by,'
         '\n    r.incremental_buyers,'
-        '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit'
+        '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit,'
+        '\n    coalesce(o.starts_at <= statement_timestamp(), true) and coalesce(o.ends_at > statement_timestamp(), true) as is_running'
         '\nfrom ('
         -- With the users that are not chosen: of an offer that pays with nobody they say when it was scored.
         '\n    select q.offer_id, count(*) filter (where s.is_chosen) as users,'
@@ -341,6 +345,9 @@ begin
             ('offer_responses', 'is_chosen', 'Whether the budget reaches this far, and the user is worth the cost.'),
             ('offer_responses', 'model_version', 'Version that scored the row, see vae.versions.'),
             ('offer_responses', 'scored_at', 'When the row was scored.'),
+            ('offer_responses', 'starts_at', 'When the offer begins; null: it has begun.'),
+            ('offer_responses', 'ends_at', 'When it ends, and its rows are gone; null: never.'),
+            ('offer_responses', 'is_running', 'Whether the offer has begun, at the moment of the query; false: it is planned.'),
             ('offers', 'offer', 'Name of the offer.'),
             ('offers', 'items', 'How many items are offered.'),
             ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
@@ -351,7 +358,8 @@ begin
             ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
             ('offers', 'ends_at', 'When it ends; null: never.'),
             ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
-            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined.')
+            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined, or it has ended.'),
+            ('offers', 'is_running', 'Whether the offer has begun and has not ended, at the moment of the query.')
     ) as c (relation, column_name, comment);
 end;
 $$;
@@ -371,7 +379,9 @@ create or replace function vae.create_offer(
     exclude_buyers boolean default false,
     starts_at timestamptz default null,
     ends_at timestamptz default null,
-    choose_by text default 'response'
+    choose_by text default 'response',
+    among regclass default null,
+    among_key text default 'user_id'
 )
 returns bigint
 language plpgsql
@@ -388,6 +398,8 @@ declare
     wrong record;
     unknown record;
     new_id bigint;
+    m vae.models;
+    key_type text;
 begin
     if name is null or name = '' or octet_length(name) > 200 then
         raise exception 'an offer cannot be called "%"', coalesce(name, 'null')
@@ -434,6 +446,18 @@ begin
             using errcode = 'invalid_parameter_value',
                 hint = 'an experiment offers one item at a time, so that uplift is known of one item: make an offer of each';
     end if;
+    if among is not null then
+        -- A refresh runs what it names with the rights of the model's owner, so nobody else does.
+        perform vae_private.check_owner(model);
+        perform vae_private.check_readable(array[among]);
+        select * into m from vae.models where models.model_id = id;
+        perform vae_private.check_owner_reads(m, array[among]);
+        key_type := vae_private.key_type(among, among_key, 'among_key');
+        if key_type <> m.user_id_type and not array[key_type, m.user_id_type] <@ array['integer', 'bigint'] then
+            raise exception 'keys of users differ: % in model %, % in %', m.user_id_type, model, key_type, among
+                using errcode = 'datatype_mismatch', hint = 'give a view that casts the column';
+        end if;
+    end if;
     select v.version, v.no_uplift into unknown
     from vae_private.scoring_versions v
     where v.model_id = id and choose_by = 'uplift' and not v.has_uplift;
@@ -453,18 +477,27 @@ begin
         raise exception 'item % is not in the catalogue of version % of model %', unknown.key, unknown.version, model
             using errcode = 'VA051', hint = format('is the key right? The next version knows a new item: pgvae train %s', model);
     end if;
-    insert into vae.offers (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
-    values (id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by)
+    insert into vae.offers (
+        model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+        among_schema, among_table, among_column
+    )
+    select
+        id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+        n.nspname, c.relname, case when among is not null then among_key end
+    from (select) one
+    left join (pg_class c join pg_namespace n on n.oid = c.relnamespace) on c.oid = among
     returning offer_id into new_id;
     return new_id;
 end;
 $$;
 
-comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text) is
+comment on function vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text, regclass, text) is
     'Defines an offer of some items: the next vae.refresh lists the max_users users who are likeliest to buy one of them in '
     '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
     'budget what may be spent in all: they choose the users who are worth it. choose_by '
-    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. Gives the number of the offer.';
+    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. among names a table or view whose column '
+    'among_key lists the users who may be asked, subscribers for example: the others take no rank and no budget; only the model''s owner can. '
+    'Gives the number of the offer.';
 
 
 create or replace function vae.drop_offer(model text, name text)

@@ -5,9 +5,9 @@ create or replace function vae.set_candidates(
     name text,
     relation regclass,
     item_id text default 'item_id',
-    for_refresh boolean default false
+    for_refresh boolean default null
 )
-returns table (item_count bigint, known_item_count bigint)
+returns table (item_count bigint, known_item_count bigint, is_for_refresh boolean)
 language plpgsql
 volatile
 called on null input
@@ -19,6 +19,8 @@ as $$
 declare
     m vae.models;
     found text;
+    before vae.candidates;
+    after vae.candidates;
 begin
     select * into m from vae.models where models.model_id = vae_private.model_id(model);
     perform vae_private.check_owner(model);
@@ -31,13 +33,11 @@ begin
             using errcode = 'null_value_not_allowed', hint = 'name the table or view that lists the items: relation => ''public.stock''';
     end if;
     perform vae_private.check_readable(array[relation]);
-    if for_refresh and not has_table_privilege(
-        (select n.nspowner from pg_namespace n where n.nspname = m.name), relation, 'select')
-    then
-        raise exception 'the owner of model % may not read %', model, relation
-            using errcode = 'insufficient_privilege',
-                hint = format('a refresh reads it with the owner''s rights: grant select on %s to %I', relation,
-                    (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name));
+    select c.* into before from vae.candidates c where c.model_id = m.model_id and c.for_refresh;
+    -- Not given, it stays as it is.
+    for_refresh := coalesce(for_refresh, before.name = name, false);
+    if for_refresh then
+        perform vae_private.check_owner_reads(m, array[relation]);
     end if;
     found := vae_private.key_type(relation, item_id, 'item_id');
     if found <> m.item_id_type and not array[found, m.item_id_type] <@ array['integer', 'bigint'] then
@@ -56,14 +56,21 @@ begin
         update vae.candidates c set for_refresh = false where c.model_id = m.model_id and c.for_refresh;
         update vae.candidates c set for_refresh = true where c.model_id = m.model_id and c.name = set_candidates.name;
     end if;
+    select c.* into after from vae.candidates c where c.model_id = m.model_id and c.for_refresh;
+    if before.name is not null and after is distinct from before then
+        raise notice 'refreshes of model % recommend %, and no longer the items of %', model,
+            case when after.name is null then 'the whole catalogue'
+                else format('only the items of %s (%I.%I)', after.name, after.relation_schema, after.relation_table) end,
+            format('%s (%I.%I)', before.name, before.relation_schema, before.relation_table);
+    end if;
     -- A relation that fails does so here, and nothing is kept.
     begin
         return query execute format(
-            'select count(*), count(i.item_index)'
+            'select count(*), count(i.item_index), $1'
             ' from (select distinct c.%1$I as item_id from %2$s c where c.%1$I is not null) c'
             ' left join vae_private.scoring_versions v on v.model_id = %3$s'
             ' left join vae_private.scoring_items i on i.version_id = v.version_id and i.item_key = c.item_id::text',
-            item_id, relation, m.model_id);
+            item_id, relation, m.model_id) using for_refresh;
     exception when others then
         raise exception 'candidates "%" cannot be read from %: %', name, relation, sqlerrm
             using errcode = sqlstate, hint = format('mend %s until this gives rows: select %I from %1$s', relation, item_id);
@@ -75,7 +82,7 @@ comment on function vae.set_candidates(text, text, regclass, text, boolean) is
     'Names a table or view whose column item_id lists the items that may be recommended, for recommend''s option '
     '{"candidates": name}; gives how many items it lists now, and how many of them the active version knows. It is read whenever '
     'it is used, with the rights of whoever asks. With for_refresh => true, vae.refresh recommends only these items. A name that '
-    'exists is defined anew.';
+    'exists is defined anew; unless for_refresh is given, it stays the set of the refreshes, or stays none.';
 
 
 create or replace function vae.drop_candidates(model text, name text)

@@ -49,7 +49,10 @@ begin
             case when m.items_table is not null then format(
                 ' left join (select distinct k.%1$I as key from %2$I.%3$I k) i on i.key = e.%4$I%5$s',
                 m.items_key_column, m.items_schema, m.items_table, m.item_id_column, vae_private.key_collation(m, 'items')) end),
-        case when m.exposure_column is not null then format(' where e.%I is null', m.exposure_column) end,
+        ' where ' || concat_ws(' and ',
+            'true',
+            case when m.exposure_column is not null then format('e.%I is null', m.exposure_column) end,
+            case when m.event_type_column is not null then 't.event_type is distinct from ''ignore''' end),
         case when m.event_type_column is null then 'false' else format('e.%I is null', m.event_type_column) end
     );
 end;
@@ -140,7 +143,7 @@ begin
             (4, 'overlong_ids', counts.overlong_ids, 'ids of more than 512 bytes are left out: is the right column mapped?'),
             (5, 'unknown_event_types', counts.unknown_event_types,
                 case when m.event_type_column is not null then 'rows of event types without a meaning are left out'
-                    || case when unknown_types is not null then format(': %s; say what they mean: select vae.set_event_type(%L, %L, ''view'')',
+                    || case when unknown_types is not null then format(': %s; say what they mean: select vae.set_event_type(%L, %L, ''view''); or that they mean nothing here: ''ignore''',
                     (select string_agg(quote_literal(left(u.name, 60)), ', ' order by u.place) from unnest(unknown_types) with ordinality as u (name, place)),
                     model, unknown_types[1]) else '' end
                     -- A null can be given no meaning.

@@ -36,6 +36,7 @@ grant execute on function
     vae_private.table_features(regclass, text, text),
     vae_private.check_tables(vae.models),
     vae_private.recommend(integer, text, integer, jsonb),
+    vae_private.recommend_for_users(integer, text[], integer, jsonb),
     vae_private.score(integer, text, text),
     vae_private.score_pairs(integer, text[], text[]),
     vae_private.embedding(integer, text),
@@ -86,9 +87,13 @@ grant execute on function
     vae.feature_columns(text),
     vae.activate(text, integer, boolean, text),
     vae.rollback(text, text),
-    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text),
+    vae.create_offer(text, text, anyarray, numeric, numeric, numeric, integer, boolean, timestamptz, timestamptz, text, regclass, text),
     vae.drop_offer(text, text),
     vae_private.model_id(text),
+    vae_private.check_owner(text),
+    vae_private.check_readable(regclass[]),
+    vae_private.check_owner_reads(vae.models, regclass[]),
+    vae_private.key_type(regclass, text, text),
     vae_private.may_use(integer),
     vae_private.time_literal(text, text),
     vae_private.key_collation(vae.models, text),
@@ -118,7 +123,11 @@ to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
 
 -- Trainers define models and publish versions.
-grant insert, update (options, user_features, item_features, exposure_column, rebuild_error), delete on vae.models to vae_trainer;
+grant insert, delete on vae.models to vae_trainer;
+grant update (
+    options, user_features, item_features, exposure_column, rebuild_error, users_schema, users_table, users_key_column, items_schema,
+    items_table, items_key_column
+) on vae.models to vae_trainer;
 grant insert, update (event_type, weight), delete on vae.event_types to vae_trainer;
 grant insert (
     model_id, version, window_start, window_end, event_count, user_count, item_count, seed, format, code_digest,
@@ -134,6 +143,8 @@ grant execute on function
     vae.set_event_type(text, text, text, real),
     vae.set_features(text, text[], text[]),
     vae.set_exposure(text, text),
+    vae.set_tables(text, regclass, text, regclass, text, text[], text[]),
+    vae_private.with_tables(vae.models, regclass, regclass, text, regclass, text, text[], text[]),
     vae.set_options(text, jsonb),
     vae_private.check_exposure(regclass, text),
     vae.set_candidates(text, text, regclass, text, boolean),
@@ -141,19 +152,20 @@ grant execute on function
     vae_private.standard_event_types(),
     vae_private.default_options(),
     vae_private.checked_options(jsonb),
-    vae_private.key_type(regclass, text, text),
     vae_private.chosen_features(regclass, text, text, text[]),
     vae_private.locked_model(text),
     vae_private.feature_select(integer, text, text),
     vae_private.refresh_select(integer, boolean),
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
-    vae_private.check_readable(regclass[]),
+    vae_private.named_or_taken(regclass, text, text),
     vae_private.map_event_types(integer, jsonb),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
+    vae_private.retired_functions(vae.models),
+    vae_private.drop_retired(vae.models),
     vae_private.build_event_views(vae.models),
     vae_private.make_function(text, text, text, text),
     vae_private.make_planned_function(text, text, text, text),
@@ -198,7 +210,6 @@ grant delete on vae.versions to vae_trainer;
 grant execute on function
     vae.drop_version(text, integer, boolean),
     vae.prune(text, integer),
-    vae_private.check_owner(text),
     vae_private.version_bytes(bigint)
 to vae_trainer;
 
@@ -302,9 +313,12 @@ create policy select_policy on vae.segments for select to vae_reader using (true
 create policy insert_policy on vae.segments for insert to vae_trainer with check (exists (
     select from vae.versions v where v.version_id = segments.version_id and vae_private.may_use(v.model_id)));
 
--- Offers: whoever operates a model makes them.
+-- Offers: whoever operates a model makes them; but for the model's owner, among everybody: as with candidate sets.
 grant select on vae.offers to vae_reader;
-grant insert (model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by) on vae.offers to vae_operator;
+grant insert (
+    model_id, name, item_keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
+    among_schema, among_table, among_column
+) on vae.offers to vae_operator;
 grant delete on vae.offers to vae_operator;
 do $$
 declare
@@ -315,7 +329,11 @@ begin
         execute format('drop policy if exists %I on vae.offers', command || '_policy');
     end loop;
     create policy select_policy on vae.offers for select to vae_reader using (true);
-    create policy insert_policy on vae.offers for insert to vae_operator with check (vae_private.may_use(model_id));
+    create policy insert_policy on vae.offers for insert to vae_operator with check (
+        vae_private.may_use(model_id)
+        and (among_table is null or exists (
+            select from vae.models m join pg_catalog.pg_namespace n on n.nspname = m.name
+            where m.model_id = offers.model_id and pg_catalog.pg_has_role(n.nspowner, 'usage'))));
     create policy delete_policy on vae.offers for delete to vae_operator using (vae_private.may_use(model_id));
 end;
 $$;

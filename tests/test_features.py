@@ -396,6 +396,11 @@ def test_trainer_and_database_give_the_same_tokens(everything: psycopg.Connectio
 def make_tables(connection: psycopg.Connection) -> None:
     """Makes a shop with users and items; four items have no event, the last of them no known feature either."""
     SHOP.make(connection)
+    make_users_and_items(connection)
+
+
+def make_users_and_items(connection: psycopg.Connection) -> None:
+    """Makes the tables of `make_tables` beside the events."""
     connection.execute(
         "create table users (user_id bigint primary key, country text, tags text[], first_name text, joined date)"
     )
@@ -816,6 +821,110 @@ def test_a_refusal_names_the_grants_that_are_missing(
     scored.execute(grants)
     assert reader.execute("select * from shop.recommend(%s)", [SHOP.users[1]]).fetchall()
     assert reader.execute("select * from vae.check_freshness('shop')").fetchall()
+
+
+def test_a_model_gets_its_tables_later_and_its_version_scores_on(connection: psycopg.Connection) -> None:
+    SHOP.make(connection)
+    SHOP.create_model(connection)
+    train_and_activate(connection.info.dsn)
+    connection.execute("call vae.refresh('shop')")
+    user, item = SHOP.users[0], SHOP.items[0]
+    live = f"select rank, item_id, score, model_version from shop.recommend({user})".encode()
+    before = connection.execute(live).fetchall()
+    refused = refusal(connection, """select * from shop.recommend(1, options => '{"at_most": {"category": 1}}')""")
+    assert "select vae.set_tables('shop', items => 'public.items')" in str(refused.message_hint)
+
+    connection.execute("create schema data")
+    connection.execute("set search_path = data, public")
+    make_users_and_items(connection)
+    connection.execute("alter table items add title text; update items set title = 'Item ' || item_id")
+    connection.execute("reset search_path")
+    connection.execute("select vae.set_tables('shop', users => 'data.users', items => 'data.items')")
+    assert connection.execute("select count(*), min(version), max(state) from vae.versions").fetchone() == (
+        1, 1, "active",
+    )  # fmt: skip
+    assert connection.execute(live).fetchall() == before
+    assert connection.execute(
+        "select users_schema, users_table, users_key_column, user_features, items_table, item_features from vae.models"
+    ).fetchone() == ("data", "users", "user_id", ["country", "tags", "joined"], "items", ["category", "price", "title"])
+    assert connection.execute("select features from shop.features(%s)", [user]).fetchone() is not None
+    assert connection.execute("select title from shop.item_titles(%s)", [[item]]).fetchone() == (f"Item {item}",)
+    connection.execute("call vae.refresh('shop')")
+    assert connection.execute(
+        "select distinct is_cold_start from shop.recommendations where user_id = 1"
+    ).fetchall() == [(True,)]
+    # So short a history foretells no demand; the function is there.
+    assert connection.execute("select * from shop.demand_by_category()").fetchall() == []
+    assert train_and_activate(connection.info.dsn) == 2
+    connection.execute("call vae.refresh('shop')")
+    assert stored_pipeline(connection).size and stored_pipeline(connection, "items").size
+    assert connection.execute("select count(*) > 0 from shop.recommendations where item_id = 10").fetchone() == (True,)
+    # Others in their place.
+    connection.execute(
+        "create table people as select user_id as id, country, 7 as height from data.users where user_id <> %s", [user]
+    )
+    connection.execute(
+        "select vae.set_tables('shop', users => 'people', users_key => 'id', user_features => '{height}')"
+    )
+    assert connection.execute("select users_key_column, user_features, items_table from vae.models").fetchone() == (
+        "id", ["height"], "items",
+    )  # fmt: skip
+    assert connection.execute(f"select * from shop.history({user})".encode()).fetchall() == []
+    assert connection.execute("select features from shop.features(1)").fetchone() == ({"height": 7},)
+    connection.execute("drop table data.users")
+    connection.execute("call vae.refresh('shop')")
+    assert connection.execute("select status from vae.health_checks where check_name = 'views'").fetchall() == [("ok",)]
+    connection.execute("select vae.drop_model('shop')")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state", "message"),
+    [
+        ("", "22004", "neither users nor items is given"),
+        ("user_features => '{country}'", "22004", "neither users nor items is given"),
+        ("users => 'words'", "42804", "keys of users differ: bigint in public.events, text in public.words"),
+        ("items => 'words', items_key => 'user_id'", "42804", "keys of items differ: bigint in public.events"),
+        ("users => 'users', users_key => 'id'", "42703", 'public.users has no column "id"'),
+        ("users => 'users', user_features => '{colour}'", "42703", 'public.users has no column "colour"'),
+        ("users => 'users', item_features => '{category}'", "22023", "item_features is given, but no table"),
+        ("users => 'passing'", "42809", "passing is temporary"),
+        ("items => 'users_pkey', items_key => 'user_id'", "42809", "public.users_pkey is not a table or view"),
+    ],
+)
+def test_tables_that_a_model_cannot_have_are_refused(
+    model: psycopg.Connection, arguments: str, state: str, message: str
+) -> None:
+    model.execute("create table words as select 'a' as user_id; create temporary table passing as table users")
+    before = model.execute("table vae.models").fetchall()
+    refused = refusal(model, f"select vae.set_tables('shop'{', ' if arguments else ''}{arguments})")
+    assert (refused.sqlstate, message in str(refused.message_primary)) == (state, True), refused.message_primary
+    assert refused.message_hint
+    assert model.execute("table vae.models").fetchall() == before
+
+
+def test_only_the_owner_of_a_model_sets_its_tables_and_can_read_them(scored: psycopg.Connection, role: str) -> None:
+    name = sql.Identifier(role)
+    scored.execute(sql.SQL("grant vae_trainer to {0}; grant usage on schema shop to {0}").format(name))
+    scored.execute("create table people as table users")
+    try:
+        with psycopg.connect(scored.info.dsn, autocommit=True, user=role) as trainer:
+            assert refusal(trainer, "select vae.set_tables('shop', users => 'users')").sqlstate == "42501"
+            assert trainer.execute("update vae.models set users_table = 'people' returning 1").fetchall() == []
+            scored.execute(sql.SQL("grant select on users, items, events to {}").format(name))
+            scored.execute(
+                sql.SQL("grant create on database {} to {}").format(sql.Identifier(scored.info.dbname), name)
+            )
+            SHOP.create_model(trainer, "own")
+            trainer.execute("select vae.set_tables('own', users => 'users', items => 'items')")
+            assert trainer.execute("select users_table from vae.models where name = 'own'").fetchone() == ("users",)
+            refused = refusal(trainer, "select vae.set_tables('own', users => 'people')")
+            assert refused.message_primary == "permission denied for public.people"
+            refused = refusal(scored, "select vae.set_tables('own', users => 'people')")
+            assert refused.message_primary == "the owner of model own may not read public.people"
+            scored.execute("select vae.set_tables('own', users => 'users')")
+            trainer.execute("select vae.drop_model('own')")
+    finally:
+        scored.execute(sql.SQL("drop owned by {}").format(name))
 
 
 def test_only_the_owner_of_a_model_chooses_its_features(scored: psycopg.Connection, role: str) -> None:

@@ -86,11 +86,11 @@ def test_a_set_is_defined_beside_a_model_with_keys_of_another_type(shop: psycopg
     for chosen in joins:
         for join in joins:
             shop.execute(f"set local enable_{join} = {join == chosen}".encode())
-        assert define(shop) == (6, 6)
+        assert define(shop) == (6, 6, False)
 
 
 def test_only_candidates_are_recommended_in_their_order(shop: psycopg.Connection) -> None:
-    assert define(shop) == (6, 6)
+    assert define(shop) == (6, 6, False)
     everything = ask(shop, ALL)
     found = ask(shop, {**ALL, "candidates": "in_stock"})
     assert [item for item, _ in found] == [item for item, _ in everything if item in ITEMS[6:]]
@@ -121,7 +121,7 @@ def test_a_set_is_read_when_it_is_used(shop: psycopg.Connection) -> None:
 def test_unknown_items_duplicates_and_nulls_are_left_out(shop: psycopg.Connection) -> None:
     shop.execute("create table season (sku bigint)")
     shop.execute("insert into season values (%s), (%s), (7), (null)", [ITEMS[0], ITEMS[0]])
-    assert define(shop, "season", item_id="sku") == (2, 1)
+    assert define(shop, "season", item_id="sku") == (2, 1, False)
     assert [item for item, _ in ask(shop, {**ALL, "candidates": "in_stock"})] == [ITEMS[0]]
 
 
@@ -264,13 +264,41 @@ def test_a_set_is_defined_anew_and_dropped(shop: psycopg.Connection) -> None:
         ("all", "public", "stock", "item_id", True),
         ("in_stock", "public", "in_stock", "item_id", False),
     ]
-    define(shop, "stock", name="all")
+    assert define(shop, "stock", name="all", for_refresh=False)[2] is False
     assert [row[4] for row in shop.execute(query).fetchall()] == [False, False]
     shop.execute("select vae.drop_candidates('shop', 'all')")
     assert [row[0] for row in shop.execute(query).fetchall()] == ["in_stock"]
     refused = refusal(shop, "select vae.drop_candidates('shop', 'all')")
     assert (refused.sqlstate, refused.message_primary) == ("42704", 'model shop has no candidates "all"')
     assert "there are: in_stock" in str(refused.message_hint)
+
+
+def test_what_refreshes_recommend_changes_only_on_demand_and_never_silently(
+    role: str, shop: psycopg.Connection
+) -> None:
+    shop.execute("create view sellable as select * from in_stock")
+    notices: list[str | None] = []
+    shop.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+    assert define(shop)[2] is False
+    assert define(shop, for_refresh=True)[2] is True
+    assert define(shop)[2] is True
+    assert define(shop, "stock", name="another")[2] is False
+    assert not notices
+    assert define(shop, "sellable")[2] is True
+    assert define(shop, "stock", name="another", for_refresh=True)[2] is True
+    assert define(shop, "stock")[2] is False
+    assert define(shop, "stock", name="another", for_refresh=False)[2] is False
+    of_now, before = "refreshes of model shop recommend", "and no longer the items of"
+    assert notices == [
+        f"{of_now} only the items of in_stock (public.sellable), {before} in_stock (public.in_stock)",
+        f"{of_now} only the items of another (public.stock), {before} in_stock (public.sellable)",
+        f"{of_now} the whole catalogue, {before} another (public.stock)",
+    ]
+    # Kept or given, the owner must be able to read it.
+    define(shop, for_refresh=True)
+    shop.execute(f"alter schema shop owner to {role}")
+    refused = refusal(shop, "select * from vae.set_candidates('shop', 'in_stock', 'sellable')")
+    assert refused.message_primary == "the owner of model shop may not read public.sellable"
 
 
 def test_only_the_models_owner_defines_what_its_refresh_runs(role: str, shop: psycopg.Connection) -> None:

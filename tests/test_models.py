@@ -190,7 +190,38 @@ def test_a_quantity_that_is_none_by_its_name_is_refused_with_a_way_out(rolled_ba
     assert (refused.sqlstate, refused.message_primary) == (
         "42804", 'column "quantity" of public.events has the type text',
     )  # fmt: skip
-    assert "give a view that casts the column, or one without it" in str(refused.message_hint)
+    assert "give a view that casts the column; or take none: quantity => ''" in str(refused.message_hint)
+    create_model(rolled_back, "shop", events="events", quantity="")
+    assert rolled_back.execute("select quantity_column from vae.models").fetchall() == [(None,)]
+
+
+def test_columns_that_are_taken_by_their_names_are_told_and_can_be_refused(shop: psycopg.Connection) -> None:
+    shop.execute("alter table events add quantity integer default 0")
+    notices: list[tuple[str | None, str | None]] = []
+    shop.add_notice_handler(lambda notice: notices.append((notice.message_primary, notice.message_hint)))
+    create_model(shop, "taken", events="events")
+    assert notices == [
+        (
+            'column "event_type" of public.events is taken as the type of the event',
+            "if it is something else: event_type => '', or the name of another column",
+        ),
+        (
+            'column "quantity" of public.events is taken as the quantity: rows of 0 or less are returns, and left out',
+            "if it is something else: quantity => '', or the name of another column",
+        ),
+    ]
+    notices.clear()
+    create_model(shop, "named", events="events", event_type="event_type", quantity="quantity")
+    create_model(shop, "refused", events="events", event_type="", quantity="")
+    assert not notices
+    columns = "select name, event_type_column, quantity_column from vae.models order by name"
+    assert shop.execute(columns).fetchall() == [
+        ("named", "event_type", "quantity"),
+        ("refused", None, None),
+        ("taken", "event_type", "quantity"),
+    ]
+    assert shop.execute("select count(*) from taken.clean_events").fetchone() == (0,)
+    assert shop.execute("select distinct event_type from refused.clean_events").fetchall() == [("purchase",)]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +318,7 @@ def test_the_next_refresh_gives_so_many_items_as_are_asked_for(
     ("event_types", "message"),
     [
         ({"buy": "bought"}, 'event type "buy" is mapped to "bought"'),
-        ({"mystery": 3}, 'event type "mystery" is mapped to "<NULL>"'),
+        ({"mystery": 3}, 'event type "mystery" has no meaning of its own'),
         ({"buy": {"event_type": "purchase", "weight": -1}}, 'weight of event type "buy" is -1'),
         ({"buy": {"event_type": "purchase", "weight": "heavy"}}, 'weight of event type "buy" is "heavy"'),
         ({"buy": {"event_type": "purchase", "wieght": 4}}, 'event type "buy" has the unknown key "wieght"'),
@@ -315,6 +346,32 @@ def test_event_types_are_mapped_by_name_by_weight_or_by_both(shop: psycopg.Conne
         ("buy", "purchase", 7.0), ("look", "share", 2.5), ("show", "view", 1.0), ("take", "add_to_cart", 0.5),
         ("view", "view", 3.0),
     ]  # fmt: skip
+
+
+def test_event_types_can_be_left_out(shop: psycopg.Connection) -> None:
+    """Of the gate, too: they are no dirt, and who has many of them is no outlier."""
+    shop.execute(
+        "insert into events select user_id, null, 'scroll', occurred_at from events;"
+        " insert into events select %s, %s, 'ping', timestamptz '2024-02-01' + n * interval '1 s'"
+        " from generate_series(1, 500) n".replace("%s", "{}").format(Shop().users[0], Shop().items[0])
+    )
+    Shop().create_model(shop, event_types={"scroll": "ignore", "ping": {"event_type": "ignore"}})
+    found = report(shop)
+    assert {name: row for name, row in found.items() if row[0] != "pass"} == {}
+    assert found["enough_events"] == ("pass", 372)
+    assert shop.execute("table shop.outlier_users").fetchall() == []
+    # A word that means something by itself.
+    shop.execute("select vae.set_event_type('shop', 'view', 'ignore')")
+    kinds = "select distinct event_type from {} order by 1"
+    for relation in ("shop.clean_events", "shop.refresh_events", f"shop.history({Shop().users[0]})"):
+        assert shop.execute(kinds.format(relation).encode()).fetchall() == [("add_to_cart",), ("purchase",)]
+    shop.execute("select vae.set_event_type('shop', 'view', null)")
+    assert report(shop) == found
+    refused = refusal(shop, "select vae.set_event_type('shop', 'scroll', null)")
+    assert (refused.sqlstate, refused.message_primary) == (
+        "22023", 'event type "scroll" has no meaning of its own',
+    )  # fmt: skip
+    assert "or to ignore" in str(refused.message_hint)
 
 
 def test_an_event_type_without_a_name_is_refused(rolled_back: psycopg.Connection) -> None:
@@ -440,7 +497,7 @@ def test_each_check_counts_what_was_planted_and_nothing_else(dirty: psycopg.Conn
     assert remedy.fetchall() == [
         (
             "rows of event types without a meaning are left out: '', ' view', 'View', 'mystery'; say what they mean:"
-            " select vae.set_event_type('shop', '', 'view')"
+            " select vae.set_event_type('shop', '', 'view'); or that they mean nothing here: 'ignore'"
             "; rows with no event type at all: 1; fill the column event_type, or give a view that does",
         )
     ]
@@ -571,6 +628,32 @@ def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connect
     assert refused.sqlstate == "42804"
     assert "has the type text, model shop was made for bigint" in str(refused.message_primary)
     assert "vae.drop_model" in str(refused.message_hint)
+
+
+def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    old = [
+        "audience(item_ids bigint[], k integer, options jsonb)",
+        "response(user_id bigint, item_ids bigint[])",
+    ]
+    mine = "audience(item_id text)"
+    for signature in [*old, mine]:
+        shop.execute(f"create function shop.{signature} returns integer language sql as 'select 1'")
+    left = "select pronargs from pg_proc where pronamespace = 'shop'::regnamespace and proname = any (%s) order by 1"
+    shop.execute("create view used as select shop.response(1, array[2::bigint])")
+    notices: list[tuple[str | None, str | None]] = []
+    shop.add_notice_handler(lambda notice: notices.append((notice.message_primary, notice.message_hint)))
+    shop.execute("select vae.rebuild_model('shop')")
+    assert shop.execute(left, [["audience"]]).fetchall() == [(1,), (3,)]
+    assert shop.execute(left, [["response"]]).fetchall() == [(2,), (2,)]
+    ((message, hint),) = notices
+    assert message == "shop.response(bigint, bigint[]) is of an earlier release, and stays since others use it"
+    assert "select vae.rebuild_model('shop')" in str(hint)
+    assert shop.execute("table used").fetchall() == [(1,)]
+    shop.execute(f"drop view used; drop function shop.{mine}")
+    notices.clear()
+    shop.execute("select vae.drop_model('shop')")
+    assert not notices
 
 
 def test_features_need_a_table(shop: psycopg.Connection) -> None:

@@ -640,7 +640,7 @@ def test_who_asks_by_category_locks_views_in_the_order_of_a_change(shop: Connect
 
 def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -> None:
     ((one, other, either),) = shop.execute(
-        "select shop.response(9, 2), shop.response(9, 5), shop.response(9, array[2, 5]::bigint[])"
+        "select shop.response(9, 2), shop.response(9, 5), shop.response_to_items(9, array[2, 5]::bigint[])"
     ).fetchall()
     assert max(one, other) < either < one + other
     of_category = shop.execute(
@@ -649,7 +649,7 @@ def test_an_audience_of_several_items_answers_to_any_of_them(shop: Connection) -
     items = shop.execute("select array_agg(item_id) from items where category = 'A'").fetchone()
     assert items is not None
     by_items = shop.execute(
-        "select user_id, response_probability from shop.audience(%s::bigint[], k => 9)", items
+        "select user_id, response_probability from shop.audience_of_items(%s::bigint[], k => 9)", items
     ).fetchall()
     assert of_category == by_items
     # The table may hold an item twice.
@@ -681,20 +681,102 @@ def test_options_of_an_audience(shop: Connection) -> None:
     assert above[1] >= median[0]
 
 
+def test_an_audience_among_some_users(shop: Connection) -> None:
+    everybody = shop.execute(
+        "select user_id, response_probability from shop.audience(4, 1000) order by rank"
+    ).fetchall()
+    with shop.transaction(force_rollback=True):
+        # Whoever stands there twice, is null or unknown is no more and no less.
+        shop.execute("create table opted_in as select user_id from users where user_id % 3 = 0")
+        shop.execute("insert into opted_in values (3), (null), (123456); alter table opted_in rename user_id to person")
+        options = """{"among": "public.opted_in", "among_key": "person"}"""
+        some = shop.execute(
+            "select rank, user_id, response_probability from shop.audience(4, 1000, %s) order by rank", [options]
+        ).fetchall()
+        expected = [row for row in everybody if row[0] % 3 == 0]
+        assert [row[:2] for row in some] == [(rank, user) for rank, (user, _) in enumerate(expected, start=1)]
+        assert [row[2] for row in some] == pytest.approx([row[1] for row in expected], rel=1e-5)
+        shop.execute("create temporary table few as select 9::integer as user_id")
+        found = shop.execute("""select user_id from shop.audience_of_category('A', 5, '{"among": "pg_temp.few"}')""")
+        assert found.fetchall() == [(9,)]
+
+
+def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, role: str) -> None:
+    notices: list[str] = []
+    handler = lambda notice: notices.append(str(notice.message_primary))  # noqa: E731
+    shop.add_notice_handler(handler)
+    shop.execute("create table subscribers as select user_id from users where user_id % 3 = 0")
+    try:
+        among = "value => 40, cost => 0.5, budget => 5, among => 'subscribers'"
+        shop.execute(
+            f"select vae.create_offer('shop', 'some', array[3], {among}),"
+            " vae.create_offer('shop', 'all', array[3], value => 40, cost => 0.5, budget => 5)"
+        )
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        listed = "select rank, user_id, is_chosen from shop.offer_responses where offer = %s order by rank"
+        some, everybody = (shop.execute(listed, [name]).fetchall() for name in ("some", "all"))
+        assert [row[1] for row in some] == [user for _, user, _ in everybody if user % 3 == 0]
+        assert [row[0] for row in some if row[2]] == list(range(1, 11)), "a budget of 5 at half each"
+        stored = shop.execute("select among_schema, among_table, among_column from vae.offers order by name").fetchall()
+        assert stored == [(None, None, None), ("public", "subscribers", "user_id")]
+        # An operator makes offers; what a refresh reads with the owner's rights, the owner alone names.
+        shop.execute(f"grant vae_operator to {role}; grant usage on schema shop to {role}")
+        shop.execute(f"grant select on subscribers to {role}")
+        with psycopg.connect(as_role(shop.info.dsn, role), autocommit=True) as other:
+            other.execute("select vae.create_offer('shop', 'theirs', array[3])")
+            refused = refusal(other, f"select vae.create_offer('shop', 'mine', array[3], {among})")
+            assert (refused.sqlstate, refused.message_primary) == ("42501", "model shop belongs to postgres")
+            forged = refusal(
+                other,
+                "insert into vae.offers (model_id, name, item_keys, max_users, exclude_buyers, choose_by, among_schema,"
+                " among_table, among_column)"
+                " select model_id, 'mine', '{3}', 5, false, 'response', 'public', 'evil', 'user_id' from vae.models",
+            )
+            assert (forged.sqlstate, "row-level security" in str(forged.message_primary)) == ("42501", True)
+        # Emptied by mistake, or gone: nobody is asked.
+        for change, message in (
+            ("truncate subscribers", "offer some is left out: among: public.subscribers lists no users"),
+            ("drop table subscribers", "offer some is left out: among: users cannot be read from public.subscribers"),
+        ):
+            notices.clear()
+            shop.execute(change)
+            shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+            assert shop.execute(listed, ["some"]).fetchall() == []
+            assert len(shop.execute(listed, ["all"]).fetchall()) == len(everybody)
+            assert [notice for notice in notices if notice.startswith(message)]
+    finally:
+        shop.remove_notice_handler(handler)
+        shop.execute("delete from vae.offers")
+        shop.execute(f"drop table if exists subscribers; drop owned by {role}")
+
+
 @pytest.mark.parametrize(
     ("query", "state", "message"),
     [
         ("select shop.response(1, 99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
-        ("select shop.response(1, array[]::bigint[])", "22023", "items names no item"),
-        ("select shop.response(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
+        ("select shop.response_to_items(1, array[]::bigint[])", "22023", "items names no item"),
+        ("select shop.response_to_items(1, array[3, 3]::bigint[])", "22023", "items names item 3 twice"),
         ("select * from shop.audience(99)", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
-        ("select * from shop.audience(array[1, null]::bigint[])", "22023", "items names item null"),
+        ("select * from shop.audience_of_items(array[1, null]::bigint[])", "22023", "items names item null"),
         ("select * from shop.audience(1, k => 0)", "22023", "k is 0"),
         ("select * from shop.audience(1, k => null)", "22023", "k is null"),
         ("set local vae.max_threads = 0; select * from shop.audience(1)", "22023", "vae.max_threads is '0'"),
         ("""select * from shop.audience(1, options => '{"limit": 3}')""", "22023", "option 'limit' is unknown"),
         ("""select * from shop.audience(1, options => '{"min_probability": 2}')""", "22023", "'min_probability' is 2"),
         ("""select * from shop.audience(1, options => '{"exclude_buyers": 1}')""", "22023", "'exclude_buyers' is 1"),
+        ("""select * from shop.audience(1, options => '{"among": 1}')""", "22023", "'among' is 1"),
+        ("""select * from shop.audience(1, options => '{"among": "public.nobody"}')""", "42P01", "public.nobody"),
+        ("""select * from shop.audience(1, options => '{"among": "public.items"}')""", "42703", "user_id"),
+        (
+            """select * from shop.audience(1, options => '{"among": "public.items", "among_key": "category"}')""",
+            "22P02",
+            "cannot be read from public.items",
+        ),
+        (
+            """select * from shop.audience(1, options => '{"among": "public.users; drop table events"}')""",
+            "42602",
+            "cannot be read from",
+        ),
         ("select * from shop.audience_of_category('Z')", "22023", "has the category \"Z\""),
         ("select * from shop.audience_of_category('Z', column_name => 'hue')", "42703", 'reads no column "hue"'),
     ],
@@ -762,7 +844,7 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
             " where offer = 'spring' order by rank limit 7"
         ).fetchall()
         live = shop.execute(
-            "select user_id, response_probability from shop.audience(array[2, 5]::bigint[], 7)"
+            "select user_id, response_probability from shop.audience_of_items(array[2, 5]::bigint[], 7)"
         ).fetchall()
         assert [user for user, _ in spring] == [user for user, _ in live]
         assert [p for _, p in spring] == pytest.approx([p for _, p in live], rel=1e-5)
@@ -799,6 +881,45 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         assert shop.execute(
             "select users, expected_profit, model_version, scored_at is not null from shop.offers where offer = 'dear'"
         ).fetchone() == (0, 0, 1, True)
+    finally:
+        shop.execute("delete from vae.offers")
+
+
+def test_offers_begin_and_end_without_a_refresh(shop: Connection) -> None:
+    try:
+        shop.execute(
+            "select vae.create_offer('shop', 'always', array[3], max_users => 4),"
+            " vae.create_offer('shop', 'ending', array[3], max_users => 5, ends_at => now() + interval '1 hour'),"
+            " vae.create_offer('shop', 'planned', array[3], max_users => 6, starts_at => now() + interval '1 hour')"
+        )
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        listed = (
+            "select offer, count(*) filter (where is_chosen), bool_and(is_running), min(starts_at) is null,"
+            " min(ends_at) is null from shop.offer_responses group by 1 order by 1"
+        )
+        assert shop.execute(listed).fetchall() == [
+            ("always", 4, True, True, True),
+            ("ending", 5, True, True, False),
+            ("planned", 6, False, False, True),
+        ]
+        summed = "select offer, users, is_running, scored_at is null from shop.offers order by 1"
+        assert shop.execute(summed).fetchall() == [
+            ("always", 4, True, False),
+            ("ending", 5, True, False),
+            ("planned", 6, False, False),
+        ]
+        shop.execute(
+            "update vae.offers set starts_at = starts_at - interval '2 hours', ends_at = ends_at - interval '2 hours'"
+        )
+        assert shop.execute(listed).fetchall() == [
+            ("always", 4, True, True, True),
+            ("planned", 6, True, False, True),
+        ]
+        assert shop.execute(summed).fetchall() == [
+            ("always", 4, True, False),
+            ("ending", 0, False, True),
+            ("planned", 6, True, False),
+        ]
     finally:
         shop.execute("delete from vae.offers")
 
@@ -846,6 +967,12 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', array[1], exclude_buyers => null", "22023", 'exclude_buyers of offer "sale" is null'),
         ("'sale', array[1], starts_at => '2025-01-02', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
         ("'twice', array[1]", "42710", 'has an offer "twice" already'),
+        ("'sale', array[1], among => 'items'", "42703", 'public.items has no column "user_id"'),
+        (
+            "'sale', array[1], among => 'items', among_key => 'category'",
+            "42804",
+            "keys of users differ: bigint in model",
+        ),
     ],
 )
 def test_offers_that_make_no_sense_are_refused(shop: Connection, arguments: str, state: str, message: str) -> None:

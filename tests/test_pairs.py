@@ -56,6 +56,28 @@ def test_pairs_with_nulls_have_no_score(shared_trained: Connection) -> None:
         assert shared_trained.execute(query.encode()).fetchall() == []
 
 
+def test_lists_of_many_users_leave_out_what_a_list_leaves_out(shared_trained: Connection) -> None:
+    counts = "select count(distinct user_id), count(*) from shop.recommend_for_users({})"
+    candidates = "create view few as select item_id from events group by 1 order by 1 limit 3"
+    with shared_trained.transaction(force_rollback=True):
+        shared_trained.execute(f"{candidates}; select * from vae.set_candidates('shop', 'few', 'few')")
+        options = """{"candidates": "few", "exclude_seen": false}"""
+        found = shared_trained.execute(counts.format("%s, options => %s").encode(), [USERS, options]).fetchone()
+        assert found == (len(USERS), 3 * len(USERS))
+    for given in ("null", "'{}'", "'{null}'"):
+        assert shared_trained.execute(counts.format(given).encode()).fetchall() == [(0, 0)]
+    for given, message in (
+        ("'{1}', 0", "k is 0"),
+        ("'{1}', null", "k is null"),
+        ("null, 0", "k is 0"),
+        ("""'{1}', 3, '{"limit": 3}'""", "option 'limit' is unknown"),
+        ("""'{1}', 3, '{"candidates": "none"}'""", "candidates 'none' of model shop do not exist"),
+    ):
+        refused = refusal(shared_trained, f"select * from shop.recommend_for_users({given})")
+        assert (refused.sqlstate, message in str(refused.message_primary)) == ("22023", True)
+        assert refused.message_hint
+
+
 def test_arrays_of_different_lengths_are_refused(shared_trained: Connection) -> None:
     refused = refusal(shared_trained, "select * from shop.score_pairs(array[1, 2], array[3])")
     assert refused.sqlstate == "22023"

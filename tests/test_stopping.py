@@ -39,11 +39,14 @@ SCORED = {
     "related_items": ("related", "chosen_order", "related._SHARES_BYTES = 1"),
     "audience": ("audience", "_answers", "batch._MAX_NUMBERS = 1"),
     "score_pairs": ("pairs", "_scores", "batch._MAX_NUMBERS = 1; pairs._FEW = 0"),
+    "recommend_for_users": ("lists", "best_lists", "lists._FEW = 1"),
 }
 CALLS = {
     "audience": "select * from shop.audience((select min(item_id) from events))",
     "score_pairs": "select p.* from (select array_agg(user_id) as users, array_agg(item_id) as items from events) e,"
     " shop.score_pairs(e.users, e.items) p",
+    "recommend_for_users": "select p.* from (select array_agg(user_id) as users from events) e,"
+    " shop.recommend_for_users(e.users) p",
 }
 # The cancel comes in this call of the function; of thirty users or twelve items there would have been more. Beyond the
 # batch at hand there is what waits for the only thread that computes, or what a batch calls the function twice for.

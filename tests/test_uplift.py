@@ -461,7 +461,7 @@ def test_uplift_live_and_materialized_is_the_same(shop: Connection) -> None:
     assert [row[0] for row in rows] != [
         row[0] for row in shop.execute("select user_id from shop.audience(3, 200) order by rank").fetchall()
     ]
-    assert one(shop, "select count(*), count(uplift) from shop.audience(array[3, 4]::bigint[])") == (1000, 0)
+    assert one(shop, "select count(*), count(uplift) from shop.audience_of_items(array[3, 4]::bigint[])") == (1000, 0)
     assert one(shop, "select shop.uplift(null, 3)") is None
     assert one(shop, "select shop.uplift(999999, 3)") is None
 
@@ -513,7 +513,7 @@ def test_an_offer_by_an_uplift_that_nobody_claims_is_refused(shop: Connection) -
     assert "rank_by" in str(
         refusal(shop, """select * from shop.audience(3, 9, '{"rank_by": "luck"}')""").message_primary
     )
-    many = refusal(shop, """select * from shop.audience(array[3, 4]::bigint[], 9, '{"rank_by": "uplift"}')""")
+    many = refusal(shop, """select * from shop.audience_of_items(array[3, 4]::bigint[], 9, '{"rank_by": "uplift"}')""")
     assert (many.sqlstate, "2 items together" in str(many.message_primary)) == ("22023", True)
 
 

@@ -227,7 +227,7 @@ order by c.country;
 -- number of buyers to expect; how many of these would buy without the offer, only an experiment can tell.
 
 select a.rank, a.user_id, c.country, round(a.response_probability::numeric, 3) as response_probability
-from shop.audience(array['22697', '22698', '22699'], k => 4, options => '{"exclude_buyers": true}') a
+from shop.audience_of_items(array['22697', '22698', '22699'], k => 4, options => '{"exclude_buyers": true}') a
 left join public.customers c using (user_id)
 order by a.rank;
 --  rank | user_id |    country     | response_probability
@@ -239,7 +239,7 @@ order by a.rank;
 -- (4 rows)
 
 select count(*) as letters, round(sum(a.response_probability)::numeric, 1) as expected_buyers
-from shop.audience(array['22697', '22698', '22699'], k => 500, options => '{"exclude_buyers": true}') a;
+from shop.audience_of_items(array['22697', '22698', '22699'], k => 500, options => '{"exclude_buyers": true}') a;
 --  letters | expected_buyers
 -- ---------+-----------------
 --      500 |            28.5

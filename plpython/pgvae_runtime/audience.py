@@ -16,7 +16,7 @@ from . import blas, outcomes, runs, uplift
 from .batch import Batch, score_on_cpu
 from .churn import look_ahead
 from .cpu import CpuScorer
-from .errors import INVALID_PARAMETER, NO_UPLIFT, ScoringError
+from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_UPLIFT, QUERY_CANCELED, ScoringError
 from .history import read_histories, read_history, unknown_items
 from .scoring import score_users
 from .store import Version, execute
@@ -32,10 +32,21 @@ RESPONSE, UPLIFT = "response", "uplift"
 _Answers = tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]
 
 _OFFERS = """
-select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by
+select o.offer_id, o.name, o.item_keys, o.max_users, o.exclude_buyers, o.choose_by,
+    case when o.among_table is not null then pg_catalog.format('%I.%I', o.among_schema, o.among_table) end as among,
+    o.among_column as among_key
 from vae.offers o
 where o.model_id = $1 and (o.ends_at is null or o.ends_at > statement_timestamp())
 order by o.offer_id
+"""
+
+
+_RELATION = "select $1::regclass::text as name"
+# Spelled as the shop's own type spells them.
+_USERS = """
+select array_agg(distinct u.{column}::{key_type}::text) as users
+from {relation} u
+where u.{column} is not null
 """
 
 
@@ -49,6 +60,8 @@ class Offer:
     max_users: int
     exclude_buyers: bool
     choose_by: str
+    among: str | None
+    among_key: str | None
 
 
 def read_offers(plpy: Any, model_id: int) -> list[Offer]:
@@ -129,7 +142,8 @@ class Best:
 class Criteria:
     """The k users who are likeliest to buy one of some items, or whom an offer of them wins (`rank_by`).
 
-    `exclude_buyers` leaves out who bought one of the items before, `min_probability` who is less likely to buy.
+    `exclude_buyers` leaves out who bought one of the items before, `min_probability` who is less likely to buy. `among`
+    are the keys of those who may be chosen; None: everybody.
     """
 
     items: NDArray[np.int64]
@@ -137,11 +151,13 @@ class Criteria:
     exclude_buyers: bool = False
     min_probability: float = 0.0
     rank_by: str = RESPONSE
+    among: frozenset[str] | None = None
 
 
 def audience_of(plpy: Any, version: Version, criteria: Criteria) -> Iterator[Row]:
     """Gives the best users of all, best first."""
-    (best,) = _best_of_all(plpy, version, [criteria], "audience")
+    chosen = None if criteria.among is None else sorted(criteria.among)
+    (best,) = _best_of_all(plpy, version, [criteria], "audience", chosen)
     for rank, user, probability, has_bought, won in best.rows():
         yield rank, user, probability, has_bought, version.version, _or_none(won)
 
@@ -160,6 +176,30 @@ def check_uplift(version: Version, what: str, items: int) -> None:
             sqlstate=INVALID_PARAMETER,
             hint="an experiment offers one item at a time: ask for one item",
         )
+
+
+def read_users(plpy: Any, version: Version, relation: str, column: str) -> frozenset[str]:
+    """Gives the keys of the users that a relation lists, read with the rights of the caller.
+
+    ScoringError where it cannot be read, or lists nobody: a list of subscribers that is empty by mistake is no list.
+    """
+    try:
+        # By its name as regclass reads it: no other text becomes part of the query.
+        name = execute(plpy, _RELATION, ["text"], [relation])[0]["name"]
+        query = _USERS.format(relation=name, column=plpy.quote_ident(column), key_type=version.user_id_type)
+        users = frozenset(execute(plpy, query, [], [])[0]["users"] or ())
+    except plpy.SPIError as error:
+        if error.sqlstate == QUERY_CANCELED:
+            raise
+        hint = f"name a table or view with its schema, as public.subscribers, whose users are {version.user_id_type}"
+        if error.sqlstate == INSUFFICIENT_PRIVILEGE:
+            hint = f"the owner of {relation} can allow it with a grant of select"
+        raise ScoringError(
+            f"among: users cannot be read from {relation}: {error}", sqlstate=error.sqlstate, hint=hint
+        ) from None
+    if not users:
+        raise ScoringError(f"among: {relation} lists no users", sqlstate=INVALID_PARAMETER, hint=f"fill {relation}")
+    return users
 
 
 def _or_none(value: float) -> float | None:
@@ -196,11 +236,14 @@ def _criteria_of(plpy: Any, version: Version, offer: Offer) -> Criteria:
         k=offer.max_users,
         exclude_buyers=offer.exclude_buyers,
         rank_by=offer.choose_by,
+        among=None if offer.among is None else read_users(plpy, version, offer.among, offer.among_key or ""),
     )
 
 
-def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what: str) -> list[Best]:
-    """Gives the best users for each of N sets of items, in one pass over all users."""
+def _best_of_all(
+    plpy: Any, version: Version, criteria: Sequence[Criteria], what: str, chosen: Sequence[str] | None = None
+) -> list[Best]:
+    """Gives the best users for each of N sets of items, in one pass over all users, or those with the chosen keys."""
     best = [Best(each.k) for each in criteria]
     if not best:
         return best
@@ -213,7 +256,7 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
         scores = scorer.of_pairs(history.of_known_items(version.catalogue_size), *pairs).reshape(len(users), -1)
         return users, _answers(version, history, scores, items, now)
 
-    read = partial(read_histories, plpy, version, all_items=True)
+    read = partial(read_histories, plpy, version, chosen=chosen, all_items=True)
     answers = score_on_cpu(plpy, version, read, answer, numbers=len(columns))
     with blas.one_thread(), closing(answers) as batches:
         for users, (response, has_bought, won) in batches:
@@ -222,6 +265,8 @@ def _best_of_all(plpy: Any, version: Version, criteria: Sequence[Criteria], what
                 left_out = response[:, column] < each.min_probability
                 if each.exclude_buyers:
                     left_out |= has_bought[:, column]
+                if each.among is not None:
+                    left_out |= np.fromiter((user not in each.among for user in users), bool, count=len(users))
                 own.add(
                     users, np.where(left_out, np.nan, value), response[:, column], has_bought[:, column], won[:, column]
                 )

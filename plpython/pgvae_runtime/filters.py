@@ -205,7 +205,7 @@ def _values_of(plpy: Any, version: Version, column: str, items: list[int]) -> Ma
         raise ScoringError(
             f"option 'at_most' names {column!r}, but model {version.model} has no table of items",
             sqlstate=INVALID_PARAMETER,
-            hint="name one in vae.create_model: items => 'public.items'",
+            hint=f"its owner can name one: select vae.set_tables('{version.model}', items => 'public.items')",
         )
     if column not in row["columns"]:
         raise ScoringError(

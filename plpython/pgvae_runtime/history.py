@@ -149,6 +149,38 @@ def read_histories(
         yield users, History.joined(parts)
 
 
+def read_chosen(
+    plpy: Any,
+    version: Version,
+    users: Sequence[str],
+    batch_size: int,
+    max_events: int = MAX_EVENTS,
+    *,
+    all_items: bool = False,
+) -> Iterator[tuple[list[str], History]]:
+    """Gives (user keys, events) of these users, each of them once, as read_histories does; last those of whom nothing
+    is known, in no table.
+    """
+    unread = dict.fromkeys(users)
+    for keys, history in read_histories(
+        plpy, version, batch_size, chosen=users, max_events=max_events, all_items=all_items
+    ):
+        for key in keys:
+            del unread[key]
+        yield keys, history
+    unknown = list(unread)
+    for first in range(0, len(unknown), batch_size):
+        keys = unknown[first : first + batch_size]
+        yield keys, _nothing_of(version, len(keys))
+
+
+def _nothing_of(version: Version, users: int) -> History:
+    none = np.zeros(0, dtype=np.int64)
+    features = FeatureBag.empty(users) if version.user_pipeline.size else None
+    counts, times = np.zeros(users, dtype=np.int64), np.zeros(0)
+    return History(counts=counts, item=none, event_type=none, occurred_at=times, features=features)
+
+
 def _history_of(rows: Any, numbers: _ItemNumbers, pipeline: FeaturePipeline, all_items: bool) -> History:
     event_type = _elements(rows, "event_types", _INTEGER).astype(np.int64)
     item = numbers.of(rows, all_items)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from . import churn, forward, outcomes
+from . import forward, lists
 from .entry import checked_k, translated
-from .filters import Filters, best_items, keep_candidates, read_candidates
+from .filters import Filters
 from .history import read_history
 from .options import TRUE_OR_FALSE, Option, from_0_to_1, read_options
-from .scoring import mask_seen, score_again, score_users
+from .scoring import score_again
 from .session import GivenEvent, events_from_arrays, events_from_json, read_session, split_features
-from .store import Version, active_version
-from .tokens import History
+from .store import active_version
 
 _RECOMMEND_OPTIONS = {
     "exclude_seen": TRUE_OR_FALSE,
@@ -34,7 +34,7 @@ _RECOMMEND_OPTIONS = {
 @translated
 def recommend(
     plpy: Any, model_id: int, user_key: str | None, k: int | None, options: str | None
-) -> list[tuple[int, str, float, bool, int, float | None]]:
+) -> list[lists.ProbableRow]:
     """Gives (rank, item_key, score, is_cold_start, model_version, probability) of one user's best items.
 
     The probability is None where the version has no heads, and for a user without events.
@@ -44,38 +44,22 @@ def recommend(
     if user_key is None:
         return []
     version = active_version(plpy, model_id)
-    # Whoever buys something that is newer than the version is no less likely to buy again.
     history = read_history(plpy, version, user_key, all_items=True)
-    items, rows, shares = _best(plpy, version, history.of_known_items(version.catalogue_size), k, filters)
-    probabilities: list[float | None] = [None] * len(rows)
-    if outcomes.has_heads(version.weights) and history.counts[0]:
-        found, _ = churn.look_ahead(version, history)
-        own = shares[:, items]
-        probabilities = outcomes.item_probability(version.weights, found, own)[0].tolist()
-    return [(*row, probability) for row, probability in zip(rows, probabilities, strict=True)]
+    candidates = lists.chosen_candidates(plpy, version, filters)
+    (rows,) = lists.probable_lists(plpy, version, history, k, filters, candidates)
+    return rows
 
 
-def _best(
-    plpy: Any, version: Version, history: History, k: int, filters: Filters
-) -> tuple[list[int], list[tuple[int, str, float, bool, int]], Any]:
-    """Gives the best items for the history of one user, the rows of `recommend` about them, without the probability,
-    and the shares of the whole catalogue, [1, I]; of items that are left out they may be -1.
-    """
-    scores, cold = score_users(version.weights, history, max_history=version.max_history)
-    shares = scores.copy() if filters.candidates is not None else scores
-    if filters.candidates is not None:
-        candidates = read_candidates(plpy, version, filters.candidates)
-        assert candidates is not None  # A name gives a set, or an error.
-        keep_candidates(scores, candidates)
-    if filters.exclude_seen:
-        mask_seen(scores, history, version.targets)
-    best = best_items(plpy, version, scores, k, filters)
-    items = [item for item, _ in best]
-    keys = version.item_keys.of_items(items)
-    rows = [
-        (rank, keys[item], value, bool(cold[0]), version.version) for rank, (item, value) in enumerate(best, start=1)
-    ]
-    return items, rows, shares
+@translated
+def recommend_for_users(
+    plpy: Any, model_id: int, user_keys: list[str | None] | None, k: int | None, options: str | None
+) -> Iterator[tuple[str, int, str, float, bool, int, float | None]]:
+    """Gives (user_key, …) of the rows of `recommend` for each of these users; none for null."""
+    k = checked_k(k)
+    filters = _filters(options)
+    if user_keys is None:
+        return iter(())
+    return lists.lists_of_users(plpy, active_version(plpy, model_id), user_keys, k, filters)
 
 
 @translated
@@ -110,7 +94,10 @@ def _recommend_session(
     if events is None:
         return []
     version = active_version(plpy, model_id)
-    return _best(plpy, version, read_session(plpy, version, events, features), k, filters)[1]
+    history = read_session(plpy, version, events, features)
+    candidates = lists.chosen_candidates(plpy, version, filters)
+    ((rows, _),) = lists.best_lists(plpy, version, history, k, filters, candidates)
+    return rows
 
 
 @translated

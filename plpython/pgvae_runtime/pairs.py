@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from . import blas, limits, runs
 from .batch import Batch, score_on_cpu
 from .cpu import CpuScorer
 from .errors import INVALID_PARAMETER, ScoringError
-from .features import FeatureBag
-from .history import MAX_EVENTS, read_histories
+from .history import read_chosen
 from .ragged import ranges
 from .scoring import score_users
 from .store import Version
@@ -93,17 +93,7 @@ def _in_batches(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Gives the numbers of pairs and their scores, -1 outside the catalogue."""
 
-    def read(batch_size: int, max_events: int) -> Iterator[Batch]:
-        unread = dict.fromkeys(users)
-        for keys, history in read_histories(plpy, version, batch_size, chosen=users, max_events=max_events):
-            for key in keys:
-                del unread[key]
-            yield keys, history
-        # Of whom nothing is known, in no table.
-        unknown = list(unread)
-        for first in range(0, len(unknown), batch_size):
-            keys = unknown[first : first + batch_size]
-            yield keys, _nothing_of(version, len(keys))
+    read = partial(read_chosen, plpy, version, users)
 
     def of_few(history: History, user: NDArray[np.int64], item: NDArray[np.int64]) -> NDArray[np.float32]:
         scores, _ = score_users(version.weights, history, max_history=version.max_history)
@@ -114,7 +104,7 @@ def _in_batches(
         if len(users) <= _FEW:
             # Logits, scores and what the softmax makes of them.
             size = limits.users_at_once(plpy, 4 * 4 * version.item_count, _FEW)
-            yield from (_scores(pairs, batch, of_few) for batch in read(size, MAX_EVENTS))
+            yield from (_scores(pairs, batch, of_few) for batch in read(size))
         else:
 
             def score(scorer: CpuScorer, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -135,10 +125,3 @@ def _scores(
     scores = np.full(len(own), -1, dtype=np.float32)
     scores[known] = of_pairs(batch[1].distinct(), user[known], item[known])
     return own, scores
-
-
-def _nothing_of(version: Version, users: int) -> History:
-    none = np.zeros(0, dtype=np.int64)
-    features = FeatureBag.empty(users) if version.user_pipeline.size else None
-    counts, times = np.zeros(users, dtype=np.int64), np.zeros(0)
-    return History(counts=counts, item=none, event_type=none, occurred_at=times, features=features)

@@ -142,7 +142,7 @@ event_types = Table(
         "event_type",
         Text,
         nullable=False,
-        comment="Standard event type that it means: view, search, add_to_cart, purchase, review, share, register.",
+        comment="Standard event type that it means: view, search, add_to_cart, purchase, review, share, register; or ignore.",
     ),
     Column(
         "weight", REAL, nullable=False, comment="How much one such event counts as a training target; 0: an input only."
@@ -222,6 +222,11 @@ offers = Table(
         comment="What ranks and chooses the users: response (who is likeliest to buy) or uplift (whom the offer makes"
         " buy).",
     ),
+    Column(
+        "among_schema", Text, comment="Schema of the relation that lists whom the offer may go to; null: everybody."
+    ),
+    Column("among_table", Text, comment="Name of that relation."),
+    Column("among_column", Text, comment="Its column with the key of the user."),
     UniqueConstraint("model_id", "name"),
     CheckConstraint("choose_by in ('response', 'uplift')", name="choose_by"),
     schema=PUBLIC,
