@@ -54,14 +54,14 @@ CANCELLED_AT, AHEAD = 5, 4
 # Python sees no signal, PostgreSQL does: it is what pg_cancel_backend sends.
 CANCEL_IN_A_BATCH = """
 do $do$
-import os, signal, sys
+import importlib, os, signal, sys
 
 (package,) = {{name.partition(".")[0] for name in sys.modules if name.startswith("pgvae_runtime_")}}
-module = sys.modules[package + ".{module}"]
+module = importlib.import_module(package + ".{module}")
 for setting in "{setting}".split("; "):
     name, _, value = setting.partition(" = ")
     owner, _, name = name.partition(".")
-    setattr(sys.modules[package + "." + owner], name, int(value))
+    setattr(importlib.import_module(package + "." + owner), name, int(value))
 function = module.{function}
 seen = sys.modules["seen"] = []
 
