@@ -796,7 +796,7 @@ $$;
 
 comment on function vae_private.make_planned_function(text, text, text, text) is
     'Makes or remakes a set-returning function of one query whose plan a session keeps, for live calls: before PostgreSQL 18 a function in SQL '
-    'is planned anew in each call; part of vae_private.build_model.';
+    'is planned anew in each call. PL/pgSQL wants arguments and columns of different names; part of vae_private.build_model.';
 
 
 create or replace function vae_private.build_live_functions(m vae.models)

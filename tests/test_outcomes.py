@@ -21,7 +21,7 @@ from pgvae.comparison import Evaluation
 from pgvae.dataset import Dataset, read_dataset
 from pgvae.loop import Fit, fit
 from pgvae.outcome_figures import area_under_curve, calibration_error, top_lift
-from pgvae.outcome_windows import DAY, log_loss, read_window, too_little, windows
+from pgvae.outcome_windows import log_loss, read_window, too_little, windows
 from pgvae.outcomes import OutcomeFit, fit_outcomes
 from pgvae.regression import fit_cloglog, fit_logistic, fit_platt, fit_poisson
 from pgvae.server import Server
@@ -43,6 +43,7 @@ from pgvae_runtime.outcomes import (
     risk_band,
     sigmoid,
 )
+from pgvae_runtime.tokens import SECONDS_PER_DAY as DAY
 from pgvae_runtime.tokens import History
 from shop import QUICK, SMALL, Shop, refusal
 from variants import rewritten

@@ -18,7 +18,7 @@ from conftest import as_role, create_database, drop_database
 from pgvae.cli.metrics import uplift_verdict
 from pgvae.dataset import Dataset, read_dataset
 from pgvae.loop import fit
-from pgvae.outcome_windows import DAY, Weights
+from pgvae.outcome_windows import Weights
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import Training
@@ -27,6 +27,7 @@ from pgvae.trials import Assignments, Trial, histories_before, read_assignments,
 from pgvae.uplift import NO_COLUMN, UpliftFit, fit_head, fit_uplift
 from pgvae.uplift_figures import balance, effects, gains, quantiles
 from pgvae_runtime.outcomes import sigmoid
+from pgvae_runtime.tokens import SECONDS_PER_DAY as DAY
 from pgvae_runtime.uplift import SHAPES, inputs_of, uplift_of
 from shop import BEGIN, QUICK, SMALL, Shop, create_model, refusal
 

@@ -20,7 +20,7 @@ from pgvae.item_graph import (
     similar_items,
 )
 from pgvae.ranking import Holdout, Scorer, per_user_metrics, some_users
-from pgvae_runtime.tokens import History
+from pgvae_runtime.tokens import SECONDS_PER_DAY, History
 
 RANK = 256
 # Of the graph filter's item-item graph: the whole of it with 7000 items, 500 for each of 100 000.
@@ -33,7 +33,6 @@ EXACT_ITEMS = 6000
 # Settings are compared on at most this many users of the validation part.
 _CHOOSING_USERS = 5000
 _CHOOSING_K = 20
-_SECONDS_PER_DAY = 86_400.0
 
 
 def popularity(dataset: Dataset) -> Scorer:
@@ -117,7 +116,7 @@ def truncated_svd(matrix: sparse.csr_array, rank: int) -> tuple[NDArray[np.float
 
 def _recency(dataset: Dataset, half_lives: Sequence[float]) -> list[Scorer]:
     chosen = np.isin(dataset.event_type, dataset.targets)
-    age = (dataset.occurred_at.max(initial=-np.inf) - dataset.occurred_at[chosen]) / _SECONDS_PER_DAY
+    age = (dataset.occurred_at.max(initial=-np.inf) - dataset.occurred_at[chosen]) / SECONDS_PER_DAY
     scorers = []
     for half_life in half_lives:
         counts = np.bincount(dataset.item[chosen], weights=0.5 ** (age / half_life), minlength=len(dataset.item_keys))

@@ -19,11 +19,12 @@ from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.files import home_folder
 from pgvae.ranking import Holdout
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 # Writing takes about a second for 40 000 items: a short training is sooner repeated.
 _SECONDS_BETWEEN = 60.0
 # What is left of a training that nobody went on with.
-_KEPT_SECONDS = 7 * 86_400.0
+_KEPT_SECONDS = 7 * SECONDS_PER_DAY
 _NAME = re.compile(r"[0-9a-f]{32}\.(pt|[0-9]+)")
 
 State = dict[str, Any]

@@ -19,6 +19,7 @@ from pgvae.measurement import Measurement, calibration_error, measure
 from pgvae.ranking import Holdout, Scorer, hits_of, list_metrics, per_user_metrics, scorer
 from pgvae.rows import ALL, Epoch, Metric
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 K = 20
 METHODS = ("pgvae", *baselines.CHOICES, "popularity")
@@ -265,7 +266,7 @@ def _activity_and_age(holdout: Holdout) -> NDArray[np.float64]:
     before = holdout.before
     start = np.searchsorted(before.user, holdout.users, "left")
     count = np.searchsorted(before.user, holdout.users, "right") - start
-    age = (before.occurred_at.max() - before.occurred_at[start]) / 86_400.0
+    age = (before.occurred_at.max() - before.occurred_at[start]) / SECONDS_PER_DAY
     return np.column_stack((count, np.floor(age)))
 
 

@@ -33,6 +33,7 @@ from pgvae_runtime.demand import (
     features,
     log_linear,
 )
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 SPLIT = "horizon"
 OWN = "pgvae"
@@ -55,7 +56,6 @@ _HALF_LIVES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 # Items of the picture of expected against actual demand.
 _PICTURED = 150
-_DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def sales_of(dataset: Dataset, days: ItemDays, horizon: int) -> Sales:
         days=days,
         bought_user=dataset.user[chosen],
         bought_item=dataset.item[chosen],
-        bought_day=np.floor((dataset.occurred_at.max() - dataset.occurred_at[chosen]) / _DAY).astype(np.int64),
+        bought_day=((dataset.occurred_at.max() - dataset.occurred_at[chosen]) // SECONDS_PER_DAY).astype(np.int64),
         item_keys=dataset.item_keys,
     )
 

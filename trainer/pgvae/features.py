@@ -17,6 +17,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from pgvae_runtime.features import FeatureColumn, FeaturePipeline, Row, as_number, decode, entries
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 # Rows in which a category, tag or word must occur. Of users more: a version shows its categories to its readers. A
 # number or time of fewer users is rounded.
@@ -26,7 +27,6 @@ _MAX_ROWS = 200_000
 _BINS = 16
 # What is left of a number of fewer users, in digits; of a time, the day.
 _DIGITS = 3
-_DAY = 86_400.0
 _MAX_CATEGORIES = 1000
 _MAX_WORDS = 5000
 _MAX_TOKENS = 20_000
@@ -143,7 +143,7 @@ def _coarsened(numbers: list[float], kind: str) -> list[float]:
 
 def _floor(value: float, kind: str) -> float:
     if kind == "time":
-        return value // _DAY * _DAY
+        return value // SECONDS_PER_DAY * SECONDS_PER_DAY
     exact = Decimal(repr(value))
     return float(exact.quantize(Decimal(1).scaleb(exact.adjusted() - _DIGITS + 1), rounding=ROUND_FLOOR))
 

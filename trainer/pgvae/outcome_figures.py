@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from pgvae.bootstrap import interval, resampled_means
-from pgvae.outcome_windows import DAY, Floats, Seen, Setting, Weights, Window, in_half, log_loss, score_parts
+from pgvae.outcome_windows import Floats, Seen, Setting, Weights, Window, in_half, log_loss, score_parts
 from pgvae.regression import fit_logistic, standardising
 from pgvae.rows import CurvePoint, Metric
 from pgvae_runtime import forward
 from pgvae_runtime.behaviour import names
 from pgvae_runtime.outcomes import Outlook, item_probability, outlook, risk_band, sigmoid
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 SPLIT = "horizon"
 _RIDGE = 1e-4
@@ -66,7 +67,7 @@ def measure(honest: Sequence[Seen], weights: Weights, setting: Setting) -> tuple
     latest = np.bincount(
         np.repeat(np.arange(len(truth)), checked.window.history.counts),
         weights=np.isin(checked.window.history.event_type, dataset.targets)
-        & (checked.window.history.occurred_at >= checked.window.moment - setting.horizon * DAY),
+        & (checked.window.history.occurred_at >= checked.window.moment - setting.horizon * SECONDS_PER_DAY),
         minlength=len(truth),
     )
     for method, expected in {"pgvae": found.expected, "last_period": latest}.items():

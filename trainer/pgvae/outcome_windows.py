@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pgvae.dataset import Dataset
 from pgvae_runtime.behaviour import behaviour
 from pgvae_runtime.scoring import score_users
-from pgvae_runtime.tokens import History
+from pgvae_runtime.tokens import SECONDS_PER_DAY, History
 
 Weights = Mapping[str, NDArray[Any]]
 Floats = NDArray[np.float64]
@@ -32,7 +32,6 @@ MIN_EACH = 10
 _BATCH = 1024
 # Scores at once: with what is made of them some 30 bytes each.
 _SCORES = 1 << 24
-DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def read_window(dataset: Dataset, moment: float, horizon: int, seed: int) -> Win
     users = np.unique(before.user)
     if len(users) > _MOST_USERS:
         users = np.sort(np.random.default_rng(seed).choice(users, _MOST_USERS, replace=False))
-    after = dataset.between(moment, moment + horizon * DAY)
+    after = dataset.between(moment, moment + horizon * SECONDS_PER_DAY)
     chosen = np.isin(after.event_type, dataset.targets) & np.isin(after.user, users)
     row = np.searchsorted(users, after.user[chosen])
     items = len(dataset.item_keys)
@@ -100,15 +99,16 @@ def read_window(dataset: Dataset, moment: float, horizon: int, seed: int) -> Win
 def windows(dataset: Dataset, horizon: int, seed: int, *, most: int = _WINDOWS_FITTED + 2) -> list[Window]:
     """Gives the windows side by side, newest first; the oldest has a horizon of history before it, or more."""
     end = end_of(dataset)
-    count = int((end - dataset.occurred_at.min()) / DAY // horizon) - 1
+    count = int((end - dataset.occurred_at.min()) / SECONDS_PER_DAY // horizon) - 1
     return [
-        read_window(dataset, end - number * horizon * DAY, horizon, seed) for number in range(1, min(count, most) + 1)
+        read_window(dataset, end - number * horizon * SECONDS_PER_DAY, horizon, seed)
+        for number in range(1, min(count, most) + 1)
     ]
 
 
 def too_little(dataset: Dataset, horizon: int, seed: int) -> str:
     """Says why there is too little in a data set for heads of a horizon; empty where there is enough."""
-    span = (dataset.occurred_at.max() - dataset.occurred_at.min()) / DAY
+    span = (dataset.occurred_at.max() - dataset.occurred_at.min()) / SECONDS_PER_DAY
     if span < HORIZONS_NEEDED * horizon:
         needed = HORIZONS_NEEDED * horizon
         return (
@@ -135,7 +135,7 @@ def later_or_shorter(span: float) -> str:
 
 def newest_moment(dataset: Dataset, horizon: int) -> float:
     """Gives the beginning of the newest horizon, in seconds since 1970."""
-    return end_of(dataset) - horizon * DAY
+    return end_of(dataset) - horizon * SECONDS_PER_DAY
 
 
 def end_of(dataset: Dataset) -> float:

@@ -26,6 +26,7 @@ from pgvae.dataset import Dataset
 from pgvae.versions import read_version, read_weights, readable
 from pgvae_runtime.features import FeatureColumn
 from pgvae_runtime.forward import FORMAT
+from pgvae_runtime.ragged import ranges
 from pgvae_runtime.segments import CENTROIDS, directions
 from pgvae_runtime.tokens import History
 
@@ -348,8 +349,7 @@ def _characteristics(
     item, label = item[order], label[order]
     first, last = np.searchsorted(item, pair_item, "left"), np.searchsorted(item, pair_item, "right")
     user = np.repeat(user, last - first)
-    offsets = np.arange(len(user)) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
-    chosen = label[np.repeat(first, last - first) + offsets]
+    chosen = label[ranges(first, last - first)]
     having = np.unique(user * len(labels) + chosen)
     support = np.zeros((count, len(labels)))
     np.add.at(support, (places[having // len(labels)], having % len(labels)), 1.0)

@@ -16,8 +16,8 @@ from psycopg import sql
 
 from pgvae.binary_copy import copy_rows
 from pgvae.dataset import Dataset
-from pgvae.outcome_windows import DAY, HORIZONS_NEEDED, Floats, end_of
-from pgvae_runtime.tokens import History
+from pgvae.outcome_windows import HORIZONS_NEEDED, Floats, end_of
+from pgvae_runtime.tokens import SECONDS_PER_DAY, History
 
 Integers = NDArray[np.int64]
 # What an offer did years ago says little of the next one.
@@ -95,7 +95,7 @@ def trial_of(dataset: Dataset, given: Assignments, *, horizon: int, seed: int) -
     events before the moment and of items that had some before `begin`. Of one user and item the next counts
     after the horizon of the one before.
     """
-    length = horizon * DAY
+    length = horizon * SECONDS_PER_DAY
     if not len(given):
         return "there are no assignments of users with events"
     over = given.moment + length <= end_of(dataset)

@@ -15,13 +15,14 @@ from pgvae.bootstrap import SAMPLES, interval
 from pgvae.outcome_windows import Floats
 from pgvae.regression import fit_logistic, standardising
 from pgvae.trials import Integers, Trial
+from pgvae_runtime.tokens import SECONDS_PER_DAY
 
 # Of the inputs, per row and of standardised numbers.
 _RIDGE = 1e-3
 _FOLDS = 3
 # Assignments of an item or a week that are taken for the mean one.
 _SMOOTHED = 20.0
-_WEEK = 7 * 86_400.0
+_WEEK = 7 * SECONDS_PER_DAY
 _AUC_BINS = 200
 _POINTS = 20
 
