@@ -266,6 +266,27 @@ comment on function vae_private.event_time(vae.models) is
     'Writes the time of a row of a model''s events, e, as timestamptz: a time without a zone is in UTC.';
 
 
+create or replace function vae_private.key_condition(alias text, table_schema text, table_name text, column_name text)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+-- A key of char(n) is a text in all that pgvae gives; compared with a text, its column would use no index.
+select format('%s.%I = $1%s', alias, column_name, case when exists (
+    select
+    from pg_attribute a
+    where a.attrelid = vae_private.shop_table(table_schema, table_name) and a.attname = column_name
+        and vae_private.base_type(a.atttypid) = 'bpchar'::regtype) then '::bpchar' end);
+$$;
+
+comment on function vae_private.key_condition(text, text, text, text) is
+    'Writes the condition that a column holds the key $1, so that an index on it is used; part of the queries of live calls.';
+
+
 create or replace function vae_private.clean_select(model_id integer, scope text)
 returns text
 language plpgsql
@@ -302,7 +323,7 @@ begin
     if scope = 'training' then
         rules := rules || format('e.%I not in (select o.user_id from %I.outlier_users o)', m.user_id_column, m.name);
     elsif scope = 'one user' then
-        rules := rules || format('e.%I = $1', m.user_id_column);
+        rules := rules || vae_private.key_condition('e', m.events_schema, m.events_table, m.user_id_column);
     end if;
     return format(
         E'select%12$s'
@@ -377,7 +398,7 @@ begin
                 on f.column_name = c.name
         ),
         case
-            when scope = 'one key' then format('k.%I = $1', t.key_column)
+            when scope = 'one key' then vae_private.key_condition('k', t.table_schema, t.table_name, t.key_column)
             when t.key_type = 'text' then format('octet_length(k.%I) <= 512', t.key_column)
             else format('k.%I is not null', t.key_column)
         end

@@ -100,6 +100,7 @@ grant execute on function
     vae_private.admission_rules(vae.models, text),
     vae_private.event_time(vae.models),
     vae_private.clean_select(integer, text),
+    vae_private.key_condition(text, text, text, text),
     vae_private.earliest(vae.models),
     vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),

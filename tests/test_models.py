@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.errors import Diagnostic
 from psycopg.types.json import Jsonb
 
@@ -750,6 +751,15 @@ def test_events_of_every_type_are_read_alike(rolled_back: psycopg.Connection, ke
     assert [row[0] for row in history] == [row[1] for row in expected]
     if time_type != "date":
         assert [row[2] for row in history] == [row[3] for row in expected]
+    # A live call finds its events by an index.
+    user_type = base.user_type.replace("shop_id", "integer")
+    rolled_back.execute("create index on typed.events (user_id); set local enable_seqscan = off")
+    query = rolled_back.execute("select vae_private.clean_select(model_id, 'one user') from vae.models").fetchone()
+    assert query is not None
+    parameter = "text" if "char" in user_type else user_type
+    rolled_back.execute(f"prepare live ({parameter}) as {query[0]}".encode())
+    plan = rolled_back.execute(sql.SQL("explain execute live({})").format(base.users[3])).fetchall()
+    assert "Index Cond: ((user_id IS NOT NULL) AND (user_id = " in str(plan)
     # The ends of time are no events, and no errors.
     extremes = [(base.users[0], base.items[0], "view", moment) for moment in ("infinity", "-infinity")]
     base.add(rolled_back, extremes)
