@@ -759,7 +759,8 @@ def test_events_of_every_type_are_read_alike(rolled_back: psycopg.Connection, ke
     parameter = "text" if "char" in user_type else user_type
     rolled_back.execute(f"prepare live ({parameter}) as {query[0]}".encode())
     plan = rolled_back.execute(sql.SQL("explain execute live({})").format(base.users[3])).fetchall()
-    assert "Index Cond: ((user_id IS NOT NULL) AND (user_id = " in str(plan)
+    rolled_back.execute("deallocate live")
+    assert re.search(r"Index Cond: \(\(user_id IS NOT NULL\) AND \(\(?user_id\)?(::\w+)? = ", str(plan))
     # The ends of time are no events, and no errors.
     extremes = [(base.users[0], base.items[0], "view", moment) for moment in ("infinity", "-infinity")]
     base.add(rolled_back, extremes)
