@@ -95,10 +95,12 @@ else:
     # What OpenBLAS takes a processor for that is newer than itself.
     is_outdated = False
     for path in libraries:
-        tell = getattr(ctypes.CDLL(path), "openblas_get_corename", None)
-        if tell is not None:
+        try:
+            tell = ctypes.CDLL(path).openblas_get_corename
             tell.restype = ctypes.c_char_p
-            is_outdated = tell() == b"Prescott" and " avx2 " in open("/proc/cpuinfo").read()
+            is_outdated = is_outdated or (tell() == b"Prescott" and " avx2 " in open("/proc/cpuinfo").read())
+        except (AttributeError, OSError):
+            continue
     report["blas"] = {"libraries": libraries, "gflops": 2 * 512 ** 3 / best / 1e9, "is_outdated": is_outdated}
 try:
     # As the runtime imports it: pgvae_runtime/device.py.
