@@ -345,7 +345,7 @@ _METHODS = {
 
 
 def test_the_figures_of_accuracy_are_those_of_the_results() -> None:
-    """Of pgvae, of the best other run with its name, and of its lead: the tables of public data in README.md and docs/accuracy.md."""
+    """Of pgvae, of the best other run, and of its lead, in README.md and docs/accuracy.md."""
     seen = set()
     for page in (ROOT / "README.md", DOCS / "accuracy.md"):
         for part in re.findall(r"<!-- accuracy on .*?(?=<!-- )", page.read_text(encoding="utf-8"), re.DOTALL):
