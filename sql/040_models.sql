@@ -482,8 +482,8 @@ begin
     if found then
         raise exception '% is given, but no table', unused.name
             using errcode = 'invalid_parameter_value',
-                hint = format('name the table too: %s => …; or choose the columns of the one that there is: select vae.set_features(%L, %s => …)',
-                    unused.argument, m.name, unused.name);
+                hint = format('name the table beside it: %1$s => ''public.%1$s''; of a table that the model has, vae.set_features chooses columns',
+                    unused.argument);
     end if;
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> m.user_id_type then
         raise exception 'keys of users differ: % in %, % in %',

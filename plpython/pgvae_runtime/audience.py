@@ -215,7 +215,7 @@ def read_users(plpy: Any, version: Version, relation: str, column: str) -> froze
             raise
         hint = f"name a table or view with its schema, as public.subscribers, whose users are {version.user_id_type}"
         if error.sqlstate == INSUFFICIENT_PRIVILEGE:
-            hint = f"the owner of {relation} can allow it with a grant of select"
+            hint = f"the owner of {relation} can allow it with a grant of select, and of usage on its schema"
         elif not error.sqlstate.startswith(_LASTING):
             hint = "try again once that has passed"
         raise ScoringError(
