@@ -120,7 +120,7 @@ return GD["@RUNTIME@"].score_pairs(plpy, model_id, user_keys, item_keys)
 $pgvae$;
 
 create or replace function vae_private.last_run(model_id integer, view_name text)
-returns table (row_count bigint, version integer, scored_count bigint, mode text)
+returns table (row_count bigint, version integer, scored_count bigint, mode text, left_out text)
 language plpython3u
 volatile
 called on null input
@@ -211,7 +211,7 @@ comment on function vae_private.embedding(integer, text) is
     'Gives the latent position of one user of a model by key, for <model>.embedding.';
 comment on function vae_private.last_run(integer, text) is
     'Gives what the last complete run of this session for a prediction view gave (rows, version, how many of them were scored anew, '
-    'and in which mode), once.';
+    'in which mode, and what was left out), once.';
 comment on function vae_private.recommend_all(integer, integer) is
     'Scores all users of a model, a row per user with array literals, for vae_private.refreshed_recommendations.';
 comment on function vae_private.demand(integer, text) is

@@ -454,7 +454,8 @@ end;
 $$;
 
 comment on function vae_private.check_readable(regclass[]) is
-    'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model and vae.set_candidates.';
+    'Refuses what is no table or view, or not the caller''s to read; null is fine. Part of vae.create_model, vae.set_tables, '
+    'vae.set_candidates and vae.create_offer.';
 
 
 create or replace function vae_private.with_tables(
@@ -469,8 +470,21 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    unused record;
 begin
     perform vae_private.check_readable(array[users, items]);
+    -- Of a model that exists they would say what is read of the table that stays, which set_features does.
+    select f.* into unused
+    from (values ('users', users, 'user_features', user_features), ('items', items, 'item_features', item_features)) f (argument, relation, name, chosen)
+    where m.model_id is not null and f.relation is null and f.chosen is not null
+    limit 1;
+    if found then
+        raise exception '% is given, but no table', unused.name
+            using errcode = 'invalid_parameter_value',
+                hint = format('name the table beside it: %1$s => ''public.%1$s''; of a table that the model has, vae.set_features chooses columns',
+                    unused.argument);
+    end if;
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> m.user_id_type then
         raise exception 'keys of users differ: % in %, % in %',
             m.user_id_type, events, vae_private.key_type(users, users_key, 'users_key'), users
@@ -481,10 +495,10 @@ begin
             m.item_id_type, events, vae_private.key_type(items, items_key, 'items_key'), items
             using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
     end if;
-    if users is not null or user_features is not null or m.users_table is null then
+    if users is not null or m.users_table is null then
         m.user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
     end if;
-    if items is not null or item_features is not null or m.items_table is null then
+    if items is not null or m.items_table is null then
         m.item_features := vae_private.chosen_features(items, items_key, 'item_features', item_features);
     end if;
     if users is not null then
@@ -731,6 +745,10 @@ begin
         raise exception 'weight of event type "%" is %', name, weight
             using errcode = 'invalid_parameter_value', hint = 'give a number between 0 and 1000';
     end if;
+    if standard = 'ignore' and (weight)::numeric <> 0 then
+        raise exception 'event type "%" is ignored, and its weight is %', name, weight
+            using errcode = 'invalid_parameter_value', hint = 'what is left out weighs nothing: give no weight, or map it to a standard type';
+    end if;
     insert into vae.event_types as t (model_id, name, event_type, weight)
     values (model_id, name, standard, coalesce((weight)::real, default_weight))
     on conflict on constraint pk_event_types do update set event_type = excluded.event_type, weight = excluded.weight;
@@ -863,8 +881,15 @@ as $$
 declare
     owner constant name := (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name);
     relation regclass;
+    schema_name name;
 begin
     foreach relation in array array_remove(relations, null) loop
+        select n.nspname into schema_name from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+        if not has_schema_privilege(owner, schema_name, 'usage') then
+            raise exception 'the owner of model % may not use schema %', m.name, schema_name
+                using errcode = 'insufficient_privilege',
+                    hint = format('a refresh reads %s with the owner''s rights: grant usage on schema %I to %I', relation, schema_name, owner);
+        end if;
         if not has_table_privilege(owner, relation, 'select') then
             raise exception 'the owner of model % may not read %', m.name, relation
                 using errcode = 'insufficient_privilege',
@@ -875,7 +900,7 @@ end;
 $$;
 
 comment on function vae_private.check_owner_reads(vae.models, regclass[]) is
-    'Refuses a relation that the owner of a model may not read, whoever else may; null is fine.';
+    'Refuses a relation that the owner of a model may not read, or whose schema the owner may not use, whoever else may; null is fine.';
 
 
 create or replace function vae.set_tables(

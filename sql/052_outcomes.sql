@@ -381,7 +381,7 @@ create or replace function vae.create_offer(
     ends_at timestamptz default null,
     choose_by text default 'response',
     among regclass default null,
-    among_key text default 'user_id'
+    among_key text default null
 )
 returns bigint
 language plpgsql
@@ -446,7 +446,12 @@ begin
             using errcode = 'invalid_parameter_value',
                 hint = 'an experiment offers one item at a time, so that uplift is known of one item: make an offer of each';
     end if;
+    if among is null and among_key is not null then
+        raise exception 'among_key of offer "%" is "%", and among is not given', name, among_key
+            using errcode = 'invalid_parameter_value', hint = 'name the table or view whose column it is: among => ''public.subscribers''';
+    end if;
     if among is not null then
+        among_key := coalesce(among_key, 'user_id');
         -- A refresh runs what it names with the rights of the model's owner, so nobody else does.
         perform vae_private.check_owner(model);
         perform vae_private.check_readable(array[among]);
@@ -483,7 +488,7 @@ begin
     )
     select
         id, name, keys, value, cost, budget, max_users, exclude_buyers, starts_at, ends_at, choose_by,
-        n.nspname, c.relname, case when among is not null then among_key end
+        n.nspname, c.relname, among_key
     from (select) one
     left join (pg_class c join pg_namespace n on n.oid = c.relnamespace) on c.oid = among
     returning offer_id into new_id;
@@ -496,7 +501,7 @@ comment on function vae.create_offer(text, text, anyarray, numeric, numeric, num
     '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
     'budget what may be spent in all: they choose the users who are worth it. choose_by '
     'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. among names a table or view whose column '
-    'among_key lists the users who may be asked, subscribers for example: the others take no rank and no budget; only the model''s owner can. '
+    'user_id (or among_key) lists the users who may be asked, subscribers for example: the others take no rank and no budget; only the model''s owner can. '
     'Gives the number of the offer.';
 
 

@@ -88,9 +88,9 @@ begin
         if failure is null then
             -- What fills no row remembers that, too; what somebody put in the view's place remembers no run.
             perform vae_private.finish_refresh(
-                run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, null);
+                run, coalesce(result.row_count, 0), result.version, coalesce(result.scored_count, 0), result.mode, result.left_out, null);
         else
-            perform vae_private.finish_refresh(run, null, null, null, null, failure);
+            perform vae_private.finish_refresh(run, null, null, null, null, null, failure);
             -- Not by ||, of which a schema of the caller's path could have one that fits better.
             failed := pg_catalog.array_append(failed, wanted[place]);
             failures := pg_catalog.array_append(failures, pg_catalog.format('%s: %s', wanted[place], failure));
@@ -423,7 +423,7 @@ comment on function vae_private.refresh_view(integer, text, text) is
 
 
 create or replace function vae_private.finish_refresh(
-    run bigint, rows_stored bigint, version_scored integer, rows_scored bigint, mode text, failure text)
+    run bigint, rows_stored bigint, version_scored integer, rows_scored bigint, mode text, left_out text, failure text)
 returns void
 language sql
 volatile
@@ -441,9 +441,10 @@ set state = case when failure is null then 'succeeded' else 'failed' end,
     row_count = rows_stored,
     scored_count = rows_scored,
     version = version_scored,
+    left_out = finish_refresh.left_out,
     error = failure
 where r.refresh_id = run
 $$;
 
-comment on function vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text) is
+comment on function vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text, text) is
     'Logs the end of a refresh; part of vae.refresh.';

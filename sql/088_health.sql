@@ -131,13 +131,24 @@ with facts as (
     ) e on true
     union all
     select f.model, 4, 'last refresh',
-        case when p.model is null then 'unknown' when p.failures is null then 'ok' else 'critical' end,
-        case when p.model is null then 'there was no refresh' else format('failed, the last good content is still there: %s', p.failures) end,
-        case when p.model is not null then
-            format('mend the cause, then: call vae.refresh(%L); errors are explained in docs/errors.md', f.model) end,
+        case when p.model is null then 'unknown' when p.failures is not null then 'critical' when o.left_out is not null then 'warning' else 'ok' end,
+        case when p.model is null then 'there was no refresh'
+            when p.failures is not null then format('failed, the last good content is still there: %s', p.failures)
+            else format('offers were left out: %s', o.left_out) end,
+        case when p.failures is not null then
+                format('mend the cause, then: call vae.refresh(%L); errors are explained in docs/errors.md', f.model)
+            when p.model is not null then
+                format('mend the cause, or drop the offer with: select vae.drop_offer(%L, …); then: call vae.refresh(%1$L)', f.model) end,
         'succeeded'
     from facts f
     left join predictions p using (model)
+    left join lateral (
+        select r.left_out
+        from vae.refreshes r
+        where r.model_id = f.model_id and r.view = 'offer_responses' and r.state = 'succeeded'
+        order by -r.refresh_id
+        limit 1
+    ) o on true
     union all
     select f.model, 5, 'age',
         case when p.oldest is null then 'unknown'

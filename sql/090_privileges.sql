@@ -76,7 +76,7 @@ grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
 grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
-grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, error) on vae.refreshes to vae_operator;
+grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, left_out, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
     vae_private.count_events(vae.models),
@@ -115,7 +115,7 @@ grant execute on function
     vae_private.first_mode(integer, text, boolean),
     vae_private.active_version_id(integer),
     vae_private.refresh_view(integer, text, text),
-    vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text),
+    vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text, text),
     vae_private.scoring_context(integer),
     vae_private.raise_work_mem(),
     vae_private.holds_changes(text),

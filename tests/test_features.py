@@ -887,6 +887,8 @@ def test_a_model_gets_its_tables_later_and_its_version_scores_on(connection: psy
         ("users => 'users', users_key => 'id'", "42703", 'public.users has no column "id"'),
         ("users => 'users', user_features => '{colour}'", "42703", 'public.users has no column "colour"'),
         ("users => 'users', item_features => '{category}'", "22023", "item_features is given, but no table"),
+        ("users => 'users', item_features => '{}'", "22023", "item_features is given, but no table"),
+        ("items => 'items', user_features => '{}'", "22023", "user_features is given, but no table"),
         ("users => 'passing'", "42809", "passing is temporary"),
         ("items => 'users_pkey', items_key => 'user_id'", "42809", "public.users_pkey is not a table or view"),
     ],
@@ -921,6 +923,12 @@ def test_only_the_owner_of_a_model_sets_its_tables_and_can_read_them(scored: psy
             assert refused.message_primary == "permission denied for public.people"
             refused = refusal(scored, "select vae.set_tables('own', users => 'people')")
             assert refused.message_primary == "the owner of model own may not read public.people"
+            scored.execute("create schema hidden; create table hidden.people as table users")
+            scored.execute(sql.SQL("grant select on hidden.people to {}").format(name))
+            refused = refusal(scored, "select vae.set_tables('own', users => 'hidden.people')")
+            assert refused.message_primary == "the owner of model own may not use schema hidden"
+            assert f"grant usage on schema hidden to {role}" in str(refused.message_hint)
+            scored.execute("drop schema hidden cascade")
             scored.execute("select vae.set_tables('own', users => 'users')")
             trainer.execute("select vae.drop_model('own')")
     finally:

@@ -326,6 +326,16 @@ def test_only_the_models_owner_defines_what_its_refresh_runs(role: str, shop: ps
     assert refused.message_hint == (
         f"a refresh reads it with the owner's rights: grant select on public.in_stock to {role}"
     )
+    shop.execute("create schema hidden; create view hidden.shelf as table stock")
+    shop.execute(f"grant select on hidden.shelf to {role}")
+    refused = refusal(shop, "select * from vae.set_candidates('shop', 'mine', 'hidden.shelf', for_refresh => true)")
+    assert (refused.sqlstate, refused.message_primary) == (
+        "42501",
+        "the owner of model shop may not use schema hidden",
+    )
+    assert refused.message_hint == (
+        f"a refresh reads hidden.shelf with the owner's rights: grant usage on schema hidden to {role}"
+    )
 
 
 # Caps and the least score

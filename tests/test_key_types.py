@@ -252,6 +252,17 @@ def test_many_users_get_the_lists_that_each_gets_alone(typed: psycopg.Connection
     assert {(row[0], row[6]) for row in many if row[3]} == {(stranger, -1)}
 
 
+def test_an_audience_may_be_among_keys_that_no_user_of_the_type_has(typed: psycopg.Connection[Any], shop: Shop) -> None:
+    column_type = {"integer": "bigint"}.get(shop.user_type, shop.user_type)
+    with typed.transaction(force_rollback=True):
+        typed.execute(f"create table few as select user_id::{column_type} as user_id from users order by 1 limit 3")
+        chosen = typed.execute("select user_id from few").fetchall()
+        stranger = {"bigint": -7, "integer": 3_000_000_000}.get(shop.user_type, keys("user", shop.user_type, 200)[-1])
+        typed.execute(f"insert into few values (%s::{column_type})", [stranger])
+        query = 'select user_id from shop.audience(%s, 1000, \'{"among": "public.few"}\')'
+        assert sorted(typed.execute(query, [shop.items[0]]).fetchall()) == sorted(chosen)
+
+
 def test_a_session_names_items_in_any_spelling_of_their_type(typed: psycopg.Connection[Any], shop: Shop) -> None:
     item = shop.items[0]
     spelled = {"uuid": str(item).upper(), "text": item}.get(shop.item_type, f" {item} ")

@@ -373,6 +373,13 @@ def test_event_types_can_be_left_out(shop: psycopg.Connection) -> None:
         "22023", 'event type "scroll" has no meaning of its own',
     )  # fmt: skip
     assert "or to ignore" in str(refused.message_hint)
+    refused = refusal(shop, "select vae.set_event_type('shop', 'scroll', 'ignore', 4)")
+    assert (refused.sqlstate, refused.message_primary) == (
+        "22023",
+        'event type "scroll" is ignored, and its weight is 4',
+    )
+    assert refused.message_hint
+    shop.execute("select vae.set_event_type('shop', 'scroll', 'ignore', 0)")
 
 
 def test_an_event_type_without_a_name_is_refused(rolled_back: psycopg.Connection) -> None:

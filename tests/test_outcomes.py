@@ -745,10 +745,63 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
             assert shop.execute(listed, ["some"]).fetchall() == []
             assert len(shop.execute(listed, ["all"]).fetchall()) == len(everybody)
             assert [notice for notice in notices if notice.startswith(message)]
+            logged = shop.execute("select left_out from vae.refreshes order by refresh_id desc limit 1").fetchone()
+            assert logged is not None
+            assert logged[0].startswith(message.replace("offer some is left out: ", "some: "))
+            told = shop.execute(
+                "select status, detail, remedy like '%vae.drop_offer(''shop'', …)%' from vae.health_checks"
+                " where check_name = 'last refresh'"
+            ).fetchone()
+            assert told == ("warning", f"offers were left out: {logged[0]}", True)
+        shop.execute("select vae.drop_offer('shop', 'some')")
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        last = "select status from vae.health_checks where check_name = 'last refresh'"
+        assert shop.execute(last).fetchall() == [("ok",)]
     finally:
         shop.remove_notice_handler(handler)
         shop.execute("delete from vae.offers")
         shop.execute(f"drop table if exists subscribers; drop owned by {role}")
+
+
+def test_what_passes_by_itself_empties_no_offer(shop: Connection) -> None:
+    shop.execute("create table subscribers as select user_id from users where user_id % 3 = 0")
+    listed = "select count(*), min(scored_at) from shop.offer_responses"
+    try:
+        shop.execute("select vae.create_offer('shop', 'some', array[3], among => 'subscribers')")
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        before = shop.execute(listed).fetchall()
+        assert before[0][0] > 0
+        shop.execute("set lock_timeout = '100ms'")
+        with psycopg.connect(shop.info.dsn) as other:
+            other.execute("lock table subscribers")
+            refused = refusal(shop, "call vae.refresh('shop', views => '{offer_responses}')")
+        assert refused.sqlstate == "55P03"
+        assert "cannot be read from public.subscribers" in str(refused.message_primary)
+        assert shop.execute(listed).fetchall() == before
+        state = shop.execute("select state from vae.refreshes order by refresh_id desc limit 1").fetchone()
+        assert state == ("failed",)
+    finally:
+        shop.execute("reset lock_timeout; delete from vae.offers; drop table subscribers")
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+
+
+def test_offers_among_the_same_users_read_them_once(shop: Connection) -> None:
+    shop.execute(
+        "create sequence readings; create view subscribers as"
+        " select user_id, user_id as person from users where (select nextval('readings')) > 0"
+    )
+    try:
+        for number, key in enumerate(("user_id", "user_id", "person", "user_id")):
+            shop.execute(
+                f"select vae.create_offer('shop', 'offer {number}', array[3], among => 'subscribers', among_key => %s)",
+                [key],
+            )
+        shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        assert shop.execute("select last_value from readings").fetchone() == (2,)
+        counted = "select distinct count(*) over (partition by offer) from shop.offer_responses"
+        assert len(shop.execute(counted).fetchall()) == 1
+    finally:
+        shop.execute("delete from vae.offers; drop view subscribers; drop sequence readings")
 
 
 @pytest.mark.parametrize(
@@ -766,6 +819,9 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
         ("""select * from shop.audience(1, options => '{"min_probability": 2}')""", "22023", "'min_probability' is 2"),
         ("""select * from shop.audience(1, options => '{"exclude_buyers": 1}')""", "22023", "'exclude_buyers' is 1"),
         ("""select * from shop.audience(1, options => '{"among": 1}')""", "22023", "'among' is 1"),
+        ("""select * from shop.audience(1, options => '{"among_key": "x"}')""", "22023", "'among' is not given"),
+        ("select * from shop.audience_of_items('{{1,2},{3,4}}')", "22023", "items has more than one dimension"),
+        ("select shop.response_to_items(1, '{{1,2},{3,4}}')", "22023", "items has more than one dimension"),
         ("""select * from shop.audience(1, options => '{"among": "public.nobody"}')""", "42P01", "public.nobody"),
         ("""select * from shop.audience(1, options => '{"among": "public.items"}')""", "42703", "user_id"),
         (
@@ -968,6 +1024,7 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', array[1], exclude_buyers => null", "22023", 'exclude_buyers of offer "sale" is null'),
         ("'sale', array[1], starts_at => '2025-01-02', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
         ("'twice', array[1]", "42710", 'has an offer "twice" already'),
+        ("'sale', array[1], among_key => 'nonsense'", "22023", 'among_key of offer "sale" is "nonsense", and among is'),
         ("'sale', array[1], among => 'items'", "42703", 'public.items has no column "user_id"'),
         (
             "'sale', array[1], among => 'items', among_key => 'category'",

@@ -85,6 +85,20 @@ def test_arrays_of_different_lengths_are_refused(shared_trained: Connection) -> 
     assert "array_agg" in str(refused.message_hint)
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("recommend_for_users('{{1,2},{3,4}}')", "user_ids"),
+        ("score_pairs('{{1,2},{3,4}}', '{1,2}')", "user_ids"),
+        ("score_pairs('{1,2}', '{{1,2},{3,4}}')", "item_ids"),
+    ],
+)
+def test_arrays_of_several_dimensions_are_refused(shared_trained: Connection, call: str, name: str) -> None:
+    refused = refusal(shared_trained, f"select * from shop.{call}")
+    assert (refused.sqlstate, refused.message_primary) == ("22023", f"pgvae: {name} has more than one dimension")
+    assert refused.message_hint
+
+
 def test_a_score_that_is_remembered_knows_what_the_user_did_since(trained: Connection) -> None:
     user, item = USERS[0], ITEMS[-1]
     before = score(trained, user, item)

@@ -128,6 +128,8 @@ def test_events_of_another_shape_are_refused_by_name(
         ("recommend_for_items(array[1], null, '{now,now}')", "occurred_ats has 2 elements, item_ids has 1"),
         ("recommend_for_items(array[1, 2], null, '{now,infinity}')", "occurred_at of item_ids[2] is infinity"),
         ("recommend_for_items(array[1, null])", "item_ids[2] is null"),
+        ("recommend_for_items('{{1,2},{3,4}}')", "item_ids has more than one dimension"),
+        ("recommend_for_items('{1,2}', '{{view},{view}}')", "event_types has more than one dimension"),
         ("recommend_for('[]', 0)", "k is 0"),
         ("recommend_for('[]', 5, '{\"seen\": 1}')", "option 'seen' is unknown"),
         ("recommend_for('[]', 5, '{\"features\": 1}')", "option 'features' is 1"),
@@ -140,6 +142,7 @@ def test_events_of_another_shape_are_refused_by_name(
         ("related(404, null)", "k is null"),
         ("basket('{}')", "items is an empty array"),
         ("basket(array[1, null])", "items[2] is null"),
+        ("basket('{{1,2},{3,4}}')", "items has more than one dimension"),
         ("basket(array[404, 405, 404])", "items 404, 405 are not in the catalogue of version 1 of model shop"),
     ],
 )
@@ -148,6 +151,22 @@ def test_bad_arguments_are_refused_by_name(shared_trained: psycopg.Connection, c
     sqlstate = "VA051" if "catalogue" in message else "22023"
     assert (refused.sqlstate, refused.message_primary) == (sqlstate, f"pgvae: {message}")
     assert refused.message_hint
+
+
+def test_ignore_is_no_type_of_an_event(shared_trained: psycopg.Connection) -> None:
+    """A word may mean it: its events are left out."""
+    with shared_trained.transaction(force_rollback=True):
+        shared_trained.execute("select vae.set_event_type('shop', 'scroll', 'ignore')")
+        query = "select * from shop.recommend_for_items(array[%s], array[%s])"
+        with shared_trained.transaction(force_rollback=True):
+            refused = refusal(shared_trained, query, [ITEMS[0], "ignore"])
+        assert (refused.sqlstate, refused.message_primary) == (
+            "22023", 'pgvae: event_type of item_ids[1] is "ignore"',
+        )  # fmt: skip
+        assert "purchase" in str(refused.message_hint)
+        assert "ignore" not in str(refused.message_hint)
+        left_out = shared_trained.execute(query, [ITEMS[0], "scroll"]).fetchall()
+        assert left_out == shared_trained.execute("select * from shop.recommend_for('[]')").fetchall()
 
 
 # What goes with what

@@ -27,6 +27,14 @@ def upgrade() -> None:
         "comment on column vae.event_types.event_type is"
         " 'Standard event type that it means: view, search, add_to_cart, purchase, review, share, register; or ignore.'"
     )
+    op.add_column(
+        "refreshes",
+        sa.Column("left_out", sa.Text(), comment="Offers that the content lacks, and why; null: none."),
+        schema="vae",
+    )
+    # It gives other columns, and takes another argument.
+    op.execute("drop function if exists vae_private.last_run(integer, text)")
+    op.execute("drop function if exists vae_private.finish_refresh(bigint, bigint, integer, bigint, text, text)")
     op.execute("drop function if exists vae.set_candidates(text, text, regclass, text, boolean)")
 
 

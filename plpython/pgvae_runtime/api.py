@@ -154,10 +154,10 @@ def segment_all(plpy: Any, model_id: int) -> Iterator[segments.Row]:
 
 
 @translated
-def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int | None, int, str]]:
+def last_run(plpy: Any, model_id: int, view: str) -> list[tuple[int, int | None, int, str, str | None]]:
     """Gives this session's last complete run for a prediction view, see runs.Run, once; no row without one."""
     run = runs.take(model_id, view)
-    return [(run.row_count, run.version, run.scored_count, run.mode)] if run else []
+    return [(run.row_count, run.version, run.scored_count, run.mode, run.left_out)] if run else []
 
 
 @translated
@@ -332,6 +332,12 @@ def audience(
             hint=f"ask for 1 to {_MOST_USERS} users, as in: k => 1000",
         )
     chosen = read_options(options, _AUDIENCE_OPTIONS, '{"exclude_buyers": true}')
+    if "among_key" in chosen and "among" not in chosen:
+        raise ScoringError(
+            f"option 'among_key' is {chosen['among_key']!r}, and 'among' is not given",
+            sqlstate=INVALID_PARAMETER,
+            hint=f"name the relation whose column it is: {_AUDIENCE_OPTIONS['among'].hint}",
+        )
     if item_keys is None or item_keys == [None]:
         return iter(())
     version = churn.version_with_heads(plpy, model_id)

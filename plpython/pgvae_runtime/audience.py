@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,17 @@ from . import blas, outcomes, runs, uplift
 from .batch import Batch, score_on_cpu
 from .churn import look_ahead
 from .cpu import CpuScorer
-from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_UPLIFT, QUERY_CANCELED, ScoringError
+from .errors import (
+    INSUFFICIENT_PRIVILEGE,
+    INVALID_PARAMETER,
+    NO_UPLIFT,
+    QUERY_CANCELED,
+    UNKNOWN_ITEM,
+    ScoringError,
+)
 from .history import read_histories, read_history, unknown_items
 from .scoring import score_users
+from .session import check_flat
 from .store import Version, execute
 from .tokens import History
 
@@ -46,8 +54,14 @@ _RELATION = "select $1::regclass::text as name"
 _USERS = """
 select array_agg(distinct u.{column}::{key_type}::text) as users
 from {relation} u
-where u.{column} is not null
+where u.{column} is not null{fitting}
 """
+# Of a model whose keys are integer, where a relation may hold any bigint: one that is none of its users is no error.
+_INTEGERS = "\n    and u.{column}::bigint between -2147483648 and 2147483647"
+# Why an offer is left out of a refresh: classes of errors that stay until somebody mends their cause (data, names and
+# rights, a schema that is gone), and what a version cannot tell. A lock or a lack of memory passes: whoever left the
+# offer out for that would empty it until the next refresh.
+_LASTING = ("22", "42", "3F", UNKNOWN_ITEM, NO_UPLIFT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +87,7 @@ def offered_items(version: Version, what: str, item_keys: Sequence[str | None]) 
     """Gives the rows of some items; ScoringError where there is none, one is null, unknown or stands there twice."""
     if not item_keys:
         raise ScoringError(f"{what} names no item", sqlstate=INVALID_PARAMETER, hint="name one or more items")
+    check_flat(what, item_keys)
     indexes = version.item_keys.items({key for key in item_keys if key is not None})
     # In the order of the items.
     seen: dict[str, None] = {}
@@ -186,14 +201,23 @@ def read_users(plpy: Any, version: Version, relation: str, column: str) -> froze
     try:
         # By its name as regclass reads it: no other text becomes part of the query.
         name = execute(plpy, _RELATION, ["text"], [relation])[0]["name"]
-        query = _USERS.format(relation=name, column=plpy.quote_ident(column), key_type=version.user_id_type)
+        column = plpy.quote_ident(column)
+        is_integer = version.user_id_type == "integer"
+        query = _USERS.format(
+            relation=name,
+            column=column,
+            key_type="bigint" if is_integer else version.user_id_type,
+            fitting=_INTEGERS.format(column=column) if is_integer else "",
+        )
         users = frozenset(execute(plpy, query, [], [])[0]["users"] or ())
     except plpy.SPIError as error:
         if error.sqlstate == QUERY_CANCELED:
             raise
         hint = f"name a table or view with its schema, as public.subscribers, whose users are {version.user_id_type}"
         if error.sqlstate == INSUFFICIENT_PRIVILEGE:
-            hint = f"the owner of {relation} can allow it with a grant of select"
+            hint = f"the owner of {relation} can allow it with a grant of select, and of usage on its schema"
+        elif not error.sqlstate.startswith(_LASTING):
+            hint = "try again once that has passed"
         raise ScoringError(
             f"among: users cannot be read from {relation}: {error}", sqlstate=error.sqlstate, hint=hint
         ) from None
@@ -209,14 +233,21 @@ def _or_none(value: float) -> float | None:
 def offer_audiences(plpy: Any, version: Version, offers: Sequence[Offer]) -> Iterator[OfferRow]:
     """Gives the users of each offer, found in one pass over all users.
 
-    An offer of an item that the version does not know, or by an uplift that it does not claim, is left out, with a
-    notice.
+    An offer of an item that the version does not know, by an uplift that it does not claim, or among users that cannot
+    be read for a lasting cause, is left out, with a notice and a word in the log of refreshes. What may pass by itself
+    is raised, so that the view keeps what it holds.
     """
     known: list[tuple[Offer, Criteria]] = []
+    left_out: list[str] = []
+    # Of many offers among the same users one copy, and one moment.
+    users_of = cache(partial(read_users, plpy, version))
     for offer in offers:
         try:
-            known.append((offer, _criteria_of(plpy, version, offer)))
+            known.append((offer, _criteria_of(version, offer, users_of)))
         except ScoringError as error:
+            if not error.sqlstate.startswith(_LASTING):
+                raise
+            left_out.append(f"{offer.name}: {error.message}")
             plpy.notice(f"offer {offer.name} is left out: {error.message}", hint=error.hint)
     found = _best_of_all(plpy, version, [criteria for _, criteria in known], "offers")
     done = 0
@@ -224,10 +255,10 @@ def offer_audiences(plpy: Any, version: Version, offers: Sequence[Offer]) -> Ite
         for rank, user, probability, has_bought, won in best.rows():
             yield offer.offer_id, rank, user, probability, has_bought, version.version, _or_none(won)
             done += 1
-    runs.record(version, "offer_responses", done)
+    runs.record(version, "offer_responses", done, left_out="; ".join(left_out) or None)
 
 
-def _criteria_of(plpy: Any, version: Version, offer: Offer) -> Criteria:
+def _criteria_of(version: Version, offer: Offer, users_of: Callable[[str, str], frozenset[str]]) -> Criteria:
     """Gives the users that an offer asks for; ScoringError where the version cannot tell them."""
     if offer.choose_by == UPLIFT:
         check_uplift(version, "choose_by", len(offer.item_keys))
@@ -236,7 +267,7 @@ def _criteria_of(plpy: Any, version: Version, offer: Offer) -> Criteria:
         k=offer.max_users,
         exclude_buyers=offer.exclude_buyers,
         rank_by=offer.choose_by,
-        among=None if offer.among is None else read_users(plpy, version, offer.among, offer.among_key or ""),
+        among=None if offer.among is None else users_of(offer.among, offer.among_key or ""),
     )
 
 

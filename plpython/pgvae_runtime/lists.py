@@ -12,6 +12,7 @@ from . import blas, churn, limits, outcomes, runs
 from .filters import Candidates, Filters, best_items, keep_candidates, read_candidates
 from .history import read_chosen
 from .scoring import mask_seen, score_users
+from .session import check_flat
 from .store import Version
 from .tokens import History
 
@@ -76,6 +77,7 @@ def lists_of_users(
     plpy: Any, version: Version, user_keys: Sequence[str | None], k: int, filters: Filters
 ) -> Iterator[tuple[str, int, str, float, bool, int, float | None]]:
     """Gives (user key, …) of the best items of each of these users, a user once, one user after the other."""
+    check_flat("user_ids", user_keys)
     users = list(dict.fromkeys(key for key in user_keys if key is not None))
     candidates = chosen_candidates(plpy, version, filters)
     done = 0

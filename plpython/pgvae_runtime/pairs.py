@@ -17,6 +17,7 @@ from .errors import INVALID_PARAMETER, ScoringError
 from .history import read_chosen
 from .ragged import ranges
 from .scoring import score_users
+from .session import check_flat
 from .store import Version
 from .tokens import History
 
@@ -33,8 +34,10 @@ def score_pairs(
     """Gives (user key, item key, score) of each pair, a user's pairs one after the other.
 
     The score is what `score` gives; None where a key is null or the item outside the catalogue. ScoringError where the
-    lists differ in length.
+    lists differ in length, or hold lists.
     """
+    check_flat("user_ids", user_keys)
+    check_flat("item_ids", item_keys)
     if len(user_keys) != len(item_keys):
         raise ScoringError(
             f"item_ids has {len(item_keys)} elements, user_ids has {len(user_keys)}",

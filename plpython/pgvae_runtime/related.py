@@ -21,7 +21,7 @@ from .errors import INVALID_PARAMETER, OUT_OF_MEMORY, ScoringError
 from .history import item_type, not_in_catalogue, unknown_items
 from .literals import array_element
 from .scoring import score_users
-from .session import default_type, null_in_array
+from .session import check_flat, default_type, null_in_array
 from .store import Version, execute
 from .tokens import History
 
@@ -107,6 +107,7 @@ def given_items(plpy: Any, version: Version, name: str, keys: Sequence[str | Non
         raise ScoringError(
             f"{name} is an empty array", sqlstate=INVALID_PARAMETER, hint="give at least one item, as in: array[7, 8]"
         )
+    check_flat(name, keys)
     texts = [key for key in keys if key is not None]
     if len(texts) < len(keys):
         raise null_in_array(name, keys.index(None))

@@ -25,22 +25,23 @@ class Run:
     """A complete run: rows that the view holds then, the version, how many rows were scored anew, and the mode.
 
     The mode is `full` or `incremental`; of a run that changed nothing, since it would not do, it names what is needed:
-    `needs merge` or `needs full`.
+    `needs merge` or `needs full`. `left_out` says what the view lacks, and why; None: nothing.
     """
 
     row_count: int
     version: int | None
     scored_count: int
     mode: str = "full"
+    left_out: str | None = None
 
 
 # Counting the rows of a materialized view would run the code of the view's owner with the rights of whoever refreshes.
 _last: dict[tuple[int, str], Run] = {}
 
 
-def record(version: Numbered, view: str, rows: int) -> None:
+def record(version: Numbered, view: str, rows: int, left_out: str | None = None) -> None:
     """Remembers that a run for a prediction view (its name without `_materialized`) is complete, and its rows."""
-    keep(version.model_id, view, Run(row_count=rows, version=version.version, scored_count=rows))
+    keep(version.model_id, view, Run(row_count=rows, version=version.version, scored_count=rows, left_out=left_out))
 
 
 def keep(model_id: int, view: str, run: Run) -> None:

@@ -20,6 +20,8 @@ _MEMBERS = ("item_id", "event_type", "occurred_at")
 _SHAPE = 'an array of objects, as in \'[{"item_id": 7, "event_type": "view", "occurred_at": "2025-01-31 10:00+00"}]\''
 # What an event without a type is: a visitor looks.
 _DEFAULT_TYPES = ("view", "add_to_cart", "purchase")
+# What words mean whose events are left out.
+_IGNORE = "ignore"
 # What to do where PostgreSQL cannot read a key or a time: the classes of its errors of data.
 _DATA_EXCEPTION = "22"
 
@@ -86,7 +88,9 @@ def events_from_arrays(
     item_keys: Sequence[str | None], event_types: Sequence[str | None] | None, times: Sequence[float | None] | None
 ) -> list[GivenEvent]:
     """Gives the events of parallel arrays; ScoringError where their lengths differ, or an item is null."""
+    check_flat("item_ids", item_keys)
     for name, other in (("event_types", event_types), ("occurred_ats", times)):
+        check_flat(name, other or ())
         if other is not None and len(other) != len(item_keys):
             raise ScoringError(
                 f"{name} has {len(other)} elements, item_ids has {len(item_keys)}",
@@ -106,6 +110,16 @@ def events_from_arrays(
             )
         )
     return events
+
+
+def check_flat(name: str, elements: Sequence[Any]) -> None:
+    """Refuses an array of several dimensions, whose elements PL/Python gives as lists."""
+    if any(isinstance(element, list) for element in elements):
+        raise ScoringError(
+            f"{name} has more than one dimension",
+            sqlstate=INVALID_PARAMETER,
+            hint="give an array of one dimension, as array_agg makes it of single values: array[1, 2]",
+        )
 
 
 def null_in_array(name: str, place: int) -> ScoringError:
@@ -226,7 +240,9 @@ def _event_types(plpy: Any, version: Version, events: Sequence[GivenEvent]) -> S
         ["integer"],
         [version.model_id],
     )
-    standard = {row["event_type"]: row["event_type"] for row in rows} | {name: name for name in version.event_types}
+    # What the shop's words may mean, but for `ignore`, which is no type of an event.
+    standard = {row["event_type"]: row["event_type"] for row in rows if row["event_type"] != _IGNORE}
+    standard |= {name: name for name in version.event_types}
     meanings = standard | {row["name"]: row["event_type"] for row in rows}
     types: list[int | None] = []
     for event in events:

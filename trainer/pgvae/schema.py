@@ -610,6 +610,7 @@ refreshes = Table(
         server_default=text("statement_timestamp()"),
         comment="Until when events count in the content: until the call of vae.refresh, whenever the view had its turn.",
     ),
+    Column("left_out", Text, comment="Offers that the content lacks, and why; null: none."),
     CheckConstraint("state in ('running', 'succeeded', 'failed')", name="state"),
     Index("ix_refreshes_model_id_started_at", "model_id", "started_at"),
     # By its negative: the planner would read the primary key backwards, all of it for a view that is not in the log.
