@@ -105,7 +105,8 @@ grant execute on function
     vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),
     vae_private.check_grants(vae.models, text),
-    vae_private.lock_versions(integer),
+    vae_private.keep_versions(integer),
+    vae_private.lock_activation(integer),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
@@ -211,6 +212,7 @@ grant delete on vae.versions to vae_trainer;
 grant execute on function
     vae.drop_version(text, integer, boolean),
     vae.prune(text, integer),
+    vae_private.lock_versions(integer),
     vae_private.version_bytes(bigint)
 to vae_trainer;
 
