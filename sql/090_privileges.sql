@@ -1,9 +1,9 @@
 -- Who may do what. Roles say which kind of act, usage of a model's schema says with which model.
 -- tests/golden/privileges.txt holds the result, and a test compares.
 
-revoke all on schema vae, vae_private from public;
-revoke all on all functions in schema vae, vae_private from public;
-revoke all on all procedures in schema vae, vae_private from public;
+-- From the roles, too: an earlier release may have given them more.
+revoke all on schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
+revoke all on all routines in schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
 revoke all on all tables in schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
 
 -- Readers see the catalogue and, where they may use its schema, a model's prediction views.
