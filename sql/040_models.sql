@@ -1071,7 +1071,7 @@ begin
     -- Of a model whose last upgrade failed.
     for dropped in
         select f.object from vae.models m cross join lateral vae_private.retired_functions(m) f
-        where m.model_id = id and to_regprocedure(format('%I.%s', model, f.object)) is not null
+        where m.model_id = id
     loop
         execute format('drop function %I.%s', model, dropped.object);
     end loop;

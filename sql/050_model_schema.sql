@@ -84,20 +84,25 @@ comment on function vae_private.model_objects(integer) is
 create or replace function vae_private.retired_functions(m vae.models)
 returns table (object text)
 language sql
-immutable
+stable
 called on null input
 parallel safe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-values
+select f.object
+from (values
     -- A literal without a type, '550e8400-…', could have been an item or a list of items.
-    (format('audience(%s[], integer, jsonb)', m.item_id_type)),
-    (format('response(%s, %s[])', m.user_id_type, m.item_id_type))
+    (format('audience(%s[], integer, jsonb)', m.item_id_type), 'vae_private.audience('),
+    (format('response(%s, %s[])', m.user_id_type, m.item_id_type), 'vae_private.response(')
+) as f (object, call)
+join pg_proc p on p.oid = to_regprocedure(format('%I.%s', m.name, f.object))
+-- One that somebody made for calls of the old form does not call what is private.
+where position(f.call in p.prosrc) > 0
 $$;
 
 comment on function vae_private.retired_functions(vae.models) is
-    'Lists functions that an earlier release made in a model''s schema, and this one does not.';
+    'Lists the functions of a model''s schema that an earlier release made there, and this one does not.';
 
 
 create or replace function vae_private.drop_retired(m vae.models)
@@ -112,12 +117,10 @@ as $$
 declare
     retired text;
 begin
-    for retired in
-        select f.object from vae_private.retired_functions(m) f
-        where to_regprocedure(format('%I.%s', m.name, f.object)) is not null
-    loop
+    for retired in select f.object from vae_private.retired_functions(m) f loop
         begin
             execute format('drop function %I.%s', m.name, retired);
+            raise notice '%.% is of an earlier release, and was dropped', m.name, retired;
         exception when dependent_objects_still_exist then
             -- What somebody built on it goes on working.
             raise warning '%.% is of an earlier release, and stays since others use it', m.name, retired

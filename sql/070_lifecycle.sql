@@ -1,5 +1,29 @@
 -- Versions: which one scores.
 
+create or replace function vae_private.keep_versions(id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- Before a row of a version or about one is written: whoever wrote first and asked for the lock later would wait for a prune
+    -- that waits for the row. Shared: who only looks and logs, in a transaction left open perhaps, keeps nobody from activating.
+    -- A standby changes no version and logs nothing.
+    if current_setting('transaction_read_only') = 'off' then
+        perform pg_advisory_xact_lock_shared(hashtext('pgvae versions'), id);
+    end if;
+end;
+$$;
+
+comment on function vae_private.keep_versions(integer) is
+    'Waits for whoever drops versions of a model; until the end of the transaction nobody does. For what logs about a version or '
+    'activates one.';
+
+
 create or replace function vae_private.lock_versions(id integer)
 returns void
 language plpgsql
@@ -10,17 +34,34 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    -- After the lock of vae_private.locked_model, where both are taken, and before a row of a version or about one is written: whoever
-    -- wrote first and asked for the lock later would wait for a prune that waits for the row.
-    -- A standby changes no version and logs nothing.
-    if current_setting('transaction_read_only') = 'off' then
-        perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
-    end if;
+    -- After the lock of vae_private.locked_model, where both are taken.
+    perform pg_advisory_xact_lock(hashtext('pgvae versions'), id);
 end;
 $$;
 
 comment on function vae_private.lock_versions(integer) is
-    'Waits for whoever activates, verifies or drops versions of a model; until the end of the transaction nobody else does.';
+    'Waits for whoever activates or drops versions of a model, or logs about them; until the end of the transaction nobody else does. '
+    'For what drops versions.';
+
+
+create or replace function vae_private.lock_activation(id integer)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- A lock of its own, not the other one made exclusive: two who had verified a version and then activated would wait for each other.
+    perform vae_private.keep_versions(id);
+    perform pg_advisory_xact_lock(hashtext('pgvae activate'), id);
+end;
+$$;
+
+comment on function vae_private.lock_activation(integer) is
+    'Waits for whoever activates or drops versions of a model; until the end of the transaction nobody else does. For what activates one.';
 
 
 create or replace function vae_private.activation_gates(id integer, model text, wanted_version integer)
@@ -40,7 +81,7 @@ declare
     compared bigint;
     seen text;
 begin
-    perform vae_private.lock_versions(id);
+    perform vae_private.keep_versions(id);
     select * into wanted from vae.versions v where v.version_id = vae_private.version_id(id, model, wanted_version);
     select * into present from vae.versions v where v.model_id = id and v.state = 'active';
 
@@ -146,7 +187,7 @@ declare
     overridden text[] := '{}';
 begin
     -- One activation at a time for a model; a second one waits and then sees the first one's result.
-    perform vae_private.lock_versions(id);
+    perform vae_private.lock_activation(id);
     for gate in select g.* from vae_private.activation_gates(id, model, version) g where g.status = 'fail' loop
         if not coalesce(force, false) then
             raise exception '%', gate.detail using errcode = gate.state, hint = gate.hint;
@@ -218,7 +259,7 @@ declare
     id constant integer := vae_private.model_id(model);
     target integer;
 begin
-    perform vae_private.lock_versions(id);
+    perform vae_private.lock_activation(id);
     target := vae_private.rollback_target(id);
     if target is null then
         raise exception 'model % has no earlier version to roll back to', model

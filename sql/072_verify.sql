@@ -90,7 +90,7 @@ declare
     digest constant text := (select i.runtime_digest from vae_private.installation i);
     result record;
 begin
-    perform vae_private.lock_versions(id);
+    perform vae_private.keep_versions(id);
     number := coalesce(verify.version, (select v.version from vae.versions v where v.model_id = id and v.state = 'active'));
     if number is null then
         raise exception 'model % has no active version', model

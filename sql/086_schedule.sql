@@ -224,3 +224,6 @@ comment on column vae.schedules.last_started_at is 'When its last run started; n
 comment on column vae.schedules.last_finished_at is 'When its last run ended; null: it is running.';
 comment on column vae.schedules.last_status is 'What became of the last run: starting, running, succeeded, failed.';
 comment on column vae.schedules.last_message is 'What the last run said: its error, or CALL.';
+
+-- That of an earlier release, which took any schema called cron for pg_cron's. The view used it.
+drop function if exists vae_private.scheduled_jobs();

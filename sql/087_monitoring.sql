@@ -299,7 +299,7 @@ begin
     loop
         -- A standby answers too; it cannot log.
         if current_setting('transaction_read_only') = 'off' then
-            perform vae_private.lock_versions(id);
+            perform vae_private.keep_versions(id);
             insert into vae.observations (
                 version_id, measure, subject, value, chance, status, detail, remedy, bins, expected_count, actual_count, window_start, window_end)
             values (
@@ -364,7 +364,7 @@ begin
         -- Through real to six digits: more say nothing.
         hit_rate := (found.hit_buyers / nullif(found.buyers, 0)::float8)::real::numeric;
         if current_setting('transaction_read_only') = 'off' then
-            perform vae_private.lock_versions(id);
+            perform vae_private.keep_versions(id);
             insert into vae.observations (version_id, measure, subject, value, status, detail, expected_count, actual_count, window_start, window_end)
             select v.version_id, 'hit rate', 'recommendations', hit_rate, 'ok',
                 format('%s of %s buyers bought what was recommended to them', found.hit_buyers, found.buyers),

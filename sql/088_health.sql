@@ -68,11 +68,13 @@ with facts as (
         case when coalesce(g.gone[1], g.moved, g.lost, f.rebuild_error) is null then 'ok' else 'critical' end as status,
         case when not f.has_schema then 'the schema of the model is gone'
             when 'clean_events' = any (g.gone) then 'the views of the model are gone, for example with a table that was dropped with cascade'
-            when g.gone is null and g.moved is not null then format('they read another table than %s, which was renamed or replaced', g.moved)
-            when g.gone is null and g.lost is not null then format('live calls read columns that are gone or renamed: %s', g.lost)
-            when g.gone is null then format('they are those of an earlier release, the upgrade could not remake them: %s', f.rebuild_error)
+            when g.moved is not null then format('they read another table than %s, which was renamed or replaced', g.moved)
+            when g.lost is not null then format('live calls read columns that are gone or renamed: %s', g.lost)
+            -- Before what is missing: an upgrade that fails leaves out what is new in it.
+            when f.rebuild_error is not null
+                then format('they are those of an earlier release, the upgrade could not remake them: %s', f.rebuild_error)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
-        case when f.has_schema and g.gone is null and g.moved is null and g.lost is not null
+        case when f.has_schema and g.lost is not null and g.moved is null and not coalesce('clean_events' = any (g.gone), false)
                 then format('rename them back; other features: select vae.set_features(%L, …)', f.model)
             when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
             else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,

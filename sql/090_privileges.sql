@@ -1,9 +1,9 @@
 -- Who may do what. Roles say which kind of act, usage of a model's schema says with which model.
 -- tests/golden/privileges.txt holds the result, and a test compares.
 
-revoke all on schema vae, vae_private from public;
-revoke all on all functions in schema vae, vae_private from public;
-revoke all on all procedures in schema vae, vae_private from public;
+-- From the roles, too: an earlier release may have given them more.
+revoke all on schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
+revoke all on all routines in schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
 revoke all on all tables in schema vae, vae_private from public, vae_reader, vae_scorer, vae_operator, vae_trainer;
 
 -- Readers see the catalogue and, where they may use its schema, a model's prediction views.
@@ -105,7 +105,8 @@ grant execute on function
     vae_private.check_schema(vae.models),
     vae_private.check_views(vae.models),
     vae_private.check_grants(vae.models, text),
-    vae_private.lock_versions(integer),
+    vae_private.keep_versions(integer),
+    vae_private.lock_activation(integer),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
     vae_private.may_be_between_views(integer),
@@ -211,6 +212,7 @@ grant delete on vae.versions to vae_trainer;
 grant execute on function
     vae.drop_version(text, integer, boolean),
     vae.prune(text, integer),
+    vae_private.lock_versions(integer),
     vae_private.version_bytes(bigint)
 to vae_trainer;
 

@@ -202,6 +202,25 @@ def test_a_second_install_changes_nothing(server: Server, database: str, with_mo
     assert dump(server, database) == before
 
 
+def test_an_upgrade_takes_away_what_an_earlier_release_gave(
+    server: Server, database: str, with_model: psycopg.Connection
+) -> None:
+    before = dump(server, database)
+    with_model.execute(
+        "grant usage on schema vae_private to vae_reader;"
+        " grant all on all tables in schema vae, vae_private to vae_scorer;"
+        " grant execute on all routines in schema vae, vae_private"
+        " to vae_reader, vae_scorer, vae_operator, vae_trainer, public;"
+        " create function vae_private.scheduled_jobs() returns table ("
+        " model text, job_id bigint, job_name text, schedule text, command text, runs_as text, is_active boolean,"
+        " last_started_at timestamptz, last_finished_at timestamptz, last_status text, last_message text)"
+        " language sql as 'select * from vae_private.cron_jobs(false)';"
+        " create or replace view vae.schedules as select s.* from vae_private.scheduled_jobs() s"
+    )
+    assert install(database).warnings == []
+    assert dump(server, database) == before
+
+
 def test_a_model_whose_table_is_gone_stops_no_upgrade(database: str, with_model: psycopg.Connection) -> None:
     Shop(events="other_events").make(with_model)
     Shop(events="other_events").create_model(with_model, "other")

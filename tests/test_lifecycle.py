@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -447,6 +447,16 @@ def test_pruning_keeps_what_is_needed_and_says_what_it_removed(trained: Connecti
     assert refusal(trained, "select * from vae.prune('shop', keep => null)").sqlstate == "22023"
 
 
+def wait_until_it_waits(connection: Connection, query: str, running: Future[Any]) -> None:
+    """Returns once another session's query waits for a lock."""
+    waits = "select count(*) from pg_stat_activity where query = %s and wait_event_type = 'Lock'"
+    while not running.done() and connection.execute(waits, [query]).fetchone() == (0,):
+        # Within a transaction the activity is read once.
+        connection.execute("select pg_stat_clear_snapshot()")
+        time.sleep(0.01)
+    assert not running.done()
+
+
 @pytest.mark.parametrize(
     ("first", "other"),
     [
@@ -467,12 +477,7 @@ def test_who_looks_at_a_version_and_then_activates_it_meets_no_deadlock(
         with trained.transaction():
             trained.execute(f"select * from vae.{first}".encode())
             dropped = threads.submit(dropper.execute, dropping.encode())
-            waits = "select count(*) from pg_stat_activity where query = %s and wait_event_type = 'Lock'"
-            while not dropped.done() and trained.execute(waits, [dropping]).fetchone() == (0,):
-                # Within a transaction the activity is read once.
-                trained.execute("select pg_stat_clear_snapshot()")
-                time.sleep(0.01)
-            assert not dropped.done()
+            wait_until_it_waits(trained, dropping, dropped)
             trained.execute("select * from vae.activate('shop', 2, force => true)")
         # Nothing is left to prune where the version became active meanwhile; one that is active is not dropped.
         if "'shop', 2" in other:
@@ -480,6 +485,41 @@ def test_who_looks_at_a_version_and_then_activates_it_meets_no_deadlock(
                 dropped.result(60)
         else:
             dropped.result(60)
+
+
+@pytest.mark.parametrize(
+    "first", ["hit_rate('shop')", "check_drift('shop')", "verify('shop')", "check_activation('shop', 2)"]
+)
+def test_who_only_looks_at_a_version_lets_others_activate_and_look(trained: Connection, first: str) -> None:
+    another(trained)
+    look = f"select * from vae.{first}".encode()
+    with psycopg.connect(trained.info.dsn, autocommit=True) as other, trained.transaction():
+        trained.execute(look)
+        other.execute("set lock_timeout = '2s'")
+        for query in (
+            look,
+            b"select * from vae.activate('shop', 2, force => true)",
+            b"select * from vae.rollback('shop')",
+        ):
+            assert other.execute(query).fetchall()
+        assert refusal(other, "select * from vae.drop_version('shop', 2)").sqlstate == "55P03"
+    assert trained.execute("select * from vae.drop_version('shop', 2)").fetchall()
+
+
+def test_two_who_look_at_a_version_and_then_activate_it_meet_no_deadlock(trained: Connection) -> None:
+    another(trained)
+    look = "select * from vae.check_activation('shop', 2)"
+    activation = "select * from vae.activate('shop', 2, force => true)"
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(trained.info.dsn, autocommit=True) as other:
+        other.execute("set lock_timeout = '5s'")
+        with trained.transaction():
+            trained.execute(look)
+            with other.transaction():
+                other.execute(look)
+                assert other.execute(activation).fetchall() == [(2, 1)]
+                later = threads.submit(trained.execute, activation)
+                wait_until_it_waits(other, activation, later)
+            assert later.result(60).fetchall() == [(2, 2)]
 
 
 def test_the_command_line_reads_times_and_texts_whatever_the_settings_of_a_role(

@@ -640,13 +640,13 @@ def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connect
 
 def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(shop: psycopg.Connection) -> None:
     Shop().create_model(shop)
-    old = [
-        "audience(item_ids bigint[], k integer, options jsonb)",
-        "response(user_id bigint, item_ids bigint[])",
-    ]
-    mine = "audience(item_id text)"
-    for signature in [*old, mine]:
-        shop.execute(f"create function shop.{signature} returns integer language sql as 'select 1'")
+    old = {
+        "audience(item_ids bigint[], k integer, options jsonb)": "select user_key from vae_private.audience(1, $1::text[], $2, $3)",
+        "response(user_id bigint, item_ids bigint[])": "select vae_private.response(1, $1::text, $2::text[])",
+    }
+    mine = {"audience(item_id text)": "select 1"}
+    for signature, body in [*old.items(), *mine.items()]:
+        shop.execute(f"create function shop.{signature} returns text language sql as '{body}'")
     left = "select pronargs from pg_proc where pronamespace = 'shop'::regnamespace and proname = any (%s) order by 1"
     shop.execute("create view used as select shop.response(1, array[2::bigint])")
     notices: list[tuple[str | None, str | None]] = []
@@ -654,14 +654,29 @@ def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(s
     shop.execute("select vae.rebuild_model('shop')")
     assert shop.execute(left, [["audience"]]).fetchall() == [(1,), (3,)]
     assert shop.execute(left, [["response"]]).fetchall() == [(2,), (2,)]
-    ((message, hint),) = notices
+    (dropped, _), (message, hint) = notices
+    assert dropped == "shop.audience(bigint[], integer, jsonb) is of an earlier release, and was dropped"
     assert message == "shop.response(bigint, bigint[]) is of an earlier release, and stays since others use it"
     assert "select vae.rebuild_model('shop')" in str(hint)
-    assert shop.execute("table used").fetchall() == [(1,)]
-    shop.execute(f"drop view used; drop function shop.{mine}")
+    assert shop.execute("select viewname from pg_views where viewname = 'used'").fetchall() == [("used",)]
+    shop.execute("drop view used; drop function shop.audience(text)")
     notices.clear()
     shop.execute("select vae.drop_model('shop')")
     assert not notices
+
+
+def test_a_function_that_somebody_made_with_the_arguments_of_an_old_one_stays(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop)
+    shop.execute(
+        "create function shop.response(user_id bigint, item_ids bigint[]) returns real language sql"
+        " as 'select shop.response_to_items($1, $2)'"
+    )
+    bridge = "select to_regprocedure('shop.response(bigint, bigint[])') is not null"
+    shop.execute("select vae.rebuild_model('shop')")
+    assert shop.execute(bridge).fetchall() == [(True,)]
+    # As anything else of others in the schema.
+    assert refusal(shop, "select vae.drop_model('shop')").sqlstate == "2BP01"
+    assert shop.execute(bridge).fetchall() == [(True,)]
 
 
 def test_features_need_a_table(shop: psycopg.Connection) -> None:

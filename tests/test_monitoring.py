@@ -462,16 +462,31 @@ def test_a_time_to_grow_stale_that_is_none_is_refused_with_a_remedy(shared_train
 
 def test_a_model_that_an_upgrade_could_not_remake_is_not_well_until_it_is(trained: Connection) -> None:
     drift(trained)
-    for gone, back, why in (
+    for gone, back, why, meanwhile in (
         (
             "alter table events rename to old",
             "alter table old rename to events",
             "table public.events of model shop does not exist",
+            "they read another table than public.events, which was renamed or replaced",
         ),
-        ("alter schema shop rename to aside", "alter schema aside rename to shop", "its schema was gone"),
+        (
+            "alter table events rename occurred_at to moment",
+            "alter table events rename moment to occurred_at",
+            'public.events has no column "occurred_at" any more, which model shop reads',
+            "live calls read columns that are gone or renamed: public.events.occurred_at",
+        ),
+        (
+            "alter schema shop rename to aside",
+            "alter schema aside rename to shop",
+            "its schema was gone",
+            "the schema of the model is gone",
+        ),
     ):
+        # A release that the model cannot follow brings functions, too.
+        trained.execute("drop function shop.audience_of_items(bigint[], integer, jsonb)")
         trained.execute(gone.encode())
         install(trained.info.dsn)
+        assert checks(trained)["views"][1] == meanwhile
         trained.execute(back.encode())
         assert problems(trained) == {"views": "critical"}
         detail, remedy = checks(trained)["views"][1:]
