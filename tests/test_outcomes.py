@@ -750,6 +750,11 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
         shop.execute(f"drop table if exists subscribers; drop owned by {role}")
 
 
+def test_a_list_of_users_under_another_name_is_refused_with_the_option_that_names_it(shop: Connection) -> None:
+    found = refusal(shop, """select * from shop.audience(1, options => '{"among": "public.items"}')""")
+    assert "among_key" in str(found.message_hint)
+
+
 @pytest.mark.parametrize(
     ("query", "state", "message"),
     [

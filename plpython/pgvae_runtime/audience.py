@@ -16,7 +16,7 @@ from . import blas, outcomes, runs, uplift
 from .batch import Batch, score_on_cpu
 from .churn import look_ahead
 from .cpu import CpuScorer
-from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_UPLIFT, QUERY_CANCELED, ScoringError
+from .errors import INSUFFICIENT_PRIVILEGE, INVALID_PARAMETER, NO_UPLIFT, QUERY_CANCELED, UNDEFINED_COLUMN, ScoringError
 from .history import read_histories, read_history, unknown_items
 from .scoring import score_users
 from .store import Version, execute
@@ -194,6 +194,8 @@ def read_users(plpy: Any, version: Version, relation: str, column: str) -> froze
         hint = f"name a table or view with its schema, as public.subscribers, whose users are {version.user_id_type}"
         if error.sqlstate == INSUFFICIENT_PRIVILEGE:
             hint = f"the owner of {relation} can allow it with a grant of select"
+        elif error.sqlstate == UNDEFINED_COLUMN:
+            hint = f"name its column with the keys of the users with among_key, or call it user_id in {relation}"
         raise ScoringError(
             f"among: users cannot be read from {relation}: {error}", sqlstate=error.sqlstate, hint=hint
         ) from None
