@@ -224,9 +224,10 @@ def test_columns_that_are_taken_by_their_names_are_told_and_can_be_refused(shop:
     assert shop.execute("select distinct event_type from refused.clean_events").fetchall() == [("purchase",)]
 
 
-def test_a_table_whose_kinds_of_events_and_pieces_nobody_names_is_told_what_that_means(shop: psycopg.Connection) -> None:
+def test_what_it_means_that_no_column_is_the_event_type_or_quantity_is_told(shop: psycopg.Connection) -> None:
     shop.execute(
-        "create view sales as select user_id as customer, item_id, occurred_at, event_type as action, 1 as pieces from events"
+        "create view sales as"
+        " select user_id as customer, item_id, occurred_at, event_type as action, 1 as pieces from events"
     )
     notices: list[tuple[str | None, str | None]] = []
     shop.add_notice_handler(lambda notice: notices.append((notice.message_primary, notice.message_hint)))
