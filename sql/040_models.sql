@@ -592,6 +592,39 @@ comment on function vae_private.named_or_taken(regclass, text, text) is
     'argument''s name, if there is one, with a notice.';
 
 
+create or replace function vae_private.tell_unnamed(events regclass, argument text, named text[])
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    columns text;
+begin
+    select string_agg(a.attname, ', ' order by a.attnum) into columns
+    from pg_attribute a
+    join pg_type t on t.oid = a.atttypid
+    where a.attrelid = events and a.attnum > 0 and not a.attisdropped
+        and a.attname <> all (array_remove(named, null))
+        and case argument when 'quantity' then t.typcategory = 'N' else t.typcategory in ('S', 'E') end;
+    if columns is not null then
+        raise notice '%', case argument
+                when 'quantity' then format('each row of %s counts as one piece, a return too: no column is a quantity', events)
+                else format('each row of %s counts as a purchase: no column says what happened', events)
+            end
+            using hint = format('name it if one of these is it, %s => ''…'': %s; else say %s => ''''', argument, columns, argument);
+    end if;
+end;
+$$;
+
+comment on function vae_private.tell_unnamed(regclass, text, text[]) is
+    'Tells what it means that a new model has no event_type or quantity, where columns that are not named could be it; part of '
+    'vae.create_model.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -625,6 +658,7 @@ declare
     time_type text;
     new_id integer;
     checked jsonb;
+    names_none boolean[];
     m vae.models;
 begin
     perform vae_private.check_model_name(model);
@@ -641,8 +675,16 @@ begin
             using errcode = 'datatype_mismatch',
                 hint = 'the time is timestamptz, timestamp or date: give a view that casts the column';
     end if;
+    names_none := array[event_type = '', quantity = ''];
     event_type := vae_private.named_or_taken(events, 'event_type', event_type);
     quantity := vae_private.named_or_taken(events, 'quantity', quantity);
+    -- A model that takes views or returns for purchases passes every check.
+    if event_type is null and names_none[1] is null then
+        perform vae_private.tell_unnamed(events, 'event_type', array[user_id, item_id, occurred_at, quantity, exposure_column]);
+    end if;
+    if quantity is null and names_none[2] is null then
+        perform vae_private.tell_unnamed(events, 'quantity', array[user_id, item_id, occurred_at, event_type, exposure_column]);
+    end if;
     if event_type is not null then
         -- Of any type: event types are compared by their text.
         perform vae_private.column_type(events, event_type, 'event_type');

@@ -492,6 +492,10 @@ begin
     from (select) one
     left join (pg_class c join pg_namespace n on n.oid = c.relnamespace) on c.oid = among
     returning offer_id into new_id;
+    if ends_at <= now() then
+        raise notice 'offer "%" ended at %: it lists nobody', name, ends_at
+            using hint = format('if that is a slip, vae.drop_offer(%L, %L) and define it anew', model, name);
+    end if;
     return new_id;
 end;
 $$;

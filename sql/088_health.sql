@@ -315,6 +315,36 @@ with facts as (
         order by -r.refresh_id
         limit 1
     ) change on true
+    union all
+    select f.model, 13, 'candidates and offers',
+        case when l.stops_refresh then 'critical' when l.lost is not null then 'warning' else 'ok' end,
+        l.lost,
+        format('make them again, or: %s', l.remedies),
+        'what they name is there'
+    from facts f
+    cross join lateral (
+        select bool_or(r.for_refresh) as stops_refresh,
+            string_agg(format('%s reads %I.%I, which is gone or has no column %I', r.reader, r.schema_name, r.relation_name, r.column_name),
+                '; ' order by r.for_refresh desc, r.reader) as lost,
+            string_agg(r.remedy, '; ' order by r.for_refresh desc, r.reader) as remedies
+        from (
+            select format('candidates %L', s.name) as reader, s.relation_schema as schema_name, s.relation_table as relation_name,
+                s.item_id_column as column_name, s.for_refresh, format('select vae.drop_candidates(%L, %L)', f.model, s.name) as remedy
+            from vae.candidates s
+            where s.model_id = f.model_id
+            union all
+            select format('offer %L', o.name), o.among_schema, o.among_table, o.among_column, false,
+                format('select vae.drop_offer(%L, %L)', f.model, o.name)
+            from vae.offers o
+            where o.model_id = f.model_id and o.among_table is not null and coalesce(o.ends_at > now(), true)
+        ) r
+        where not exists (
+            select
+            from pg_catalog.pg_namespace n
+            join pg_catalog.pg_class c on c.relnamespace = n.oid
+            join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+            where n.nspname = r.schema_name and c.relname = r.relation_name and a.attname = r.column_name)
+    ) l
 )
 select
     c.model,
@@ -331,7 +361,8 @@ comment on view vae.health_checks is
     'last found; vae.health has a row per model.';
 comment on column vae.health_checks.model is 'Name of the model.';
 comment on column vae.health_checks.check_name is
-    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift, indexes, new events.';
+    'views, active version, refreshed, last refresh, age, version of predictions, interrupted refresh, parity, gates, drift, indexes, new events, '
+    'candidates and offers.';
 comment on column vae.health_checks.status is 'ok, warning, critical; unknown: nothing was measured yet, or something before it is missing.';
 comment on column vae.health_checks.severity is 'The same as a number: 2 critical, 1 warning, 0 ok or unknown.';
 comment on column vae.health_checks.detail is 'What was found.';

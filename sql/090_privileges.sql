@@ -161,6 +161,7 @@ grant execute on function
     vae_private.build_recommendations(vae.models),
     vae_private.check_model_name(text),
     vae_private.named_or_taken(regclass, text, text),
+    vae_private.tell_unnamed(regclass, text, text[]),
     vae_private.map_event_types(integer, jsonb),
     vae_private.map_event_type(integer, text, text, jsonb),
     vae_private.next_version(integer),

@@ -225,6 +225,32 @@ def test_columns_that_are_taken_by_their_names_are_told_and_can_be_refused(shop:
     assert shop.execute("select distinct event_type from refused.clean_events").fetchall() == [("purchase",)]
 
 
+def test_what_it_means_that_no_column_is_the_event_type_or_quantity_is_told(shop: psycopg.Connection) -> None:
+    shop.execute(
+        "create view sales as"
+        " select user_id as customer, item_id, occurred_at, event_type as action, 1 as pieces from events"
+    )
+    notices: list[tuple[str | None, str | None]] = []
+    shop.add_notice_handler(lambda notice: notices.append((notice.message_primary, notice.message_hint)))
+    create_model(shop, "unnamed", events="sales", user_id="customer")
+    assert notices == [
+        (
+            "each row of public.sales counts as a purchase: no column says what happened",
+            "name it if one of these is it, event_type => '…': action; else say event_type => ''",
+        ),
+        (
+            "each row of public.sales counts as one piece, a return too: no column is a quantity",
+            "name it if one of these is it, quantity => '…': pieces; else say quantity => ''",
+        ),
+    ]
+    notices.clear()
+    create_model(shop, "named", events="sales", user_id="customer", event_type="action", quantity="pieces")
+    create_model(shop, "refused", events="sales", user_id="customer", event_type="", quantity="")
+    shop.execute("create view bare as select user_id, item_id, occurred_at from events")
+    create_model(shop, "bare", events="bare")
+    assert not notices
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

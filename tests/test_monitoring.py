@@ -334,6 +334,7 @@ def test_a_model_is_followed_from_nothing_to_health(connection: Connection) -> N
         "drift": "unknown",
         "indexes": "ok",
         "new events": "ok",
+        "candidates and offers": "ok",
     }
 
 
@@ -346,6 +347,32 @@ def test_a_large_table_of_events_without_an_index_for_live_calls_is_told_of(trai
     for statement in str(remedy).split("; "):
         trained.execute(statement)
     assert checks(trained)["indexes"] == ("ok", "live calls find their events by an index", None)
+
+
+def test_a_dropped_relation_of_candidates_or_an_offer_is_told_before_a_refresh_misses_it(trained: Connection) -> None:
+    trained.execute(
+        "create table stock as select item_id, user_id from events;"
+        " create view listed as select item_id from stock; create view asked as select user_id from stock"
+    )
+    trained.execute("select vae.set_candidates('shop', 'listed', 'listed')")
+    known = "(select array[min(item_id)] from shop.clean_events)"
+    trained.execute(f"select vae.create_offer('shop', 'sale', {known}, among => 'asked')")
+    trained.execute(f"select vae.create_offer('shop', 'past', {known}, among => 'asked', ends_at => now())")
+    assert checks(trained)["candidates and offers"] == ("ok", "what they name is there", None)
+    trained.execute("drop view asked; create view asked as select user_id as customer from stock; drop view listed")
+    offer = "offer 'sale' reads public.asked, which is gone or has no column user_id"
+    lost = f"candidates 'listed' reads public.listed, which is gone or has no column item_id; {offer}"
+    assert checks(trained)["candidates and offers"] == (
+        "warning",
+        lost,
+        "make them again, or: select vae.drop_candidates('shop', 'listed'); select vae.drop_offer('shop', 'sale')",
+    )
+    # The next refresh will fail.
+    trained.execute("update vae.candidates set for_refresh = true")
+    assert checks(trained)["candidates and offers"][:2] == ("critical", lost)
+    assert refusal(trained, "call vae.refresh('shop')").sqlstate == "42P01"
+    trained.execute("select vae.drop_candidates('shop', 'listed'); select vae.drop_offer('shop', 'sale')")
+    assert checks(trained)["candidates and offers"][0] == "ok"
 
 
 def test_events_that_no_longer_arrive_show_in_refreshes_that_found_nothing_new(trained: Connection) -> None:
@@ -522,7 +549,7 @@ def test_a_monitor_needs_no_right_but_to_read(trained: Connection, server: Serve
     with psycopg.connect(as_role(trained.info.dsn, role), autocommit=True) as monitor:
         row = health(monitor)
         assert (row["model"], row["status"]) == ("shop", "ok")
-        assert len(checks(monitor)) == 12
+        assert len(checks(monitor)) == 13
         assert refusal(monitor, "select * from vae.check_drift('shop')").sqlstate == "42501"
         assert refusal(monitor, "select * from shop.clean_events").sqlstate == "42501"
     trained.execute(f"revoke vae_reader from {role}")

@@ -804,6 +804,11 @@ def test_offers_among_the_same_users_read_them_once(shop: Connection) -> None:
         shop.execute("delete from vae.offers; drop view subscribers; drop sequence readings")
 
 
+def test_a_list_of_users_under_another_name_is_refused_with_the_option_that_names_it(shop: Connection) -> None:
+    found = refusal(shop, """select * from shop.audience(1, options => '{"among": "public.items"}')""")
+    assert "among_key" in str(found.message_hint)
+
+
 @pytest.mark.parametrize(
     ("query", "state", "message"),
     [
@@ -881,6 +886,21 @@ def test_null_asks_for_nothing(shop: Connection) -> None:
     assert shop.execute("select shop.response(null, 3), shop.response(1, null::bigint)").fetchone() == (None, None)
     assert shop.execute("select * from shop.audience(null::bigint)").fetchall() == []
     assert shop.execute("select * from shop.audience_of_category(null)").fetchall() == []
+
+
+def test_an_offer_that_has_ended_when_it_is_defined_is_told(shop: Connection) -> None:
+    notices: list[str | None] = []
+    handler = lambda notice: notices.append(notice.message_primary)  # noqa: E731
+    shop.add_notice_handler(handler)
+    try:
+        shop.execute(
+            "select vae.create_offer('shop', 'slip', array[3], ends_at => '2025-12-24 00:00+00'),"
+            " vae.create_offer('shop', 'later', array[3], ends_at => now() + interval '1 hour')"
+        )
+    finally:
+        shop.remove_notice_handler(handler)
+        shop.execute("delete from vae.offers")
+    assert notices == ['offer "slip" ended at 2025-12-24 00:00:00+00: it lists nobody']
 
 
 def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Connection) -> None:

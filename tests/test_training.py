@@ -129,6 +129,7 @@ def test_the_better_share_is_chosen_and_the_result_is_that_of_a_training_with_it
     fitted = trained_on(some_events(), config=config, on_epoch=seen.append)
     choosing = [epoch for epoch in seen if epoch.phase == CHOOSING]
     assert [epoch.epoch for epoch in choosing] == [*range(1, 7)] * 2
+    assert [epoch.future_share for epoch in choosing] == [0.5] * 6 + [1.0] * 6
     assert fitted.curve == seen[len(choosing) :]
     best = [max(epoch.validation_ndcg or 0.0 for epoch in choosing[first : first + 6]) for first in (0, 6)]
     assert fitted.future_share == FUTURE_SHARES[int(best[1] > best[0])]

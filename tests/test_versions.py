@@ -311,6 +311,20 @@ def test_an_upgrade_and_who_scores_do_not_end_in_a_deadlock(trained_database: st
         assert upgrading.result(60).models == 1
 
 
+def test_an_installation_over_models_says_what_comes_next(trained_database: str, run_cli: RunCli) -> None:
+    done = run_cli("install", dsn=trained_database)
+    assert done.stdout.splitlines()[-1] == "  next     select * from vae.health where severity > 0"
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute("alter table vae.versions disable trigger user")
+        connection.execute("update vae.versions set code_digest = repeat('0', 64)")
+        connection.execute("alter table vae.versions enable trigger user")
+    done = run_cli("install", dsn=trained_database)
+    assert done.stdout.splitlines()[-2:] == [
+        "  trained by other code, and scoring on: shop",
+        "  next     pgvae retrain shop --activate --refresh",
+    ]
+
+
 def test_a_database_of_a_newer_release_is_left_alone(trained_database: str, run_cli: RunCli) -> None:
     with psycopg.connect(trained_database, autocommit=True) as connection:
         connection.execute("update vae.alembic_version set version_num = 'ffff'")

@@ -21,6 +21,7 @@ from .errors import (
     INVALID_PARAMETER,
     NO_UPLIFT,
     QUERY_CANCELED,
+    UNDEFINED_COLUMN,
     UNKNOWN_ITEM,
     ScoringError,
 )
@@ -216,6 +217,8 @@ def read_users(plpy: Any, version: Version, relation: str, column: str) -> froze
         hint = f"name a table or view with its schema, as public.subscribers, whose users are {version.user_id_type}"
         if error.sqlstate == INSUFFICIENT_PRIVILEGE:
             hint = f"the owner of {relation} can allow it with a grant of select, and of usage on its schema"
+        elif error.sqlstate == UNDEFINED_COLUMN:
+            hint = f"name its column with the keys of the users with among_key, or call it user_id in {relation}"
         elif not error.sqlstate.startswith(_LASTING):
             hint = "try again once that has passed"
         raise ScoringError(

@@ -93,14 +93,27 @@ order by n.nspname like 'vae%' desc, n.nspname
 """
 
 
+_OUTDATED = """
+select m.name
+from vae.models m
+join vae.versions v using (model_id)
+where v.state = 'active' and v.code_digest <> :digest
+order by m.name
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """What stands in a database after `install`; `warnings` names the models that could not be rebuilt."""
+    """What stands in a database after `install`.
+
+    `warnings` names the models that could not be rebuilt, `outdated` those whose active version other code trained.
+    """
 
     release: str
     digest: str
     models: int
     warnings: list[str]
+    outdated: list[str]
 
 
 def install(dsn: str | None = None) -> Installation:
@@ -163,7 +176,8 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
         text("update vae_private.installation set release = :release, runtime_digest = :digest, installed_at = now()"),
         {"release": __version__, "digest": digest},
     )
-    return Installation(release=__version__, digest=digest, models=models, warnings=warnings)
+    outdated = list(connection.execute(text(_OUTDATED), {"digest": digest}).scalars())
+    return Installation(release=__version__, digest=digest, models=models, warnings=warnings, outdated=outdated)
 
 
 def _check_revision(connection: Connection, config: Config) -> None:

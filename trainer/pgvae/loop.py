@@ -182,7 +182,7 @@ def _better_run(
                 if share == FUTURE_SHARES[-1] and not runs:
                     raise
                 break
-            on_epoch(run.curve[-1])
+            on_epoch(replace(run.curve[-1], future_share=share))
         else:
             runs.append(run)
     # Of equal ones the first.

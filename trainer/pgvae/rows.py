@@ -36,7 +36,10 @@ CHOOSING = "choose"
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one pass over the users gave; losses are means per user, in nats."""
+    """What one pass over the users gave; losses are means per user, in nats.
+
+    `future_share` is the one that is tried, while one is chosen.
+    """
 
     phase: str
     epoch: int
@@ -45,6 +48,7 @@ class Epoch:
     kl: float
     validation_ndcg: float | None
     seconds: float
+    future_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,18 @@ def install(dsn: Dsn = None) -> None:
         err.print(f"warning: {warning}", highlight=False, markup=False)
     out.print(f"pgvae {done.release} is installed{models}", highlight=False)
     out.print(f"  runtime  {done.digest[:12]}", highlight=False)
-    out.print("  next     select * from vae.create_model('shop', events => 'public.events', …)", highlight=False)
+    following = "select * from vae.create_model('shop', events => 'public.events', …)"
+    if done.outdated:
+        following = f"pgvae retrain {done.outdated[0]} --activate --refresh"
+        out.print(
+            f"  trained by other code, and scoring on: {', '.join(done.outdated)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    elif done.models or done.warnings:
+        following = "select * from vae.health where severity > 0"
+    out.print(f"  next     {following}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -234,7 +234,7 @@ class _Display:
 
     def _epoch(self, epoch: Epoch) -> None:
         ranking = "" if epoch.validation_ndcg is None else f"  validation NDCG@20 {epoch.validation_ndcg:.4f}"
-        what = "choosing --future-share, epoch" if epoch.phase == CHOOSING else "epoch"
+        what = f"trying --future-share {epoch.future_share:g}, epoch" if epoch.phase == CHOOSING else "epoch"
         detail = f"{what} {epoch.epoch}  loss {epoch.loss:.2f}  KL {epoch.kl:.2f}{ranking}"
         if self._task is not None:
             self._progress.update(self._task, total=self._config.epochs, completed=epoch.epoch, detail=detail)
