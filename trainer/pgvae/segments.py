@@ -147,7 +147,7 @@ def find_segments(
     users = _sample(dataset.user_count, _MAX_USERS, config.seed)
     own, _ = _directions(weights, [dataset.history(part) for part in _parts(users)], max_history)
     before = _places_before(previous, dataset, users, max_history) if previous else None
-    # Two threads of OpenBLAS would wait for each other in hundreds of small products, most of the time on a busy machine.
+    # Two threads of OpenBLAS would wait for each other in hundreds of small products, on a busy machine for seconds.
     with threadpool_limits(1, user_api="blas"):
         centroids = _cluster(own, config, before, len(previous.names) if previous else 0)
     places, similarity = nearest(own, centroids)
