@@ -14,8 +14,10 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from conftest import as_role, create_database, drop_database
+from pgvae import regression
 from pgvae.checkpoints import Checkpoints
 from pgvae.comparison import Evaluation
 from pgvae.dataset import Dataset, read_dataset
@@ -54,6 +56,21 @@ SHOP = Shop(user_keys=range(1, 161), item_keys=range(1, 13))
 
 
 # Arithmetic
+
+
+def test_a_regression_computes_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where several wait for each other, on a busy machine, it takes forty times as long.
+    threads: set[int] = set()
+    real = regression.sigmoid
+
+    def noted(eta: Any) -> Any:
+        threads.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return real(eta)
+
+    monkeypatch.setattr(regression, "sigmoid", noted)
+    with threadpool_limits(2, user_api="blas"):
+        fit_logistic(np.arange(20.0).reshape(10, 2), np.arange(10) % 3 == 0, np.ones(2))
+    assert threads == {1}
 
 
 def test_a_logistic_regression_finds_the_coefficients_that_made_the_answers() -> None:

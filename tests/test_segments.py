@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pgvae import segments
 from pgvae.config import TrainingConfig
@@ -225,6 +226,22 @@ def test_users_of_one_taste_are_one_segment_named_by_it() -> None:
         "Toys": f"Toys {0.8 / (80 / 280):.1f}×",
         "Wine": f"Wine {0.8 / (80 / 280):.1f}×",
     }
+
+
+def test_users_are_clustered_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where several wait for each other, on a busy machine, it takes seven times as long.
+    threads: set[int] = set()
+    real = segments._lloyd
+
+    def noted(*arguments: Any) -> Any:
+        threads.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return real(*arguments)
+
+    monkeypatch.setattr(segments, "_lloyd", noted)
+    dataset = taste_shop(with_categories=False)
+    with threadpool_limits(2, user_api="blas"):
+        find_segments(dataset, taste_weights(dataset), TrainingConfig(segments=3), max_history=50)
+    assert threads == {1}
 
 
 def test_without_a_column_that_tells_a_segment_is_named_by_its_items() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from pgvae_runtime.outcomes import sigmoid
 
@@ -107,6 +108,12 @@ def _newton(x: Floats, ridge: Floats, loss: Loss, intercept: float) -> Floats:
 
 def _descend(matrix: Floats, ridge: Floats, loss: Loss, beginning: Floats) -> Floats:
     """Gives the least of a convex loss, by Newton's method with steps that are halved until they lead down."""
+    # The matrices are narrow: threads of OpenBLAS gain little, and wait for each other for seconds on a busy machine.
+    with threadpool_limits(1, user_api="blas"):
+        return _steps_down(matrix, ridge, loss, beginning)
+
+
+def _steps_down(matrix: Floats, ridge: Floats, loss: Loss, beginning: Floats) -> Floats:
     b = beginning
     value, gradient, curvature = loss(matrix @ b)
     total = value.sum() + 0.5 * (ridge * b * b).sum()

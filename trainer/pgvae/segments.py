@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from psycopg import sql
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import threadpool_limits
 
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
@@ -147,7 +148,9 @@ def find_segments(
     users = _sample(dataset.user_count, _MAX_USERS, config.seed)
     own, _ = _directions(weights, [dataset.history(part) for part in _parts(users)], max_history)
     before = _places_before(previous, dataset, users, max_history) if previous else None
-    centroids = _cluster(own, config, before, len(previous.names) if previous else 0)
+    # Two threads of OpenBLAS would wait for each other in hundreds of small products, on a busy machine for seconds.
+    with threadpool_limits(1, user_api="blas"):
+        centroids = _cluster(own, config, before, len(previous.names) if previous else 0)
     places, similarity = nearest(own, centroids)
     # The largest first.
     order = np.argsort(-np.bincount(places, minlength=len(centroids)), kind="stable")
