@@ -667,7 +667,9 @@ def test_a_table_that_came_back_with_other_columns_is_told(shop: psycopg.Connect
 def test_functions_of_an_earlier_release_are_dropped_unless_somebody_uses_them(shop: psycopg.Connection) -> None:
     Shop().create_model(shop)
     old = {
-        "audience(item_ids bigint[], k integer, options jsonb)": "select user_key from vae_private.audience(1, $1::text[], $2, $3)",
+        "audience(item_ids bigint[], k integer, options jsonb)": (
+            "select a.user_key from vae_private.audience(1, $1::text[], $2, $3) a"
+        ),
         "response(user_id bigint, item_ids bigint[])": "select vae_private.response(1, $1::text, $2::text[])",
     }
     mine = {"audience(item_id text)": "select 1"}
