@@ -35,7 +35,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="Epochs of each, the first to warm up.")] = 3,
 ) -> None:
     """Measure an epoch of pgvae and of Mult-VAE; writes benchmarks/results/training-….json."""
-    own, own_peak = _alone(_epoch_seconds, users, items, purchases, epochs)
+    own, own_peak, events = _alone(_epoch_seconds, users, items, purchases, epochs)
     begun = time.perf_counter()
     peer, peer_peak = _alone(_peer_seconds, users, items, purchases)
     figures = [
@@ -50,7 +50,7 @@ def main(
     facts: dict[str, object] = {
         "users": users,
         "items": items,
-        "events": len(_shop(users, items, purchases).user),
+        "events": events,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
@@ -66,8 +66,8 @@ def _alone(measure: Callable[..., Any], *arguments: int) -> Any:
         return pool.apply(measure, arguments)
 
 
-def _epoch_seconds(users: int, items: int, purchases: int, epochs: int) -> tuple[dict[str, float], float]:
-    """Gives pgvae's seconds per epoch by precision, and the peak of memory in MB."""
+def _epoch_seconds(users: int, items: int, purchases: int, epochs: int) -> tuple[dict[str, float], float, int]:
+    """Gives pgvae's seconds per epoch by precision, the peak of memory in MB, and how many events it learned from."""
     dataset = _shop(users, items, purchases)
     seconds = {}
     # float32 too, for machines that do not multiply bfloat16 faster.
@@ -75,7 +75,7 @@ def _epoch_seconds(users: int, items: int, purchases: int, epochs: int) -> tuple
         config = TrainingConfig(neighbours=0, precision=precision)
         curve = fit(dataset, config, max_history=500, phase="speed", epochs=epochs).curve
         seconds[precision] = float(np.median([epoch.seconds for epoch in curve[1:]]))
-    return seconds, _peak_mb()
+    return seconds, _peak_mb(), len(dataset.user)
 
 
 def _peer_seconds(users: int, items: int, purchases: int) -> tuple[float, float]:

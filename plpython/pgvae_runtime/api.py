@@ -13,7 +13,7 @@ from .explain import explain_item
 from .filters import read_candidates, restricted
 from .gpu_costs import Work
 from .history import read_history, unknown_items
-from .options import TRUE_OR_FALSE, Option, from_0_to_1, one_of, read_options, whole_number
+from .options import TRUE_OR_FALSE, from_0_to_1, named, one_of, read_options, whole_number
 from .related import ORDERS, given_items
 from .related import related as find_related
 from .related import related_all as relate_all
@@ -311,11 +311,8 @@ _AUDIENCE_OPTIONS = {
     "exclude_buyers": TRUE_OR_FALSE,
     "min_probability": from_0_to_1("probability"),
     "rank_by": one_of(audiences.RESPONSE, audiences.UPLIFT),
-    "among": Option(
-        accepts=lambda value: isinstance(value, str),
-        hint="""give the name of a relation, as in {"among": "public.subscribers"}""",
-    ),
-    "among_key": Option(accepts=lambda value: isinstance(value, str), hint="give the name of its column of users"),
+    "among": named("""give the name of a relation, as in {"among": "public.subscribers"}"""),
+    "among_key": named("give the name of its column of users"),
 }
 _MOST_USERS = 10_000_000
 

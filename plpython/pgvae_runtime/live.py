@@ -9,17 +9,14 @@ from . import forward, lists
 from .entry import checked_k, translated
 from .filters import Filters
 from .history import read_history
-from .options import TRUE_OR_FALSE, Option, from_0_to_1, read_options
+from .options import TRUE_OR_FALSE, Option, from_0_to_1, named, read_options
 from .scoring import score_again
 from .session import GivenEvent, events_from_arrays, events_from_json, read_session, split_features
 from .store import active_version
 
 _RECOMMEND_OPTIONS = {
     "exclude_seen": TRUE_OR_FALSE,
-    "candidates": Option(
-        accepts=lambda value: isinstance(value, str),
-        hint="""give the name of a candidate set, as in {"candidates": "in_stock"}""",
-    ),
+    "candidates": named("""give the name of a candidate set, as in {"candidates": "in_stock"}"""),
     "at_most": Option(
         accepts=lambda value: (
             isinstance(value, dict)

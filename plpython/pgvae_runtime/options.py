@@ -26,6 +26,11 @@ def one_of(*words: str) -> Option:
     return Option(accepts=lambda value: value in words, hint=f"give one of {', '.join(words)}")
 
 
+def named(hint: str) -> Option:
+    """Gives an option that is the name of something, which the hint says how to give."""
+    return Option(accepts=lambda value: isinstance(value, str), hint=hint)
+
+
 def whole_number(least: int) -> Option:
     """Gives an option that is a whole number from `least` on."""
     return Option(
