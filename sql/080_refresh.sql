@@ -327,8 +327,11 @@ begin
     set state = 'failed', phase = null, finished_at = clock_timestamp(), error = 'the session ended before the refresh did'
     where r.model_id = id and r.state = 'running';
     begin
-        insert into vae.refreshes (model_id, view, phase)
-        values (id, view_name, case mode when 'incremental' then 'comparing' else 'scoring' end)
+        insert into vae.refreshes (model_id, view, phase, events_until)
+        values (
+            id, view_name, case mode when 'incremental' then 'comparing' else 'scoring' end,
+            -- Rows that were scored outside are older than the call that stores them.
+            coalesce((select s.events_until from vae_private.staged_run(id, view_name) s), statement_timestamp()))
         returning refresh_id into run;
     exception when foreign_key_violation then
         -- Somebody dropped the model meanwhile.
@@ -435,7 +438,9 @@ as $$
 update vae.refreshes r
 set state = case when failure is null then 'succeeded' else 'failed' end,
     finished_at = clock_timestamp(),
-    seconds = extract(epoch from clock_timestamp() - r.started_at),
+    -- What was scored outside took its time before this began.
+    seconds = extract(epoch from clock_timestamp()
+        - coalesce((select s.events_until from vae_private.staged_run(r.model_id, r.view) s), r.started_at)),
     phase = null,
     mode = finish_refresh.mode,
     row_count = rows_stored,

@@ -39,6 +39,10 @@ declare
     home text;
     other constant text := 'without pg_cron, let cron, systemd or Airflow run: pgvae refresh; see docs/scheduling.md';
 begin
+    if (select i.is_external from vae_private.installation i) then
+        raise exception 'this database has no PL/Python, and pg_cron cannot refresh'
+            using errcode = 'feature_not_supported', hint = 'let cron, systemd or Airflow run: pgvae refresh; see docs/external.md';
+    end if;
     if vae_private.has_cron() then
         if not has_schema_privilege('cron', 'usage') then
             raise exception 'permission denied for pg_cron'

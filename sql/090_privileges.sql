@@ -71,11 +71,19 @@ grant execute on function
     vae_private.related_all(integer, integer)
 to vae_scorer;
 
+-- What is stored of rows that were scored outside is read by the owner of a model.
+grant execute on function
+    vae_private.refuse_scoring(integer),
+    vae_private.staged(integer, text),
+    vae_private.staged_rows_of(integer, text),
+    vae_private.staged_run(integer, text)
+to vae_scorer;
+
 -- Operators refresh, activate and roll back.
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
 -- Not the columns that say who and when: their defaults do.
-grant insert (model_id, view, phase) on vae.refreshes to vae_operator;
+grant insert (model_id, view, phase, events_until) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, left_out, error) on vae.refreshes to vae_operator;
 grant execute on function
     vae.check_events(text),
@@ -123,6 +131,10 @@ grant execute on function
     vae_private.refreshed_recommendations(integer, text)
 to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
+-- Not the column that says which session: its default does.
+grant insert (model_id, view, version_id, row_count, events_until, left_out, error, hint) on vae_private.staged_runs to vae_operator;
+grant insert (model_id, view, cells) on vae_private.staged_rows to vae_operator;
+grant execute on function vae_private.clear_staged(), vae_private.staged_verification(integer, bigint) to vae_operator;
 
 -- Trainers define models and publish versions.
 grant insert, delete on vae.models to vae_trainer;

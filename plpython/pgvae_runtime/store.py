@@ -157,6 +157,11 @@ def active_version(plpy: Any, model_id: int) -> Version:
     return version
 
 
+def forget() -> None:
+    """Forgets all versions: for a process that is no session of one database."""
+    _versions.clear()
+
+
 def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
     rows = execute(
         plpy,
@@ -242,18 +247,25 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
 
 def _load_arrays(plpy: Any, version_id: int) -> dict[str, Any]:
     """Gives the tensors of a version and its items' keys, from the map that sessions share where it can be had."""
+    if getattr(plpy, "is_external", False):
+        # This process is no session of the server, and shares nothing with one.
+        return _read_weights(plpy, version_id) | ItemKeys.arrays_of(_read_keys(plpy, version_id))
     row = execute(plpy, _DIGEST, ["bigint"], [version_id])[0]
     path = mapping.file_of(row["database"], version_id, row["digest"])
     if (shared := mapping.read_map(path, row["digest"])) is not None:
         return shared
-    keys = execute(plpy, _ITEM_KEYS, ["bigint"], [version_id])[0]["keys"]
-    arrays = _read_weights(plpy, version_id) | ItemKeys.arrays_of(keys)
+    arrays = _read_weights(plpy, version_id) | ItemKeys.arrays_of(_read_keys(plpy, version_id))
     try:
         mapping.write_map(path, row["digest"], arrays)
         mapping.remove_maps(row["database"], keep=_active_version_ids(plpy))
     except OSError as error:
         plpy.notice(f"the weights cannot be shared between sessions, this one holds a copy of its own: {error}")
     return mapping.read_map(path, row["digest"]) or arrays
+
+
+def _read_keys(plpy: Any, version_id: int) -> list[str]:
+    keys: list[str] = execute(plpy, _ITEM_KEYS, ["bigint"], [version_id])[0]["keys"]
+    return keys
 
 
 def _active_version_ids(plpy: Any) -> list[int]:

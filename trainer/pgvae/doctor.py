@@ -12,6 +12,7 @@ from typing import Any, Literal
 import psycopg
 
 from pgvae import __version__, resources
+from pgvae.external.mode import is_external
 
 OLDEST, NEWEST = 13, 18
 # What the runtime is written for: dataclasses with keywords only, and the types of arrays.
@@ -33,6 +34,10 @@ class Check:
     status: Literal["ok", "info", "warn", "fail"]
     found: str
     remedy: str | None = None
+
+
+# What to do where PL/Python is out of reach, as on most managed services.
+WITHOUT_PYTHON = "where that is forbidden: pgvae install --external, and pgvae refresh scores outside"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +144,11 @@ plpy.execute(plan, [json.dumps(report)])
 def diagnose(connection: psycopg.Connection) -> list[Check]:
     """Gives every finding about the server and database of a connection; leaves both as they were."""
     facts = read_facts(connection)
+    code = installed_code(connection) if facts.pgvae_installed else None
+    ending = [check_cron(facts), check_installation(facts, code)]
+    if facts.pgvae_installed and is_external(connection):
+        found = "not used: pgvae was installed with --external, and pgvae refresh scores where it runs"
+        return [check_version(facts), Check(name="plpython3u", status="info", found=found), *ending]
     checks = [check_version(facts), check_privileges(facts), check_language(facts)]
     if facts.version < OLDEST or not facts.plpython_available:
         checks.append(Check(name="python", status="info", found="not checked: it needs plpython3u"))
@@ -155,8 +165,7 @@ def diagnose(connection: psycopg.Connection) -> list[Check]:
         checks.append(Check(name="python", status="info", found="not checked: a standby cannot create plpython3u"))
     else:
         checks += check_inside(connection, facts)
-    code = installed_code(connection) if facts.pgvae_installed else None
-    return [*checks, check_cron(facts), check_installation(facts, code)]
+    return [*checks, *ending]
 
 
 def failed(checks: list[Check]) -> bool:
@@ -258,7 +267,7 @@ def check_privileges(facts: Facts) -> Check:
         name="privileges",
         status="warn" if facts.pgvae_installed else "fail",
         found=f"role {facts.role} is no superuser, and {create} create schemas in database {facts.database}",
-        remedy="run pgvae install with the DSN of a superuser; scoring and reading need none",
+        remedy=f"run pgvae install with the DSN of a superuser; scoring and reading need none; {WITHOUT_PYTHON}",
     )
 
 
@@ -272,7 +281,7 @@ def check_language(facts: Facts) -> Check:
         name="plpython3u",
         status="fail",
         found="not available on the server",
-        remedy=f"on the server: {package_command(facts, 'plpython3')}",
+        remedy=f"on the server: {package_command(facts, 'plpython3')}; {WITHOUT_PYTHON}",
     )
 
 

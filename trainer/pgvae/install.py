@@ -18,6 +18,8 @@ from sqlalchemy.pool import NullPool
 from pgvae import __version__, doctor, resources
 from pgvae.connection import connect
 from pgvae.errors import PgvaeError
+from pgvae.external.mode import is_external
+from pgvae.external.stubs import without_python
 from pgvae.schema import PUBLIC
 
 # Two installations into one database wait for each other. The number is the ASCII of "pgvae".
@@ -116,14 +118,17 @@ class Installation:
     outdated: list[str]
 
 
-def install(dsn: str | None = None) -> Installation:
+def install(dsn: str | None = None, *, external: bool | None = None) -> Installation:
     """Brings a database to this release: tables by Alembic, then functions, views and the runtime's code.
 
-    All of it is one transaction, and running it again changes nothing. PgvaeError where the server lacks what
-    pgvae needs; the database is then as it was.
+    `external`: without PL/Python, scored from outside; None: as it is installed, or with PL/Python. All of it is one
+    transaction, and running it again changes nothing. PgvaeError where the server lacks what pgvae needs; the database
+    is then as it was.
     """
-    with connect(dsn) as connection:
-        check_server(connection)
+    with connect(dsn, autocommit=True) as connection:
+        if external is None:
+            external = is_external(connection)
+        check_server(connection, external=external)
     warnings: list[str] = []
 
     def opened() -> psycopg.Connection:
@@ -136,7 +141,7 @@ def install(dsn: str | None = None) -> Installation:
     engine = create_engine("postgresql+psycopg://", creator=opened, poolclass=NullPool)
     try:
         with engine.begin() as sqlalchemy_connection:
-            return _install(sqlalchemy_connection, warnings)
+            return _install(sqlalchemy_connection, warnings, external=external)
     except DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
             raise PgvaeError(
@@ -149,7 +154,7 @@ def install(dsn: str | None = None) -> Installation:
         raise (error.orig or error) from None
 
 
-def _install(connection: Connection, warnings: list[str]) -> Installation:
+def _install(connection: Connection, warnings: list[str], *, external: bool) -> Installation:
     connection.execute(text("select pg_catalog.pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     # Without NOTICEs of the kind "already exists, skipping": running it again is quiet.
     connection.execute(text("set local client_min_messages = warning"))
@@ -167,9 +172,9 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
         connection.execute(text(_REFRESH_LOCKS))
         connection.execution_options(no_parameters=True).exec_driver_sql(_RELATION_LOCKS)
     command.upgrade(config, "head")
-    _create_extension(connection)
+    _prepare_language(connection, external=external)
     for path in resources.sql_files():
-        _apply(connection, path)
+        _apply(connection, path, external=external)
     models: int = connection.execute(text("select vae_private.build_all_models()")).scalar_one()
     digest = resources.runtime_digest()
     connection.execute(
@@ -202,39 +207,51 @@ def _check_revision(connection: Connection, config: Config) -> None:
         )
 
 
-def _create_extension(connection: Connection) -> None:
+def _prepare_language(connection: Connection, *, external: bool) -> None:
     exists = "select exists (select from pg_catalog.pg_extension where extname = 'plpython3u')"
-    created = not connection.execute(text(exists)).scalar_one()
+    created = not external and not connection.execute(text(exists)).scalar_one()
     if created:
         connection.execute(text("create extension plpython3u"))
     connection.execute(
         text("insert into vae_private.installation (created_extension) values (:created) on conflict do nothing"),
         {"created": created},
     )
+    connection.execute(
+        text(
+            "update vae_private.installation"
+            " set is_external = :external, created_extension = created_extension or :created"
+        ),
+        {"external": external, "created": created},
+    )
 
 
-def _apply(connection: Connection, path: Path) -> None:
+def _apply(connection: Connection, path: Path, *, external: bool) -> None:
     # PL/Python indents every line of a body, so each module must stand on one line: repr() sees to that.
     sources = "{" + ", ".join(f"{name!r}: {source!r}" for name, source in resources.runtime_modules().items()) + "}"
     script = path.read_text(encoding="utf-8")
+    if external:
+        script = without_python(script)
     script = script.replace("@RUNTIME@", resources.runtime_digest()).replace("@SOURCES@", sources)
     # Function bodies hold colons and percent signs, which must not be taken for parameters.
     connection.execution_options(no_parameters=True).exec_driver_sql(script)
 
 
-def check_server(connection: psycopg.Connection) -> None:
+def check_server(connection: psycopg.Connection, *, external: bool) -> None:
     """Refuses a server that cannot hold pgvae, with the remedy."""
     facts = doctor.read_facts(connection)
     if facts.standby:
         raise PgvaeError("the server is a standby, which is read-only", hint="install on its primary")
-    if not facts.superuser:
-        raise PgvaeError(
-            f"role {facts.role} is not a superuser",
-            hint="only a superuser may create functions in plpython3u: install as one, such as postgres",
-        )
-    checks = [doctor.check_version(facts), doctor.check_language(facts)]
-    if not doctor.failed(checks):
-        checks += doctor.check_inside(connection, facts)
+    checks = [doctor.check_version(facts)]
+    if not external:
+        if not facts.superuser:
+            raise PgvaeError(
+                f"role {facts.role} is not a superuser",
+                hint="only a superuser may create functions in plpython3u: install as one, such as postgres;"
+                f" {doctor.WITHOUT_PYTHON}",
+            )
+        checks.append(doctor.check_language(facts))
+        if not doctor.failed(checks):
+            checks += doctor.check_inside(connection, facts)
     for check in checks:
         if check.status == "fail":
             raise PgvaeError(f"{check.name}: {check.found}", hint=check.remedy)

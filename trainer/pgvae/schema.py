@@ -810,9 +810,57 @@ installation = Table(
         comment="Roles that pgvae created, and so removes.",
     ),
     _timestamp("installed_at", "When this release was installed."),
+    Column(
+        "is_external",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="Whether the database has no PL/Python, and is scored from outside.",
+    ),
     CheckConstraint("only_row", name="only_row"),
     schema=PRIVATE,
     comment="What is installed in this database, in one row.",
+)
+
+staged_runs = Table(
+    "staged_runs",
+    metadata,
+    Column(
+        "backend_pid",
+        Integer,
+        server_default=text("pg_backend_pid()"),
+        comment="Server process that stores them, and reads no others.",
+    ),
+    Column("model_id", Integer, comment="Model, see vae.models."),
+    Column("view", Text, comment="Prediction view; or verify."),
+    Column("version_id", BigInteger, nullable=False, comment="Version that scored, see vae.versions."),
+    Column("row_count", BigInteger, nullable=False, comment="Rows that the view holds then."),
+    Column("events_until", DateTime(timezone=True), nullable=False, comment="Until when events count in them."),
+    Column("left_out", Text, comment="What the content lacks, and why; null: nothing."),
+    Column("error", Text, comment="Why there are no rows; null: there are."),
+    Column("hint", Text, comment="What to do about it."),
+    PrimaryKeyConstraint("backend_pid", "model_id", "view"),
+    schema=PRIVATE,
+    comment="What was scored outside and is to be stored: a row for each prediction view.",
+    prefixes=["UNLOGGED"],
+)
+
+staged_rows = Table(
+    "staged_rows",
+    metadata,
+    Column(
+        "backend_pid",
+        Integer,
+        nullable=False,
+        server_default=text("pg_backend_pid()"),
+        comment="Server process that stores it.",
+    ),
+    Column("model_id", Integer, nullable=False, comment="Model, see vae.models."),
+    Column("view", Text, nullable=False, comment="Prediction view; or verify."),
+    Column("cells", ARRAY(Text), nullable=False, comment="The columns of the row, as texts."),
+    schema=PRIVATE,
+    comment="Rows that were scored outside and are to be stored in a prediction view.",
+    prefixes=["UNLOGGED"],
 )
 
 __all__ = [
@@ -831,6 +879,8 @@ __all__ = [
     "observations",
     "refreshes",
     "segments",
+    "staged_rows",
+    "staged_runs",
     "tensors",
     "verifications",
     "versions",

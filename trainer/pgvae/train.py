@@ -19,6 +19,8 @@ from pgvae.connection import connect
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
+from pgvae.external.mode import is_external
+from pgvae.external.run import verify_outside
 from pgvae.loop import Fit, fit
 from pgvae.outcome_windows import Weights, newest_moment, too_little
 from pgvae.outcomes import OutcomeFit, fit_outcomes
@@ -136,6 +138,9 @@ def train(
             outcomes=outcomes.tensors | uplift.tensors,
             no_uplift=uplift.missing,
         )
+    with connect(dsn, autocommit=True) as connection:
+        if is_external(connection):
+            verify_outside(connection, model, version)
     kept.remove()
     return Training(
         version=version,

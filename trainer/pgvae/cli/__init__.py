@@ -20,7 +20,7 @@ from pgvae.errors import PgvaeError
 # As they are needed: a first day, then the daily work.
 _ORDER = (
     *("demo", "up", "down", "psql", "status", "doctor", "install", "uninstall", "load", "simulate"),
-    *("train", "evaluate", "tune", "report", "refresh", "retrain", "export", "import", "prune"),
+    *("train", "evaluate", "tune", "report", "refresh", "retrain", "verify", "export", "import", "prune"),
 )
 
 

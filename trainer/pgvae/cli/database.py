@@ -12,15 +12,27 @@ from pgvae.console import err, out
 
 
 @app.command()
-def install(dsn: Dsn = None) -> None:
+def install(
+    dsn: Dsn = None,
+    external: Annotated[
+        bool | None,
+        typer.Option(
+            "--external/--no-external",
+            help="Do without PL/Python, where it is forbidden: `pgvae refresh` then scores where it runs, and functions"
+            " for one user refuse. Without the option as it is installed.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Install pgvae into a database, or upgrade it: tables, functions, views, roles and the scoring code.
 
-    Needs a superuser, since scoring runs in PL/Python. All of it is one transaction, and running it again is safe:
-    a failed upgrade leaves the database as it was. Models and their versions stay.
+    Needs a superuser, since scoring runs in PL/Python; with --external a role that may create schemas and roles. All
+    of it is one transaction, and running it again is safe: a failed upgrade leaves the database as it was. Models and
+    their versions stay.
     """
     from pgvae.install import install as run
 
-    done = run(dsn)
+    done = run(dsn, external=external)
     models = f", {done.models} model{'s' if done.models > 1 else ''} rebuilt" if done.models else ""
     for warning in done.warnings:
         err.print(f"warning: {warning}", highlight=False, markup=False)

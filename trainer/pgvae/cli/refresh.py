@@ -12,6 +12,7 @@ from rich.markup import escape
 from pgvae.cli import NOT_DONE, Dsn, app
 from pgvae.connection import connect
 from pgvae.console import err, out
+from pgvae.external.mode import is_external
 
 
 @app.command()
@@ -55,7 +56,13 @@ def run_refresh(
     """
     failure: psycopg.Error | None = None
     try:
-        connection.execute("call vae.refresh(%s, %s, %s)", [model, views, full])
+        if is_external(connection):
+            # Imported here: torch is not needed, but numpy is, which a refresh in the server does without.
+            from pgvae.external.run import refresh as refresh_outside
+
+            refresh_outside(connection, model, views)
+        else:
+            connection.execute("call vae.refresh(%s, %s, %s)", [model, views, full])
     except psycopg.Error as error:
         failure = error
     views_done = []

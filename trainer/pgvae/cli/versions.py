@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from pgvae.cli import Dsn, app
 from pgvae.connection import connect
 from pgvae.console import out
+from pgvae.external.mode import is_external
 
 
 @app.command()
@@ -50,10 +51,14 @@ def import_(
     The model must exist (vae.create_model) and have keys of the same types. A file that is cut short or was altered is
     refused, and nothing is imported. Needs the rights of a trainer.
     """
+    from pgvae.external.run import verify_outside
     from pgvae.transfer import import_version
 
     with connect(dsn) as connection:
         done = import_version(connection, file, model=model)
+    with connect(dsn, autocommit=True) as connection:
+        if is_external(connection):
+            verify_outside(connection, done.model, done.version)
     source = done.origin
     out.print(
         f"imported as version {done.version} of model {done.model}: version {source['version']} of model"
@@ -63,6 +68,33 @@ def import_(
     )
     hint = f"select * from vae.activate('{done.model}', {done.version})"  # noqa: S608  # shown, never run
     out.print(f"next: {hint}", highlight=False)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Name of the model, as given to vae.create_model.")],
+    dsn: Dsn = None,
+    version: Annotated[int | None, typer.Option(help="Version to verify; without it, the active one.")] = None,
+) -> None:
+    """Check that a version gives its golden users, made-up histories, the scores of its training, and log it.
+
+    The same as: select * from vae.verify('MODEL'). In a database without PL/Python the check runs here, and a version
+    needs it once, after an upgrade again, before vae.activate lets it through. Exits with 1 where scores differ.
+    """
+    from pgvae.external.run import VERIFY, verify_outside
+
+    with connect(dsn, autocommit=True) as connection:
+        if is_external(connection):
+            rows = verify_outside(connection, model, version)
+        else:
+            rows = connection.execute(VERIFY, [model, version]).fetchall()
+    for number, device, passed, users, difference, detail in rows:
+        found = f"the scores of {users} golden users, the largest difference is {difference:.1e}" if passed else detail
+        out.print(
+            f"version {number} of model {model} on {device}: {found}", highlight=False, markup=False, soft_wrap=True
+        )
+    if not all(row[2] for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,250 @@
+"""Databases without PL/Python: installed without it, scored from outside, with the same rows as inside."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from conftest import as_role, create_database, drop_database
+from pgvae.cli.refresh import run_refresh
+from pgvae.external import run
+from pgvae.external.stubs import VIEWS, without_python
+from pgvae.install import install
+from pgvae.resources import sql_files
+from pgvae.server import Server
+from shop import SMALL, Shop, train, train_and_activate
+from test_outcomes import HORIZON, SHOP
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+# Everything but when it was scored, and by which code: the first column, which is the view's key, names the row.
+CONTENT = "select to_jsonb(r) - 'scored_at' - 'context' from shop.{} r order by {}"
+KEYS = {"offer_responses": "user_id", "related_items": "item_id", "demand": "item_id"}
+ROUTINES = """
+select p.oid::regprocedure::text, pg_get_function_result(p.oid), p.provolatile, p.proisstrict, p.prosecdef,
+    p.proparallel, p.proconfig::text, p.proacl::text, obj_description(p.oid)
+from pg_proc p
+where p.pronamespace in ('vae'::regnamespace, 'vae_private'::regnamespace)
+order by 1
+"""
+
+
+def content(connection: psycopg.Connection, *views: str) -> dict[str, Any]:
+    found = {}
+    for view in views or VIEWS:
+        key, relation = KEYS.get(view, "user_id"), f"{view}_materialized"
+        rows = connection.execute(sql.SQL(CONTENT).format(sql.Identifier(relation), sql.Identifier(key)))
+        found[view] = [row[0] for row in rows]
+    return found
+
+
+def are_close(left: Any, right: Any) -> bool:
+    """Says whether both hold the same, as far as NumPy in the server and here round alike."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(are_close(left[name], right[name]) for name in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(are_close, left, right))
+    return math.isclose(left, right, rel_tol=1e-4) if isinstance(left, float) else bool(left == right)
+
+
+def log(connection: psycopg.Connection) -> dict[str, tuple[Any, ...]]:
+    rows = connection.execute(
+        "select distinct on (view) view, state, mode, row_count, version, error from vae.refreshes"
+        " order by view, refresh_id desc"
+    )
+    return {view: tuple(others) for view, *others in rows}
+
+
+@pytest.fixture(scope="module")
+def external_template(server: Server, trained_template: str) -> Iterator[str]:
+    """The name of a database with a trained shop that has lost PL/Python."""
+    name = "pgvae_external_template"
+    create_database(server, name, trained_template)
+    install(server.dsn(name), external=True)
+    with psycopg.connect(server.dsn(name), autocommit=True) as connection:
+        connection.execute("drop extension plpython3u")
+    yield name
+    drop_database(server, name)
+
+
+@pytest.fixture
+def external(server: Server, external_template: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection, as superuser, to a fresh clone of that database."""
+    create_database(server, "external", external_template)
+    with psycopg.connect(server.dsn("external"), autocommit=True) as opened:
+        yield opened
+    drop_database(server, "external")
+
+
+def test_scored_outside_the_rows_are_those_of_a_refresh_inside(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        SHOP.make(connection)
+        connection.execute("create table users as select distinct user_id from events union all select 500::bigint")
+        connection.execute("create table items as select distinct item_id, 'x' || item_id % 3 as category from events")
+        SHOP.create_model(connection, options=SMALL | {"horizon_days": HORIZON}, users="users", items="items")
+        train_and_activate(database)
+        connection.execute("select vae.create_offer('shop', 'sale', array(select item_id from items limit 2))")
+        connection.execute("call vae.refresh('shop')")
+        inside = content(connection)
+        logged = log(connection)
+        assert all(inside.values())
+    install(database, external=True)
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("delete from vae.refreshes")
+        document, failure = run_refresh(connection, "shop")
+        assert failure is None
+        assert are_close(content(connection), inside)
+        assert log(connection) == logged
+        assert {view["view"] for view in document["views"]} == set(VIEWS)
+        assert connection.execute("select count(*) from vae_private.staged_rows").fetchone() == (0,)
+
+
+def test_what_a_version_does_not_say_leaves_a_view_empty(external: psycopg.Connection) -> None:
+    external.execute("delete from vae.refreshes")
+    _, failure = run_refresh(external, "shop", ["churn"])
+    assert failure is None
+    assert log(external)["churn"] == ("succeeded", "full", 0, 1, None)
+
+
+def test_without_plpython_and_without_a_superuser(server_without_plpython: Server, run_cli: RunCli) -> None:
+    admin = server_without_plpython.dsn("postgres")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute("create role service login createrole")
+    create_database(server_without_plpython, "managed")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute("alter database managed owner to service")
+    dsn = make_conninfo(server_without_plpython.dsn("managed"), user="service")
+    refused = run_cli("install", dsn=dsn)
+    assert refused.returncode == 1
+    assert "pgvae install --external" in refused.stderr
+    assert run_cli("install", "--external", dsn=dsn).returncode == 0
+    assert run_cli("doctor", dsn=dsn).returncode == 0
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Shop().make(connection)
+        Shop().create_model(connection)
+        version = train(dsn)
+        # The training verified it, so that SQL can activate it.
+        connection.execute("select * from vae.activate('shop', %s)", [version])
+    refreshed = run_cli("refresh", "shop", dsn=dsn)
+    assert refreshed.returncode == 0, refreshed.stderr
+    assert "shop.recommendations: 30 rows scored by version 1" in refreshed.stdout
+    # An upgrade leaves it as it is.
+    assert run_cli("install", dsn=dsn).returncode == 0
+    assert run_cli("verify", "shop", dsn=dsn).stdout.startswith("version 1 of model shop on cpu: the scores of ")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        assert connection.execute("select count(distinct user_id) from shop.recommendations").fetchone() == (30,)
+        for query in (
+            "select * from shop.recommend(1)",
+            "select shop.embedding(1)",
+            "select * from shop.churn(1)",
+            "select * from shop.related(1)",
+        ):
+            with pytest.raises(psycopg.errors.FeatureNotSupported, match="has no PL/Python") as refusal:
+                connection.execute(query)
+            assert "pgvae refresh shop" in str(refusal.value.diag.message_hint)
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="pg_cron cannot refresh"):
+            connection.execute("select vae.schedule('shop', '15 3 * * *')")
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"refresh of shop\.user_segments failed"):
+            connection.execute("call vae.refresh('shop', array['user_segments'])")
+        assert connection.execute("select count(*) from shop.user_segments").fetchone() == (30,)
+    drop_database(server_without_plpython, "managed")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute("drop role vae_trainer, vae_operator, vae_scorer, vae_reader, service")
+
+
+def test_each_function_has_the_same_arguments_results_and_rights_without_python(database: str) -> None:
+    for path in sql_files():
+        assert "plpython3u\n" not in without_python(path.read_text())
+    with psycopg.connect(database, autocommit=True) as connection:
+        inside = connection.execute(ROUTINES).fetchall()
+        install(database, external=True)
+        assert connection.execute(ROUTINES).fetchall() == inside
+        languages = (
+            "select distinct l.lanname from pg_proc p join pg_language l on l.oid = p.prolang"
+            " where p.pronamespace in ('vae'::regnamespace, 'vae_private'::regnamespace)"
+        )
+        assert set(connection.execute(languages)) == {("sql",), ("plpgsql",)}
+
+
+def test_back_to_plpython(external: psycopg.Connection) -> None:
+    user = Shop().users[0]
+    install(external.info.dsn, external=False)
+    assert len(external.execute("select * from shop.recommend(%s, 3)", [user]).fetchall()) == 3
+    external.execute("call vae.refresh('shop')")
+
+
+def test_a_view_that_cannot_be_scored_is_logged_and_keeps_its_content(external: psycopg.Connection) -> None:
+    before = content(external, "recommendations")
+    external.execute("set vae.max_memory = '1MB'")
+    _, failure = run_refresh(external, "shop")
+    assert failure is not None
+    assert "vae.max_memory is 1MB, and this needs" in str(failure)
+    assert "raise it: set vae.max_memory" in str(failure.diag.message_hint)
+    logged = log(external)
+    assert logged["recommendations"][0] == "failed"
+    assert "vae.max_memory is 1MB" in logged["recommendations"][4]
+    assert logged["churn"][0] == "succeeded"
+    assert content(external, "recommendations") == before
+
+
+def test_who_is_not_the_owner_is_told_whose_rights_it_takes(external: psycopg.Connection, role: str) -> None:
+    external.execute(
+        sql.SQL("grant vae_operator to {0}; grant usage on schema shop to {0}").format(sql.Identifier(role))
+    )
+    with psycopg.connect(as_role(external.info.dsn, role), autocommit=True) as operator:
+        document, _ = run_refresh(operator, "shop", ["churn"])
+    assert f"role {role} may not read as postgres" in document["error"]["message"]
+    assert document["error"]["hint"].startswith(f"refresh as postgres, or as a member of it: grant postgres to {role}")
+    external.execute(sql.SQL("drop owned by {}").format(sql.Identifier(role)))
+
+
+def test_rows_of_a_version_that_is_no_longer_active_are_not_stored(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = train(external.info.dsn)
+    score, scored = run._score, []
+
+    def score_and_activate(connection: psycopg.Connection, model: Any, view: str) -> None:
+        score(connection, model, view)
+        scored.append((view, model.version))
+        if len(scored) == 2:
+            connection.execute("select * from vae.activate('shop', %s)", [second])
+
+    monkeypatch.setattr(run, "_score", score_and_activate)
+    _, failure = run_refresh(external, "shop", ["user_segments", "recommendations"])
+    assert failure is None
+    views = ("recommendations", "user_segments")
+    assert scored == [(view, version) for version in (1, second) for view in views]
+    for view in views:
+        versions = sql.SQL("select distinct model_version from shop.{}").format(sql.Identifier(view))
+        assert external.execute(versions).fetchall() == [(second,)]
+
+
+def test_rows_that_a_killed_refresh_left_are_removed_and_never_read(external: psycopg.Connection) -> None:
+    with psycopg.connect(external.info.dsn, autocommit=True) as killed:
+        killed.execute(
+            "insert into vae_private.staged_runs (model_id, view, version_id, row_count, events_until)"
+            " select model_id, 'churn', version_id, 1, now() from vae.versions where state = 'active'"
+        )
+        killed.execute(
+            "insert into vae_private.staged_rows (model_id, view, cells) select model_id, 'churn', '{}' from vae.models"
+        )
+        with pytest.raises(psycopg.errors.FeatureNotSupported):
+            external.execute("call vae.refresh('shop', array['churn'])")
+        _, failure = run_refresh(external, "shop", ["churn"])
+        assert failure is None
+        # It may still be at work.
+        assert external.execute("select count(*) from vae_private.staged_rows").fetchone() == (1,)
+        pid = killed.info.backend_pid
+    while external.execute("select from pg_stat_activity where pid = %s", [pid]).fetchall():
+        time.sleep(0.05)
+    run_refresh(external, "shop", ["churn"])
+    assert external.execute("select count(*) from vae_private.staged_rows").fetchone() == (0,)
