@@ -125,9 +125,12 @@ def test_immutable_functions_read_no_tables_clock_or_settings(described: psycopg
 
 def test_what_is_security_definer_is_known(described: psycopg.Connection) -> None:
     assert sorted(rows(described, _ROUTINES + " and p.prosecdef")) == [
+        "vae_private.clear_staged()",
         "vae_private.log_activation()",
         "vae_private.log_drop()",
         "vae_private.refresh_view(integer,text,text)",
+        "vae_private.staged_rows_of(integer,text)",
+        "vae_private.staged_run(integer,text)",
     ]
 
 

@@ -447,7 +447,8 @@ def test_every_command_line_of_the_documentation_is_understood() -> None:
         words = re.split(r"\s[#|>]|…", line)[0].split()
         name = next((" ".join(words[:count]) for count in (3, 2, 1) if " ".join(words[:count]) in COMMANDS), "")
         assert name != "pgvae" or len(words) == 1 or words[1].startswith("-"), f"{line!r} is no command"
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts} | {"--help"}
+        parameters = COMMANDS[name].params
+        known = {option for each in parameters for option in (*each.opts, *each.secondary_opts)} | {"--help"}
         options = {word.split("=")[0] for word in words[len(name.split()) :] if re.match(r"--?[a-z]", word)}
         assert name == "pgvae psql" or options <= known, f"{line!r} has unknown options {options - known}"
 

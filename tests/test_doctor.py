@@ -123,7 +123,10 @@ def test_a_server_without_plpython(server_without_plpython: Server) -> None:
     found = findings(server_without_plpython.dsn())
     version = found["server"].found.split()[1].split(".")[0]
     assert found["plpython3u"].status == "fail"
-    assert found["plpython3u"].remedy == f"on the server: sudo apt install postgresql-plpython3-{version}"
+    assert str(found["plpython3u"].remedy).split("; ") == [
+        f"on the server: sudo apt install postgresql-plpython3-{version}",
+        "where that is forbidden: pgvae install --external, and pgvae refresh scores outside",
+    ]
     assert found["python"].found == "not checked: it needs plpython3u"
 
 

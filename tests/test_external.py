@@ -6,16 +6,18 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from conftest import as_role, create_database, drop_database
+from pages import DOCS, Runner, blocks
 from pgvae.cli.refresh import run_refresh
 from pgvae.external import run
+from pgvae.external.plpy import Plpy, SPIError
 from pgvae.external.stubs import VIEWS, without_python
 from pgvae.install import install
 from pgvae.resources import sql_files
@@ -114,39 +116,33 @@ def test_what_a_version_does_not_say_leaves_a_view_empty(external: psycopg.Conne
     assert log(external)["churn"] == ("succeeded", "full", 0, 1, None)
 
 
-def test_without_plpython_and_without_a_superuser(server_without_plpython: Server, run_cli: RunCli) -> None:
-    admin = server_without_plpython.dsn("postgres")
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute("create role service login createrole")
+def test_the_page_runs_without_plpython_and_without_a_superuser(
+    server_without_plpython: Server, run_cli: RunCli, folder: Path, psql_folder: Path
+) -> None:
     create_database(server_without_plpython, "managed")
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute("alter database managed owner to service")
-    dsn = make_conninfo(server_without_plpython.dsn("managed"), user="service")
+    with psycopg.connect(server_without_plpython.dsn("postgres"), autocommit=True) as admin:
+        admin.execute("create role service login createrole")
+        admin.execute("alter database managed owner to service")
+    dsn = as_role(server_without_plpython.dsn("managed"), "service")
     refused = run_cli("install", dsn=dsn)
     assert refused.returncode == 1
     assert "pgvae install --external" in refused.stderr
-    assert run_cli("install", "--external", dsn=dsn).returncode == 0
-    assert run_cli("doctor", dsn=dsn).returncode == 0
+    runner = Runner(dsn=dsn, bindir=psql_folder, folder=folder)
+    install, *others = (block for block in blocks(DOCS / "external.md") if block.marked("not run") is None)
+    runner.run(install)
     with psycopg.connect(dsn, autocommit=True) as connection:
         Shop().make(connection)
         Shop().create_model(connection)
-        version = train(dsn)
-        # The training verified it, so that SQL can activate it.
-        connection.execute("select * from vae.activate('shop', %s)", [version])
-    refreshed = run_cli("refresh", "shop", dsn=dsn)
-    assert refreshed.returncode == 0, refreshed.stderr
-    assert "shop.recommendations: 30 rows scored by version 1" in refreshed.stdout
+    for block in others:
+        runner.run(block)
     # An upgrade leaves it as it is.
     assert run_cli("install", dsn=dsn).returncode == 0
-    assert run_cli("verify", "shop", dsn=dsn).stdout.startswith("version 1 of model shop on cpu: the scores of ")
+    assert run_cli("doctor", dsn=dsn).returncode == 0
+    verified = run_cli("verify", "shop", dsn=dsn)
+    assert verified.stdout.startswith("version 1 of model shop on cpu: the scores of ")
     with psycopg.connect(dsn, autocommit=True) as connection:
         assert connection.execute("select count(distinct user_id) from shop.recommendations").fetchone() == (30,)
-        for query in (
-            "select * from shop.recommend(1)",
-            "select shop.embedding(1)",
-            "select * from shop.churn(1)",
-            "select * from shop.related(1)",
-        ):
+        for query in ("select shop.embedding(1)", "select * from shop.churn(1)", "select * from shop.related(1)"):
             with pytest.raises(psycopg.errors.FeatureNotSupported, match="has no PL/Python") as refusal:
                 connection.execute(query)
             assert "pgvae refresh shop" in str(refusal.value.diag.message_hint)
@@ -155,9 +151,10 @@ def test_without_plpython_and_without_a_superuser(server_without_plpython: Serve
         with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"refresh of shop\.user_segments failed"):
             connection.execute("call vae.refresh('shop', array['user_segments'])")
         assert connection.execute("select count(*) from shop.user_segments").fetchone() == (30,)
+    assert run_cli("uninstall", "--yes", dsn=dsn).returncode == 0
     drop_database(server_without_plpython, "managed")
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute("drop role vae_trainer, vae_operator, vae_scorer, vae_reader, service")
+    with psycopg.connect(server_without_plpython.dsn("postgres"), autocommit=True) as admin:
+        admin.execute("drop role service")
 
 
 def test_each_function_has_the_same_arguments_results_and_rights_without_python(database: str) -> None:
@@ -248,3 +245,35 @@ def test_rows_that_a_killed_refresh_left_are_removed_and_never_read(external: ps
         time.sleep(0.05)
     run_refresh(external, "shop", ["churn"])
     assert external.execute("select count(*) from vae_private.staged_rows").fetchone() == (0,)
+
+
+VALUES = """
+select 1::smallint as a, 2::integer as b, 3::bigint as c, 1.5::float8 as d, 1.5::float4 as e, 1.25::numeric as f,
+    'x'::text as g, 'y'::name as h, true as i, '\\xff00'::bytea as j, array['a', null] as k, array[1, 2] as l,
+    '{"a": [1]}'::jsonb as m, '{"a":1}'::json as n, timestamptz '2024-01-01 00:00+00' as o, date '2024-01-01' as p,
+    interval '1 day' as q, '7f0e0f0c-0000-4000-8000-000000000000'::uuid as r, null::text as s, 'infinity'::date as t,
+    array[timestamptz '2024-01-01 00:00+00'] as u, array[1.5::real] as v, 'NaN'::float8 as w
+"""
+
+
+def test_values_are_those_that_plpython_gives(connection: psycopg.Connection) -> None:
+    connection.execute(
+        "do language plpython3u $$ plpy.execute('set pgvae.found = ' +"
+        f" plpy.quote_literal(repr(sorted(plpy.execute({VALUES!r})[0].items())))) $$"
+    )
+    row = connection.execute("select current_setting('pgvae.found')").fetchone()
+    assert row is not None
+    with connection.transaction():
+        assert repr(sorted(Plpy(connection, print).execute(VALUES)[0].items())) == row[0]
+
+
+def test_an_error_of_a_query_takes_back_that_query_alone(connection: psycopg.Connection) -> None:
+    with connection.transaction():
+        plpy = Plpy(connection, print)
+        plpy.execute("create temporary table kept as select 1 as one")
+        with pytest.raises(SPIError, match="division by zero") as refusal:
+            plpy.execute(plpy.prepare("select 1 / $1", ["integer"]), [0])
+        assert refusal.value.sqlstate == "22012"
+        cursor = plpy.cursor(plpy.prepare("select n from generate_series(1, $1) n", ["integer"]), [3])
+        assert [cursor.fetch(2), cursor.fetch(2), cursor.fetch(2)] == [[{"n": 1}, {"n": 2}], [{"n": 3}], []]
+        assert plpy.execute("select one from kept") == [{"one": 1}]
