@@ -1,5 +1,6 @@
 -- Of a database without PL/Python (pgvae install --external): `pgvae refresh` scores outside, puts the rows here, and then calls
--- vae.refresh, which stores them like any others. Each session sees its own rows only.
+-- vae.refresh, which stores them like any others. Who brings rows makes up a token, by which alone they are found: not by the session,
+-- which a pooler may change between two transactions, and whose number comes again.
 
 create or replace function vae_private.refuse_scoring(model_id integer)
 returns setof text[]
@@ -35,15 +36,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 select r.cells
 from vae_private.staged_rows r
-where r.backend_pid = pg_backend_pid() and r.model_id = staged_rows_of.model_id and r.view = staged_rows_of.view_name
+where r.token = current_setting('vae.staged', true) and r.model_id = staged_rows_of.model_id and r.view = staged_rows_of.view_name
 $$;
 
 comment on function vae_private.staged_rows_of(integer, text) is
-    'Gives the rows that this session put there for a prediction view.';
+    'Gives the rows that were brought for a prediction view under the token that vae.staged holds.';
 
 
 create or replace function vae_private.staged_run(model_id integer, view_name text)
-returns table (row_count bigint, version integer, left_out text, events_until timestamptz, error text, hint text)
+returns table (row_count bigint, version integer, left_out text, events_until timestamptz, error text, hint text, error_state text)
 language sql
 stable
 called on null input
@@ -51,14 +52,14 @@ parallel unsafe
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-select r.row_count, v.version, r.left_out, r.events_until, r.error, r.hint
+select r.row_count, v.version, r.left_out, r.events_until, r.error, r.hint, r.error_state
 from vae_private.staged_runs r
 join vae.versions v using (version_id)
-where r.backend_pid = pg_backend_pid() and r.model_id = staged_run.model_id and r.view = staged_run.view_name
+where r.token = current_setting('vae.staged', true) and r.model_id = staged_run.model_id and r.view = staged_run.view_name
 $$;
 
 comment on function vae_private.staged_run(integer, text) is
-    'Gives what the log of refreshes is to say of a prediction view whose rows were scored outside for this session; no row where none were.';
+    'Gives what the log of refreshes is to say of a prediction view whose rows were scored outside; no row where none were brought.';
 
 
 create or replace function vae_private.staged(model_id integer, view_name text)
@@ -77,7 +78,7 @@ begin
     if not found then
         perform vae_private.refuse_scoring(staged.model_id);
     elsif run.error is not null then
-        raise exception '%', run.error using errcode = 'external_routine_exception', hint = coalesce(run.hint, '');
+        raise exception '%', run.error using errcode = coalesce(run.error_state, 'external_routine_exception'), hint = coalesce(run.hint, '');
     elsif not exists (
         select from vae.versions v where v.model_id = staged.model_id and v.version = run.version and v.state = 'active')
     then
@@ -89,7 +90,7 @@ end;
 $$;
 
 comment on function vae_private.staged(integer, text) is
-    'Gives the rows of a prediction view that were scored outside, for this session, by the version that is active.';
+    'Gives the rows of a prediction view that were scored outside by the version that is active.';
 
 
 create or replace function vae_private.staged_verification(model_id integer, version_id bigint)
@@ -135,34 +136,39 @@ end;
 $$;
 
 comment on function vae_private.staged_verification(integer, bigint) is
-    'Gives what `pgvae verify` found out about a version: in this session, or as logged with the present code.';
+    'Gives what `pgvae verify` found out about a version: at this moment, or as logged with the present code.';
 
 
-create or replace function vae_private.clear_staged()
-returns void
+-- No SET search_path: a procedure with one cannot commit, and vae.refresh does. One call, so that it stays in one session.
+create or replace procedure vae_private.refresh_staged(model text, view_name text, token text)
 language plpgsql
+security invoker
+as $$
+begin
+    perform pg_catalog.set_config('vae.staged', token, false);
+    call vae.refresh(model, array[view_name], true);
+    perform pg_catalog.set_config('vae.staged', '', false);
+end;
+$$;
+
+comment on procedure vae_private.refresh_staged(text, text, text) is
+    'Refreshes a prediction view from the rows that were brought under a token.';
+
+
+create or replace function vae_private.clear_staged(token text)
+returns void
+language sql
 volatile
 called on null input
 parallel unsafe
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    own_and_dead constant integer[] := array(
-        select distinct r.backend_pid
-        from vae_private.staged_rows r
-        where r.backend_pid = pg_backend_pid()
-            or not exists (select from pg_stat_activity a where a.pid = r.backend_pid)
-        union
-        select r.backend_pid
-        from vae_private.staged_runs r
-        where r.backend_pid = pg_backend_pid()
-            or not exists (select from pg_stat_activity a where a.pid = r.backend_pid));
-begin
-    delete from vae_private.staged_rows r where r.backend_pid = any (own_and_dead);
-    delete from vae_private.staged_runs r where r.backend_pid = any (own_and_dead);
-end;
+delete from vae_private.staged_rows r
+where r.token = clear_staged.token or r.backend_pid <> all (array(select a.pid from pg_stat_activity a));
+delete from vae_private.staged_runs r
+where r.token = clear_staged.token or r.backend_pid <> all (array(select a.pid from pg_stat_activity a));
 $$;
 
-comment on function vae_private.clear_staged() is
-    'Deletes the rows that this session put there to be stored, and those of sessions that are gone.';
+comment on function vae_private.clear_staged(text) is
+    'Deletes the rows that were brought under a token, and those of sessions that are gone.';

@@ -625,6 +625,32 @@ comment on function vae_private.tell_unnamed(regclass, text, text[]) is
     'vae.create_model.';
 
 
+create or replace function vae_private.check_ownership(model_owner oid)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    pgvae_owner constant oid := (select n.nspowner from pg_namespace n where n.nspname = 'vae_private');
+begin
+    -- Always so where a superuser installed pgvae.
+    if not pg_has_role(pgvae_owner, model_owner, 'usage') then
+        raise exception 'role %, which installed pgvae, cannot refresh and upgrade the views of a model of %',
+            pg_get_userbyid(pgvae_owner), pg_get_userbyid(model_owner)
+            using errcode = 'insufficient_privilege',
+                hint = format('make it a member: grant %I to %I; or let %2$I own the model', pg_get_userbyid(model_owner), pg_get_userbyid(pgvae_owner));
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_ownership(oid) is
+    'Refuses an owner of models whose rights the owner of pgvae lacks: only the owner of a materialized view refreshes it.';
+
+
 create or replace function vae.create_model(
     model text,
     events regclass,
@@ -662,6 +688,7 @@ declare
     m vae.models;
 begin
     perform vae_private.check_model_name(model);
+    perform vae_private.check_ownership((select r.oid from pg_roles r where r.rolname = current_user));
     if events is null then
         raise exception 'events is null'
             using errcode = 'null_value_not_allowed', hint = 'name the table of events: events => ''public.events''';

@@ -43,10 +43,7 @@ begin
         set transaction isolation level read committed;
         perform pg_catalog.pg_sleep(0.2);
     end if;
-    if not pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('pgvae refresh'), id) then
-        raise exception 'model % is being refreshed or changed by another session', model
-            using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
-    end if;
+    perform vae_private.lock_refresh(id, model);
     perform vae_private.check_refresh(id);
     perform vae_private.prune_logs(id);
     scoring := vae_private.active_version_id(id);
@@ -197,6 +194,27 @@ comment on function vae_private.prediction_views(integer, text[]) is
     'Gives the prediction views of a model that were chosen (null: all) in the order of their refresh; refuses unknown ones.';
 
 
+create or replace function vae_private.lock_refresh(id integer, model text)
+returns void
+language plpgsql
+volatile
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not pg_try_advisory_xact_lock(hashtext('pgvae refresh'), id) then
+        raise exception 'model % is being refreshed or changed by another session', model
+            using errcode = 'lock_not_available', hint = 'see: select * from vae.refreshes where state = ''running''';
+    end if;
+end;
+$$;
+
+comment on function vae_private.lock_refresh(integer, text) is
+    'Takes the refresh lock of a model until the transaction ends, or refuses where another session holds it.';
+
+
 create or replace function vae_private.may_be_between_views(id integer)
 returns boolean
 language sql
@@ -236,6 +254,7 @@ begin
     end if;
     select * into m from vae.models where models.model_id = id;
     perform vae_private.check_views(m);
+    perform vae_private.check_ownership((select n.nspowner from pg_namespace n where n.nspname = m.name));
     if not exists (select from vae.versions v where v.model_id = id and v.state = 'active') then
         raise exception 'model % has no active version', m.name
             using errcode = 'VA002', hint = vae_private.activation_hint(id, m.name);

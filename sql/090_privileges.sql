@@ -117,6 +117,8 @@ grant execute on function
     vae_private.lock_activation(integer),
     vae_private.switch_version(integer, integer, text, boolean, text, text),
     vae_private.prediction_views(integer, text[]),
+    vae_private.check_ownership(oid),
+    vae_private.lock_refresh(integer, text),
     vae_private.may_be_between_views(integer),
     vae_private.check_refresh(integer),
     vae_private.start_refresh(integer, text, text),
@@ -131,10 +133,11 @@ grant execute on function
     vae_private.refreshed_recommendations(integer, text)
 to vae_operator;
 grant execute on procedure vae.refresh(text, text[], boolean), vae_private.commit_refresh() to vae_operator;
--- Not the column that says which session: its default does.
-grant insert (model_id, view, version_id, row_count, events_until, left_out, error, hint) on vae_private.staged_runs to vae_operator;
-grant insert (model_id, view, cells) on vae_private.staged_rows to vae_operator;
-grant execute on function vae_private.clear_staged(), vae_private.staged_verification(integer, bigint) to vae_operator;
+-- Not the column that says which server process: its default does.
+grant insert (token, model_id, view, version_id, row_count, events_until, left_out, error, hint, error_state) on vae_private.staged_runs to vae_operator;
+grant insert (token, model_id, view, cells) on vae_private.staged_rows to vae_operator;
+grant execute on function vae_private.clear_staged(text), vae_private.staged_verification(integer, bigint) to vae_operator;
+grant execute on procedure vae_private.refresh_staged(text, text, text) to vae_operator;
 
 -- Trainers define models and publish versions.
 grant insert, delete on vae.models to vae_trainer;

@@ -16,12 +16,14 @@ from psycopg import sql
 from conftest import as_role, create_database, drop_database
 from pages import DOCS, Runner, blocks
 from pgvae.cli.refresh import run_refresh
+from pgvae.errors import PgvaeError
 from pgvae.external import run
-from pgvae.external.plpy import Plpy, SPIError
+from pgvae.external.plpy import Error, Plpy, SPIError
 from pgvae.external.stubs import VIEWS, without_python
-from pgvae.install import install
+from pgvae.install import install, uninstall
 from pgvae.resources import sql_files
 from pgvae.server import Server
+from pgvae_runtime import api
 from shop import SMALL, Shop, train, train_and_activate
 from test_outcomes import HORIZON, SHOP
 
@@ -151,10 +153,35 @@ def test_the_page_runs_without_plpython_and_without_a_superuser(
         with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"refresh of shop\.user_segments failed"):
             connection.execute("call vae.refresh('shop', array['user_segments'])")
         assert connection.execute("select count(*) from shop.user_segments").fetchone() == (30,)
+    check_owners(server_without_plpython, run_cli, dsn)
     assert run_cli("uninstall", "--yes", dsn=dsn).returncode == 0
     drop_database(server_without_plpython, "managed")
     with psycopg.connect(server_without_plpython.dsn("postgres"), autocommit=True) as admin:
-        admin.execute("drop role service")
+        admin.execute("drop role ana, service")
+
+
+def check_owners(server: Server, run_cli: RunCli, dsn: str) -> None:
+    """Models are of roles whose rights pgvae's owner has: nobody else may refresh and remake their views."""
+    with psycopg.connect(server.dsn("managed"), autocommit=True) as admin:
+        admin.execute("create role ana login; grant create on database managed to ana; grant vae_trainer to ana")
+        admin.execute("grant usage on schema public to ana; grant select on events to ana")
+    made = "select from vae.create_model('anas', events => 'public.events')"
+    with psycopg.connect(as_role(server.dsn("managed"), "ana"), autocommit=True) as ana:
+        with pytest.raises(
+            psycopg.errors.InsufficientPrivilege, match="role service, which installed pgvae"
+        ) as refusal:
+            ana.execute(made)
+        assert "grant ana to service" in str(refusal.value.diag.message_hint)
+        with psycopg.connect(dsn, autocommit=True) as service:
+            service.execute("grant ana to service")
+            ana.execute(made)
+            service.execute("revoke ana from service")
+        refused = run_cli("install", dsn=dsn)
+        assert "model anas belongs to ana, of which service is no member" in refused.stderr
+        assert "grant ana to service" in refused.stderr
+        ana.execute("select vae.drop_model('anas')")
+    with psycopg.connect(server.dsn("managed"), autocommit=True) as admin:
+        admin.execute("drop owned by ana")
 
 
 def test_each_function_has_the_same_arguments_results_and_rights_without_python(database: str) -> None:
@@ -209,8 +236,8 @@ def test_rows_of_a_version_that_is_no_longer_active_are_not_stored(
     second = train(external.info.dsn)
     score, scored = run._score, []
 
-    def score_and_activate(connection: psycopg.Connection, model: Any, view: str) -> None:
-        score(connection, model, view)
+    def score_and_activate(connection: psycopg.Connection, model: Any, view: str, token: str) -> None:
+        score(connection, model, view, token)
         scored.append((view, model.version))
         if len(scored) == 2:
             connection.execute("select * from vae.activate('shop', %s)", [second])
@@ -228,14 +255,17 @@ def test_rows_of_a_version_that_is_no_longer_active_are_not_stored(
 def test_rows_that_a_killed_refresh_left_are_removed_and_never_read(external: psycopg.Connection) -> None:
     with psycopg.connect(external.info.dsn, autocommit=True) as killed:
         killed.execute(
-            "insert into vae_private.staged_runs (model_id, view, version_id, row_count, events_until)"
-            " select model_id, 'churn', version_id, 1, now() from vae.versions where state = 'active'"
+            "insert into vae_private.staged_runs (token, model_id, view, version_id, row_count, events_until)"
+            " select 'a', model_id, 'churn', version_id, 1, now() from vae.versions where state = 'active'"
         )
         killed.execute(
-            "insert into vae_private.staged_rows (model_id, view, cells) select model_id, 'churn', '{}' from vae.models"
+            "insert into vae_private.staged_rows (token, model_id, view, cells)"
+            " select 'a', model_id, 'churn', '{}' from vae.models"
         )
-        with pytest.raises(psycopg.errors.FeatureNotSupported):
-            external.execute("call vae.refresh('shop', array['churn'])")
+        # Nor in a session of the same number, which comes again.
+        for session in (external, killed):
+            with pytest.raises(psycopg.errors.FeatureNotSupported):
+                session.execute("call vae.refresh('shop', array['churn'])")
         _, failure = run_refresh(external, "shop", ["churn"])
         assert failure is None
         # It may still be at work.
@@ -245,6 +275,111 @@ def test_rows_that_a_killed_refresh_left_are_removed_and_never_read(external: ps
         time.sleep(0.05)
     run_refresh(external, "shop", ["churn"])
     assert external.execute("select count(*) from vae_private.staged_rows").fetchone() == (0,)
+
+
+def test_each_transaction_may_be_in_another_session_as_behind_a_pooler(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, locks = run._score, "select count(*) from pg_locks where locktype = 'advisory'"
+    with psycopg.connect(external.info.dsn, autocommit=True) as other:
+        monkeypatch.setattr(run, "_score", lambda connection, *rest: score(other, *rest))
+        document, failure = run_refresh(external, "shop")
+        assert failure is None
+        assert {view["row_count"] for view in document["views"] if view["view"] == "recommendations"} == {30}
+        assert external.execute(locks).fetchone() == (0,)
+
+
+def test_a_second_refresh_is_told_at_once_that_the_model_is_busy(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    churn_all = api.churn_all
+
+    def scoring(plpy: Plpy, model_id: int) -> Any:
+        with psycopg.connect(external.info.dsn, autocommit=True) as second:
+            found.append(run_refresh(second, "shop")[0])
+        return churn_all(plpy, model_id)
+
+    monkeypatch.setattr(api, "churn_all", scoring)
+    _, failure = run_refresh(external, "shop", ["churn"])
+    assert failure is None
+    (document,) = found
+    assert (document["status"], document["views"]) == ("busy", [])
+    assert "is being refreshed or changed by another session" in document["error"]["message"]
+
+
+def test_a_connection_that_is_lost_while_it_scores_is_told_as_such(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "churn_all", lambda plpy, _: plpy.execute("select pg_terminate_backend(pg_backend_pid())"))
+    with psycopg.connect(external.info.dsn, autocommit=True) as lost:
+        document, failure = run_refresh(lost, "shop")
+    assert isinstance(failure, psycopg.errors.AdminShutdown)
+    assert document["status"] == "failed"
+
+
+def test_who_cancels_a_query_while_it_scores_means_all_of_it(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    external.execute("delete from vae.refreshes")
+    cancel = "select pg_cancel_backend(pg_backend_pid()), pg_sleep(10)"
+    monkeypatch.setattr(api, "churn_all", lambda plpy, _: plpy.execute(cancel))
+    _, failure = run_refresh(external, "shop")
+    assert isinstance(failure, psycopg.errors.QueryCanceled)
+    assert [(view, row[0]) for view, row in log(external).items()] == [("churn", "failed")]
+    assert external.execute("select count(*) from vae_private.staged_runs").fetchone() == (0,)
+
+
+def test_a_session_that_scores_is_not_ended_as_an_idle_one(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    churn_all = api.churn_all
+
+    def slow(plpy: Plpy, model_id: int) -> Any:
+        time.sleep(0.5)
+        return churn_all(plpy, model_id)
+
+    monkeypatch.setattr(api, "churn_all", slow)
+    external.execute("set idle_in_transaction_session_timeout = 200")
+    assert run_refresh(external, "shop", ["churn"])[1] is None
+
+
+def test_other_code_than_the_database_holds_scores_nothing(external: psycopg.Connection) -> None:
+    external.execute("delete from vae.refreshes")
+    external.execute("update vae_private.installation set runtime_digest = 'newer'")
+    for call in (lambda: run_refresh(external, "shop"), lambda: run.verify_outside(external, "shop", None)):
+        with pytest.raises(PgvaeError, match=r"the database holds the code of pgvae \S+ \(newer\)"):
+            call()
+    assert log(external) == {}
+
+
+def test_a_version_that_cannot_be_verified_is_an_error_with_a_hint(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> list[dict[str, Any]]:
+        refusal = Error("weights are damaged")
+        refusal.hint = "train again"
+        raise refusal
+
+    monkeypatch.setattr(api, "verify", refuse)
+    with pytest.raises(PgvaeError, match="weights are damaged") as error:
+        run.verify_outside(external, "shop", None)
+    assert error.value.hint == "train again"
+
+
+def test_a_model_of_which_nothing_stands_is_refused_before_it_scores(
+    external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_score", lambda *_: pytest.fail("it scored"))
+    external.execute("drop schema shop cascade")
+    document, _ = run_refresh(external, "shop")
+    assert document["status"] == "failed"
+
+
+def test_uninstall_where_the_extension_is_gone_already(external: psycopg.Connection) -> None:
+    external.execute("update vae_private.installation set created_extension = true")
+    uninstall(external.info.dsn)
+    assert external.execute("select to_regnamespace('vae')").fetchone() == (None,)
 
 
 VALUES = """

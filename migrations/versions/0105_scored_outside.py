@@ -26,12 +26,13 @@ def upgrade() -> None:
     )
     op.create_table(
         "staged_runs",
+        sa.Column("token", sa.Text(), nullable=False, comment="What only the refresh knows that brought them."),
         sa.Column(
             "backend_pid",
             sa.Integer(),
             nullable=False,
             server_default=sa.text("pg_backend_pid()"),
-            comment="Server process that stores them, and reads no others.",
+            comment="Server process that wrote it: once that is gone, nobody will store them.",
         ),
         sa.Column("model_id", sa.Integer(), nullable=False, comment="Model, see vae.models."),
         sa.Column("view", sa.Text(), nullable=False, comment="Prediction view; or verify."),
@@ -43,19 +44,21 @@ def upgrade() -> None:
         sa.Column("left_out", sa.Text(), comment="What the content lacks, and why; null: nothing."),
         sa.Column("error", sa.Text(), comment="Why there are no rows; null: there are."),
         sa.Column("hint", sa.Text(), comment="What to do about it."),
-        sa.PrimaryKeyConstraint("backend_pid", "model_id", "view"),
+        sa.Column("error_state", sa.Text(), comment="Its SQLSTATE."),
+        sa.PrimaryKeyConstraint("token", "model_id", "view"),
         schema="vae_private",
         comment="What was scored outside and is to be stored: a row for each prediction view.",
         prefixes=["UNLOGGED"],
     )
     op.create_table(
         "staged_rows",
+        sa.Column("token", sa.Text(), nullable=False, comment="What only the refresh knows that brought it."),
         sa.Column(
             "backend_pid",
             sa.Integer(),
             nullable=False,
             server_default=sa.text("pg_backend_pid()"),
-            comment="Server process that stores it.",
+            comment="Server process that wrote it: once that is gone, nobody will store it.",
         ),
         sa.Column("model_id", sa.Integer(), nullable=False, comment="Model, see vae.models."),
         sa.Column("view", sa.Text(), nullable=False, comment="Prediction view; or verify."),

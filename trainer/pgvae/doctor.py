@@ -12,6 +12,7 @@ from typing import Any, Literal
 import psycopg
 
 from pgvae import __version__, resources
+from pgvae.errors import PgvaeError
 from pgvae.external.mode import is_external
 
 OLDEST, NEWEST = 13, 18
@@ -215,6 +216,18 @@ def installed_code(connection: psycopg.Connection) -> tuple[str, str] | None:
             return row or ("", "")
     except psycopg.errors.InsufficientPrivilege:
         return None
+
+
+def check_code(connection: psycopg.Connection) -> None:
+    """Refuses a database that holds other code than this one: what is trained and scored here would not fit."""
+    installed = connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
+    if installed and installed[1] != resources.runtime_digest():
+        raise PgvaeError(
+            f"the database holds the code of pgvae {installed[0]} ({installed[1][:12]}), this one is {__version__}"
+            f" ({resources.runtime_digest()[:12]})",
+            hint="bring both to one release: pgvae install upgrades the database;"
+            " where that is newer: pip install pgvae==…",
+        )
 
 
 def inspect_python(connection: psycopg.Connection, facts: Facts) -> dict[str, Any]:

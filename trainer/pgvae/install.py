@@ -95,6 +95,15 @@ order by n.nspname like 'vae%' desc, n.nspname
 """
 
 
+# Models whose owner's rights the role lacks that installs.
+_FOREIGN_OWNERS = """
+select m.name, quote_ident(pg_catalog.pg_get_userbyid(n.nspowner)), quote_ident(current_user)
+from vae.models m
+join pg_catalog.pg_namespace n on n.nspname = m.name
+where not pg_catalog.pg_has_role(n.nspowner, 'usage')
+order by m.name
+"""
+
 _OUTDATED = """
 select m.name
 from vae.models m
@@ -169,6 +178,7 @@ def _install(connection: Connection, warnings: list[str], *, external: bool) -> 
     config.attributes["connection"] = connection
     _check_revision(connection, config)
     if connection.execute(text("select pg_catalog.to_regclass('vae.models') is not null")).scalar_one():
+        _check_owners(connection)
         connection.execute(text(_REFRESH_LOCKS))
         connection.execution_options(no_parameters=True).exec_driver_sql(_RELATION_LOCKS)
     command.upgrade(config, "head")
@@ -204,6 +214,17 @@ def _check_revision(connection: Connection, config: Config) -> None:
             f"the database holds pgvae {release}, which is newer than this pgvae, {__version__}"
             f" (its tables are of revision {', '.join(sorted(unknown))})",
             hint="upgrade this one: pip install --upgrade pgvae; there is no way back to an older release",
+        )
+
+
+def _check_owners(connection: Connection) -> None:
+    """Refuses, where no superuser installs, models that it could not remake."""
+    foreign = connection.execute(text(_FOREIGN_OWNERS)).all()
+    if foreign:
+        owners = ", ".join(sorted({owner for _, owner, _ in foreign}))
+        raise PgvaeError(
+            f"model {foreign[0][0]} belongs to {foreign[0][1]}, of which {foreign[0][2]} is no member",
+            hint=f"grant {owners} to {foreign[0][2]}; an upgrade remakes a model's views as their owner",
         )
 
 
@@ -320,7 +341,7 @@ def _drop_if_unused(connection: psycopg.Connection, kind: str, names: list[str])
     for name in reversed(names):
         try:
             with connection.transaction():
-                connection.execute(sql.SQL("drop {} {}").format(sql.SQL(kind), sql.Identifier(name)))
+                connection.execute(sql.SQL("drop {} if exists {}").format(sql.SQL(kind), sql.Identifier(name)))
         except psycopg.errors.DependentObjectsStillExist as error:
             left.append(f"{kind} {name} is in use elsewhere: {error.diag.message_detail or error}")
     return left

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psycopg
 
-from pgvae import __version__, resources
+from pgvae import doctor
 from pgvae.checkpoints import Checkpoints, default_folder
 from pgvae.comparison import Evaluation, evaluate
 from pgvae.config import TrainingConfig
@@ -219,7 +219,7 @@ def read_checked(
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     # As in the functions of pgvae: no function that somebody else defined in the role's own path shall run in here.
     connection.execute("set local search_path = pg_catalog, pg_temp")
-    _check_code(connection)
+    doctor.check_code(connection)
     definition = read_definition(connection, model)
     listener.on_quality(definition)
     if definition.failed_checks and not force:
@@ -231,17 +231,6 @@ def read_checked(
     dataset = read_dataset(connection, model)
     listener.on_data(dataset)
     return definition, dataset
-
-
-def _check_code(connection: psycopg.Connection) -> None:
-    """Refuses a database that holds other code than this trainer: what it published could not be activated."""
-    installed = connection.execute("select release, runtime_digest from vae_private.installation").fetchone()
-    if installed and installed[1] != resources.runtime_digest():
-        raise PgvaeError(
-            f"the database holds the code of pgvae {installed[0]} ({installed[1][:12]}), this trainer is {__version__}"
-            f" ({resources.runtime_digest()[:12]})",
-            hint="bring both to one release: pgvae install upgrades the database, pip install pgvae==… the trainer",
-        )
 
 
 @contextmanager

@@ -287,7 +287,8 @@ def _create_schema(connection: psycopg.Connection) -> None:
     except psycopg.errors.InsufficientPrivilege as error:
         raise PgvaeError(
             f"no schema {SCHEMA} for the studies: {error.diag.message_primary}",
-            hint=f"the owner of the database makes it once: create schema {SCHEMA} authorization {_OWNER}",
+            hint=f"the owner of the database makes it once: create schema {SCHEMA} authorization {_OWNER};"
+            f" who is no superuser must be a member of that role: grant {_OWNER} to {connection.info.user}",
         ) from error
     connection.execute(
         sql.SQL("comment on schema {schema} is 'Studies of pgvae tune, in the tables of Optuna.'").format(**names)

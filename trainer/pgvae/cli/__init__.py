@@ -109,6 +109,7 @@ _NEEDED = {
     "load": "to own the table, or with --append the right to insert into it",
     "report": f"the role vae_reader and {_USAGE}",
     "refresh": f"the role vae_operator and {_USAGE}",
+    "verify": f"the role vae_operator and {_USAGE}",
     "export": f"the role vae_operator and {_USAGE}",
     "evaluate": f"the role vae_trainer, {_USAGE} and {_SELECT}",
     "tune": f"the role vae_trainer, {_USAGE} and {_SELECT}",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -51,10 +52,8 @@ class Cursor:
 
     def fetch(self, rows: int) -> list[Row]:
         """Gives the next rows, so many at most; none at the end."""
-        try:
+        with _raising(self._cursor.connection):
             return self._cursor.fetchmany(rows)
-        except psycopg.Error as error:
-            raise SPIError(error) from error
 
     def close(self) -> None:
         """Gives back what the server holds for it."""
@@ -81,22 +80,21 @@ class Plpy:
     def execute(self, query: str | Plan, values: Sequence[Any] = ()) -> list[Row]:
         """Gives the rows of a query. An error takes back what it did, and nothing else."""
         text = query.query if isinstance(query, Plan) else query
-        try:
-            with self._connection.transaction(), psycopg.RawCursor(self._connection, row_factory=dict_row) as cursor:
-                _read_as_texts(cursor)
-                cursor.execute(text.encode(), values or None)
-                return cursor.fetchall() if cursor.description else []
-        except psycopg.Error as error:
-            raise SPIError(error) from error
+        with (
+            _raising(self._connection),
+            self._connection.transaction(),
+            psycopg.RawCursor(self._connection, row_factory=dict_row) as cursor,
+        ):
+            _read_as_texts(cursor)
+            cursor.execute(text.encode(), values or None)
+            return cursor.fetchall() if cursor.description else []
 
     def cursor(self, plan: Plan, values: Sequence[Any] = ()) -> Cursor:
         """Gives a cursor for the rows of a query."""
         cursor = psycopg.RawServerCursor(self._connection, f"pgvae_{next(self._names)}", row_factory=dict_row)
         _read_as_texts(cursor)
-        try:
+        with _raising(self._connection):
             cursor.execute(plan.query.encode(), values or None)
-        except psycopg.Error as error:
-            raise SPIError(error) from error
         return Cursor(cursor)
 
     def notice(self, message: str, hint: str | None = None) -> None:
@@ -110,6 +108,17 @@ class Plpy:
     def quote_literal(self, text: str) -> str:
         """Gives a text as SQL."""
         return sql.Literal(text).as_string(self._connection)
+
+
+@contextmanager
+def _raising(connection: psycopg.Connection) -> Iterator[None]:
+    try:
+        yield
+    except psycopg.Error as error:
+        # That the connection is lost is no error of a query.
+        if connection.broken:
+            raise
+        raise SPIError(error) from error
 
 
 def _read_as_texts(cursor: psycopg.Cursor[Row]) -> None:

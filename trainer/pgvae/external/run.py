@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from pgvae import doctor
 from pgvae.console import err
+from pgvae.errors import PgvaeError
 from pgvae.external.plpy import Error, Plpy
 from pgvae.external.stubs import VIEWS
 from pgvae_runtime import api, runs, store
@@ -25,10 +28,10 @@ _BATCH = 1000
 _RESTARTS = 3
 
 _MODEL = """
-select m.model_id, pg_catalog.pg_get_userbyid(n.nspowner), (m.options ->> 'recommendations')::integer,
+select m.name, m.model_id, pg_catalog.pg_get_userbyid(n.nspowner), (m.options ->> 'recommendations')::integer,
     v.version_id, v.version
 from vae.models m
-join pg_catalog.pg_namespace n on n.nspname = m.name
+left join pg_catalog.pg_namespace n on n.nspname = m.name
 left join vae.versions v on v.model_id = m.model_id and v.state = 'active'
 where m.model_id = vae_private.model_id(%s)
 """
@@ -44,16 +47,18 @@ VERIFY = (
     "select v.model_version, v.device, v.passed, v.golden_users, v.max_difference, v.detail from vae.verify(%s, %s) v"
 )
 _STAGE_RUN = """
-insert into vae_private.staged_runs (model_id, view, version_id, row_count, events_until, left_out, error, hint)
-values (%s, %s, %s, %s, %s, %s, %s, %s)
+insert into vae_private.staged_runs
+    (token, model_id, view, version_id, row_count, events_until, left_out, error, hint, error_state)
+values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
-_STAGE_ROWS = "copy vae_private.staged_rows (model_id, view, cells) from stdin"
+_STAGE_ROWS = "copy vae_private.staged_rows (token, model_id, view, cells) from stdin"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
+    name: str
     model_id: int
-    owner: str
+    owner: str | None
     recommendations: int
     version_id: int | None
     version: int | None
@@ -62,7 +67,7 @@ class _Model:
     def read(connection: psycopg.Connection, model: str) -> _Model:
         row = connection.execute(_MODEL, [model]).fetchone()
         assert row is not None
-        names = ("model_id", "owner", "recommendations", "version_id", "version")
+        names = ("name", "model_id", "owner", "recommendations", "version_id", "version")
         return _Model(**dict(zip(names, row, strict=True)))
 
 
@@ -74,42 +79,33 @@ def refresh(connection: psycopg.Connection, model: str, views: Sequence[str] | N
     psycopg.Error is raised.
     """
     found = _Model.read(connection, model)
+    # Before hours of scoring, rather than behind them.
     row = connection.execute(
-        "select pg_catalog.pg_try_advisory_lock(pg_catalog.hashtext('pgvae refresh'), %s),"
-        " vae_private.prediction_views(%s, %s)",
-        [found.model_id, found.model_id, views],
+        "select vae_private.prediction_views(%s, %s), vae_private.check_refresh(%s)",
+        [found.model_id, views, found.model_id],
     ).fetchone()
     assert row is not None
-    if not row[0]:
-        # It says who holds the lock.
-        connection.execute("call vae.refresh(%s, %s, true)", [model, views])
-    try:
-        failures = _refresh_all(connection, model, row[1])
-    finally:
-        if not connection.broken:
-            connection.execute(
-                "select pg_catalog.pg_advisory_unlock(pg_catalog.hashtext('pgvae refresh'), %s)", [found.model_id]
-            )
-    if failures:
+    if failures := _refresh_all(connection, model, row[0]):
         raise failures[0]
 
 
 def _refresh_all(connection: psycopg.Connection, model: str, views: Sequence[str]) -> list[psycopg.Error]:
     """Refreshes one view after the other, since explanations read the recommendations; gives what failed."""
+    token = secrets.token_hex(16)
     for _ in range(_RESTARTS + 1):
         failures = []
         scoring = _Model.read(connection, model)
         for view in views:
-            try:
-                with _staged(connection):
-                    _score(connection, _Model.read(connection, model), view)
-                    connection.execute("call vae.refresh(%s, %s, true)", [model, [view]])
-            except psycopg.errors.QueryCanceled:
-                raise
-            except psycopg.Error as error:
-                if connection.broken:
+            with _staged(connection, token):
+                _score(connection, _Model.read(connection, model), view, token)
+                try:
+                    connection.execute("call vae_private.refresh_staged(%s, %s, %s)", [model, view, token])
+                except psycopg.errors.QueryCanceled:
                     raise
-                failures.append(error)
+                except psycopg.Error as error:
+                    if connection.broken:
+                        raise
+                    failures.append(error)
         if _Model.read(connection, model) == scoring:
             break
         err.print(f"another version of model {model} became active meanwhile: its views are refreshed again")
@@ -121,57 +117,65 @@ def verify_outside(connection: psycopg.Connection, model: str, version: int | No
 
     Needs an autocommit connection, and the rights of an operator.
     """
-    found = _Model.read(connection, model)
-    with _staged(connection):
-        if number := version or found.version:
-            with _reading(connection, "verify") as plpy:
+    token = secrets.token_hex(16)
+    try:
+        with _reading(connection, "verify") as plpy:
+            found = _Model.read(connection, model)
+            if number := version or found.version:
                 row = connection.execute(
                     "select vae_private.version_id(%s, %s, %s)", [found.model_id, model, number]
                 ).fetchone()
                 assert row is not None
                 rows = [list(each.values()) for each in api.verify(plpy, found.model_id, row[0])]
-                _stage_rows(connection, found.model_id, "verify", rows)
                 verified = replace(found, version_id=row[0])
-                _stage_run(connection, verified, "verify", rows=len(rows), moment=_now(connection))
-        return connection.execute(VERIFY, [model, version]).fetchall()
+                _stage_rows(connection, token, found.model_id, "verify", rows)
+                _stage_run(connection, token, verified, "verify", rows=len(rows), moment=_now(connection))
+            connection.execute("select pg_catalog.set_config('vae.staged', %s, true)", [token])
+            logged = connection.execute(VERIFY, [model, version]).fetchall()
+            connection.execute("select vae_private.clear_staged(%s)", [token])
+            return logged
+    except Error as error:
+        raise PgvaeError(str(error), hint=error.hint) from error
 
 
-def _score(connection: psycopg.Connection, model: _Model, view: str) -> None:
+def _score(connection: psycopg.Connection, model: _Model, view: str, token: str) -> None:
     """Puts the rows of a prediction view where the refresh finds them, or why there are none."""
-    if model.version_id is None:
+    if model.version_id is None or model.owner is None:
         # The refresh says so.
         return
     arguments = {"recommendations": [model.recommendations], "related_items": [_RELATED_ITEMS]}.get(view, [])
     try:
-        with _reading(connection, VIEWS[view], model.owner) as plpy, err.status(f"scoring {view}") as status:
+        with _reading(connection, VIEWS[view]) as plpy, err.status(f"scoring {view}") as status:
+            connection.execute("select vae_private.lock_refresh(%s, %s)", [model.model_id, model.name])
+            _act_as(connection, model.owner)
             moment = _now(connection)
             rows = iter(getattr(api, VIEWS[view])(plpy, model.model_id, *arguments))
             count = 0
             while batch := list(islice(rows, _BATCH)):
-                _stage_rows(connection, model.model_id, view, batch)
+                _stage_rows(connection, token, model.model_id, view, batch)
                 count += len(batch)
                 status.update(f"scoring {view}: {count} rows")
             run = runs.take(model.model_id, view)
             assert run is not None
-            _stage_run(connection, model, view, rows=run.row_count, moment=moment, left_out=run.left_out)
-    except psycopg.errors.QueryCanceled:
+            _stage_run(connection, token, model, view, rows=run.row_count, moment=moment, left_out=run.left_out)
+    except psycopg.errors.LockNotAvailable:
         raise
     except (Error, psycopg.Error) as error:
         if connection.broken:
             raise
-        hint = error.hint if isinstance(error, Error) else error.diag.message_hint
-        _stage_run(connection, model, view, moment=_now(connection), error=str(error), hint=hint)
+        _stage_run(connection, token, model, view, moment=_now(connection), error=error)
 
 
 @contextmanager
-def _reading(connection: psycopg.Connection, function: str, role: str | None = None) -> Iterator[Plpy]:
-    """Opens a transaction that sees one moment, with the settings of the function and the rights of the role."""
+def _reading(connection: psycopg.Connection, function: str) -> Iterator[Plpy]:
+    """Opens a transaction that sees one moment, with the settings of the function."""
     store.forget()
     with connection.transaction():
         connection.execute("set transaction isolation level repeatable read")
+        # While it scores here, the session is idle there.
+        connection.execute("set local idle_in_transaction_session_timeout = 0")
+        doctor.check_code(connection)
         connection.execute(_SETTINGS, [function])
-        if role is not None:
-            _act_as(connection, role)
         yield Plpy(connection, lambda message: err.print(message, highlight=False, markup=False))
 
 
@@ -181,40 +185,55 @@ def _act_as(connection: psycopg.Connection, owner: str) -> None:
         connection.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
     except psycopg.errors.InsufficientPrivilege as error:
         refusal = Error(f"role {connection.info.user} may not read as {owner}, the owner of the model")
+        refusal.sqlstate = "42501"
         refusal.hint = f"refresh as {owner}, or as a member of it: grant {owner} to {connection.info.user}"
         raise refusal from error
 
 
 @contextmanager
-def _staged(connection: psycopg.Connection) -> Iterator[None]:
+def _staged(connection: psycopg.Connection, token: str) -> Iterator[None]:
     """Leaves nothing of what was staged, however it ends."""
-    connection.execute("select vae_private.clear_staged()")
     try:
+        _clear(connection, token)
         yield
     finally:
         if not connection.broken:
-            connection.execute("select vae_private.clear_staged()")
+            _clear(connection, token)
 
 
-def _stage_rows(connection: psycopg.Connection, model_id: int, view: str, rows: Iterable[Sequence[Any]]) -> None:
+def _clear(connection: psycopg.Connection, token: str) -> None:
+    with connection.transaction():
+        # Where a role's default is another, two that clear what a third one left would fail each other.
+        connection.execute("set transaction isolation level read committed")
+        connection.execute("select vae_private.clear_staged(%s)", [token])
+
+
+def _stage_rows(
+    connection: psycopg.Connection, token: str, model_id: int, view: str, rows: Iterable[Sequence[Any]]
+) -> None:
     with connection.cursor() as cursor, cursor.copy(_STAGE_ROWS) as copy:
-        copy.set_types(["int4", "text", "text[]"])
+        copy.set_types(["text", "int4", "text", "text[]"])
         for row in rows:
-            copy.write_row((model_id, view, [_as_text(value) for value in row]))
+            copy.write_row((token, model_id, view, [_as_text(value) for value in row]))
 
 
 def _stage_run(
     connection: psycopg.Connection,
+    token: str,
     model: _Model,
     view: str,
     *,
     moment: datetime,
     rows: int = 0,
     left_out: str | None = None,
-    error: str | None = None,
-    hint: str | None = None,
+    error: Error | psycopg.Error | None = None,
 ) -> None:
-    values = [model.model_id, view, model.version_id, rows, moment, left_out, error, hint]
+    said: tuple[str | None, str | None, str | None] = (None, None, None)
+    if error is not None:
+        hint = error.hint if isinstance(error, Error) else error.diag.message_hint
+        message = str(error) if isinstance(error, Error) else error.diag.message_primary or str(error)
+        said = (message, hint, error.sqlstate)
+    values = [token, model.model_id, view, model.version_id, rows, moment, left_out, *said]
     connection.execute(_STAGE_RUN, values)
 
 
