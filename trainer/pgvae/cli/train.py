@@ -134,7 +134,7 @@ def train(
         if activation.refusal is not None:
             report_refusal(model, result.version, activation)
             raise typer.Exit(NOT_DONE)
-        out.print(f"version {result.version} is active; now: call vae.refresh('{model}')", highlight=False)
+        out.print(f"version {result.version} is active; now: pgvae refresh {model}", highlight=False)
     else:
         hint = f"select * from vae.activate('{model}', {result.version})"  # noqa: S608  # shown, never run
         out.print(f"next: {hint}", highlight=False)
