@@ -344,4 +344,7 @@ def _drop_if_unused(connection: psycopg.Connection, kind: str, names: list[str])
                 connection.execute(sql.SQL("drop {} if exists {}").format(sql.SQL(kind), sql.Identifier(name)))
         except psycopg.errors.DependentObjectsStillExist as error:
             left.append(f"{kind} {name} is in use elsewhere: {error.diag.message_detail or error}")
+        except psycopg.errors.InsufficientPrivilege as error:
+            # As after a restore by another role than the one that created it.
+            left.append(f"{kind} {name} is another role's: {error.diag.message_primary}")
     return left
