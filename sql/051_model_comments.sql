@@ -90,7 +90,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             ' uplift to the number of those who buy because of the offer, which can be far off for one item and is right over many; it is'
             ' null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
-            ' is response or uplift; among names a relation, public.subscribers say, whose column user_id (or among_key) lists who may be chosen.'
+            ' is response or uplift; among names a relation, public.subscribers say, that lists who may be chosen, in the column among_key, else called as in the events or user_id.'
         when object = 'offer_responses' then
             '. A row per offer and user, of offers that have not ended at the moment of the query; those of one that has not begun are'
             ' a plan. Join on user_id; write to users where is_chosen and is_running; sum response_probability where is_chosen for the'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -276,6 +277,19 @@ def test_the_column_that_names_segments(columns: list[tuple[str, str]], chosen: 
     given = [FeatureColumn(name=name, kind=kind, first=0, vocabulary=("a", "b")) for name, kind in columns]
     found = segments._telling_column(given)
     assert (found.name if found else None) == chosen
+
+
+def test_words_name_segments_rather_than_numbers_do() -> None:
+    column = partial(FeatureColumn, kind="category", first=0)
+    seller = column(name="seller_id", vocabulary=("23", "5"))
+    organic = column(name="organic", vocabulary=("false", "true"))
+    colour = column(name="colour", vocabulary=("", "12", "red"))
+    title = replace(colour, name="title", kind="words")
+    category = replace(seller, name="category_no")
+    assert segments._telling_column([seller, organic, colour]) == colour
+    assert segments._telling_column([seller, title]) == title
+    assert segments._telling_column([organic, seller]) == organic
+    assert segments._telling_column([colour, category]) == category
 
 
 def test_the_number_of_segments_is_the_one_that_fits() -> None:

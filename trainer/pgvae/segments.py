@@ -378,16 +378,25 @@ def _labels(dataset: Dataset) -> tuple[Sequence[str], NDArray[np.int64], NDArray
     bag = dataset.item_features
     item = np.repeat(np.arange(len(bag)), bag.counts())
     own = (bag.token >= column.first) & (bag.token < column.first + column.size)
-    return column.vocabulary, item[own], bag.token[own] - column.first
+    # "23" names nothing without "seller_id".
+    labels = [f"{column.name} {entry}" for entry in column.vocabulary] if _is_coded(column) else column.vocabulary
+    return labels, item[own], bag.token[own] - column.first
 
 
 def _telling_column(columns: Sequence[FeatureColumn]) -> FeatureColumn | None:
     """Gives the column whose values name a segment best: one that is called category, else the first category, else the
-    first tags, else the first words.
+    first tags, else the first words, those first whose values are words themselves.
     """
     kinds = ("category", "tags", "words")
     fitting = [column for column in columns if column.kind in kinds and column.size > 1]
-    return min(fitting, key=lambda c: ("categor" not in c.name.lower(), kinds.index(c.kind)), default=None)
+    return min(
+        fitting, key=lambda c: ("categor" not in c.name.lower(), _is_coded(c), kinds.index(c.kind)), default=None
+    )
+
+
+def _is_coded(column: FeatureColumn) -> bool:
+    """Says whether the values of a column tell nothing without its name: numbers, true and false."""
+    return all(entry.isdigit() or entry in ("true", "false") for entry in column.vocabulary)
 
 
 def _name(labels: Sequence[tuple[str, float]], taken: set[str]) -> str:
