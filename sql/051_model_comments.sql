@@ -60,7 +60,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
         when object ~ '^(all_)?item_days[(]' then
             ': units, buyers, viewers and users who put it into a cart, a user once a day. Days count back from as_of, day 0 is'
             ' the 24 hours before it. Sales to anonymous buyers and to outliers count, returns do not. event_types'
-            ' are those whose events are sales.'
+            ' are the standard types whose events are sales, whatever the shop calls them.'
         when object like 'demand(%' then
             '. units_low to units_high holds what is sold in 80 % of the cases, likewise for buyers. Expected numbers are null'
             ' for an item that nothing happened to. "Now" is the end of the training window where a version was made of old events.'
