@@ -275,8 +275,8 @@ def test_what_few_users_have_is_no_name() -> None:
 )
 def test_the_column_that_names_segments(columns: list[tuple[str, str]], chosen: str | None) -> None:
     given = [FeatureColumn(name=name, kind=kind, first=0, vocabulary=("a", "b")) for name, kind in columns]
-    found = segments._telling_column(given)
-    assert (found.name if found else None) == chosen
+    found = segments._telling_columns(given)
+    assert (found[0].name if found else None) == chosen
 
 
 def test_words_name_segments_rather_than_numbers_do() -> None:
@@ -286,10 +286,31 @@ def test_words_name_segments_rather_than_numbers_do() -> None:
     colour = column(name="colour", vocabulary=("", "12", "red"))
     title = replace(colour, name="title", kind="words")
     category = replace(seller, name="category_no")
-    assert segments._telling_column([seller, organic, colour]) == colour
-    assert segments._telling_column([seller, title]) == title
-    assert segments._telling_column([organic, seller]) == organic
-    assert segments._telling_column([colour, category]) == category
+    assert segments._telling_columns([seller, title, organic, colour, category]) == [
+        category,
+        colour,
+        title,
+        seller,
+        organic,
+    ]
+
+
+def test_segments_are_named_by_a_column_that_sets_them_apart() -> None:
+    dataset = taste_shop(with_categories=True)
+    _, category = dataset.item_pipeline.columns
+    colour = FeatureColumn(name="colour", kind="category", first=0, vocabulary=("blue", "red"))
+    # A column that comes first, and that is the same in all segments.
+    tokens = [[item % 2, 2 + item // 4] for item in range(12)]
+    coloured = replace(
+        dataset,
+        item_features=FeatureBag.of(tokens),
+        item_pipeline=FeaturePipeline(columns=(colour, replace(category, name="kind", first=2))),
+    )
+    places = np.arange(60) % 3
+    assert segments._characteristics(coloured, np.arange(60), places, 3) == segments._characteristics(
+        dataset, np.arange(60), places, 3
+    )
+    assert segments._set_apart(coloured, np.arange(60), places, 3, colour) == [[], [], []]
 
 
 def test_the_number_of_segments_is_the_one_that_fits() -> None:
