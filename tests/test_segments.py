@@ -229,6 +229,25 @@ def test_users_of_one_taste_are_one_segment_named_by_it() -> None:
     }
 
 
+def test_only_a_segment_that_had_no_name_is_given_another() -> None:
+    dataset = taste_shop(with_categories=True)
+    weights, config = taste_weights(dataset), TrainingConfig(segments=3)
+    first = find_segments(dataset, weights, config, max_history=50)
+    before = replace(
+        previous([(7, "mixed tastes"), (8, "mixed tastes (2)"), (9, "Toys of old")], 9),
+        weights={**weights, **first.tensors()},
+        item_keys=list(dataset.item_keys),
+        event_types=list(dataset.event_types),
+        user_pipeline=FeaturePipeline().to_json(),
+    )
+    found = find_segments(dataset, weights, config, max_history=50, previous=before)
+    assert [(row.segment, row.name) for row in found.rows] == [
+        (7, first.rows[0].name),
+        (8, first.rows[1].name),
+        (9, "Toys of old"),
+    ]
+
+
 def test_users_are_clustered_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where several wait for each other, on a busy machine, it takes seven times as long.
     threads: set[int] = set()

@@ -166,7 +166,9 @@ def find_segments(
             number, name, overlap = kept[place]
         else:
             highest += 1
-            number, name, overlap = highest, _name(labels[place], taken), None
+            number, name, overlap = highest, "", None
+        if not name or (labels[place] and name.startswith(_NAMELESS)):
+            name = _name(labels[place], taken)
             taken.add(name)
         own_users = places == place
         rows.append(
@@ -341,7 +343,7 @@ def _characteristics(
 ) -> list[list[tuple[str, float]]]:
     """Gives (label, lift) of the labels that tell most about each segment, of the items that its users have events on.
 
-    The labels are the values of the first column that tells at least half of the segments apart, or else of the one
+    The labels are the values of the first column that tells three in four of the segments apart, or else of the one
     that tells most of them.
     """
     best: list[list[tuple[str, float]]] = []
@@ -350,7 +352,7 @@ def _characteristics(
         found = _set_apart(dataset, users, places, count, column)
         if not best or sum(map(bool, found)) > sum(map(bool, best)):
             best = found
-        if 2 * sum(map(bool, best)) >= count:
+        if 4 * sum(map(bool, best)) >= 3 * count:
             break
     return best
 
