@@ -87,7 +87,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             '. A row per user, item and moment. Left out: who was both within the horizon.'
         when object like 'audience%' then
             ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
-            ' uplift to the number of those who buy because of the offer, which can be far off for one item and is right over many; it is'
+            ' uplift to the number of those who buy because of the offer: both right over many items, and possibly far off for one. uplift is'
             ' null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
             ' is response or uplift; among names a relation, public.subscribers say, that lists who may be chosen, in the column among_key, else called as in the events or user_id.'
