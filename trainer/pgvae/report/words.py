@@ -204,7 +204,7 @@ CALIBRATIONS = {
     "response_calibration": (
         "Who answers an offer",
         "Pairs of a person and an item, by the predicted probability that the item is bought. On the dashed line the"
-        " expected buyers may be added up over items; those of one item that people buy again and again may be far off.",
+        " expected buyers may be added up over items; those of one that people buy again and again may be far off.",
     ),
 }
 
