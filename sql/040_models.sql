@@ -227,6 +227,26 @@ comment on function vae_private.key_type(regclass, text, text) is
     'Gives the type of a key column; an error where it is not bigint, integer, uuid or text, or where two spellings are equal.';
 
 
+create or replace function vae_private.named_key(relation regclass, given text, own text, usual text)
+returns text
+language sql
+stable
+called on null input
+parallel safe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+select coalesce(
+    given,
+    (select a.attname from pg_attribute a where a.attrelid = relation and a.attname = own and a.attnum > 0 and not a.attisdropped),
+    usual)
+$$;
+
+comment on function vae_private.named_key(regclass, text, text, text) is
+    'Gives the key column of another table than the events: the one that is named, else the one that is called as in the events, '
+    'else the usual one.';
+
+
 create or replace function vae_private.looks_personal(column_name text)
 returns boolean
 language sql
@@ -485,15 +505,19 @@ begin
                 hint = format('name the table beside it: %1$s => ''public.%1$s''; of a table that the model has, vae.set_features chooses columns',
                     unused.argument);
     end if;
+    users_key := vae_private.named_key(users, users_key, m.user_id_column, 'user_id');
+    items_key := vae_private.named_key(items, items_key, m.item_id_column, 'item_id');
     if users is not null and vae_private.key_type(users, users_key, 'users_key') <> m.user_id_type then
         raise exception 'keys of users differ: % in %, % in %',
             m.user_id_type, events, vae_private.key_type(users, users_key, 'users_key'), users
-            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+            using errcode = 'datatype_mismatch',
+                hint = format('name the column with users_key => ''…'', if it is not %I; or give views that cast both to one type', users_key);
     end if;
     if items is not null and vae_private.key_type(items, items_key, 'items_key') <> m.item_id_type then
         raise exception 'keys of items differ: % in %, % in %',
             m.item_id_type, events, vae_private.key_type(items, items_key, 'items_key'), items
-            using errcode = 'datatype_mismatch', hint = 'give views that cast both to one type';
+            using errcode = 'datatype_mismatch',
+                hint = format('name the column with items_key => ''…'', if it is not %I; or give views that cast both to one type', items_key);
     end if;
     if users is not null or m.users_table is null then
         m.user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);
@@ -660,9 +684,9 @@ create or replace function vae.create_model(
     event_type text default null,
     quantity text default null,
     users regclass default null,
-    users_key text default 'user_id',
+    users_key text default null,
     items regclass default null,
-    items_key text default 'item_id',
+    items_key text default null,
     event_types jsonb default null,
     options jsonb default null,
     user_features text[] default null,
@@ -726,6 +750,8 @@ begin
                 hint = 'the quantity is a number: give a view that casts the column; or take none: quantity => ''''';
     end if;
     perform vae_private.check_exposure(events, exposure_column);
+    m.user_id_column := user_id;
+    m.item_id_column := item_id;
     m.user_id_type := user_type;
     m.item_id_type := item_type;
     m := vae_private.with_tables(m, events, users, users_key, items, items_key, user_features, item_features);
@@ -768,7 +794,8 @@ $$;
 comment on function vae.create_model(text, regclass, text, text, text, text, text, regclass, text, regclass, text, jsonb, jsonb, text[], text[], text) is
     'Defines a model over a table of events and makes the schema with its functions and views; gives what it made. '
     'Columns are named by the arguments; event_type and quantity are used where columns of these names exist, as a notice says, unless '
-    'they are given as '''', which takes none; without an event type every row is a purchase. event_types maps the shop''s '
+    'they are given as '''', which takes none; without an event type every row is a purchase. users_key and items_key are called as in '
+    'the events unless they are given, else user_id and item_id. event_types maps the shop''s '
     'words, as in {"buy": {"event_type": "purchase", "weight": 4}, "scroll": "ignore"}. user_features '
     'and item_features name the columns of users and items that the model reads, an empty array none; without them it '
     'reads all that it can, but for columns of users that look personal. exposure_column, a boolean, marks the rows of a '
@@ -975,9 +1002,9 @@ comment on function vae_private.check_owner_reads(vae.models, regclass[]) is
 create or replace function vae.set_tables(
     model text,
     users regclass default null,
-    users_key text default 'user_id',
+    users_key text default null,
     items regclass default null,
-    items_key text default 'item_id',
+    items_key text default null,
     user_features text[] default null,
     item_features text[] default null
 )

@@ -60,7 +60,7 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
         when object ~ '^(all_)?item_days[(]' then
             ': units, buyers, viewers and users who put it into a cart, a user once a day. Days count back from as_of, day 0 is'
             ' the 24 hours before it. Sales to anonymous buyers and to outliers count, returns do not. event_types'
-            ' are those whose events are sales.'
+            ' are the standard types whose events are sales, whatever the shop calls them.'
         when object like 'demand(%' then
             '. units_low to units_high holds what is sold in 80 % of the cases, likewise for buyers. Expected numbers are null'
             ' for an item that nothing happened to. "Now" is the end of the training window where a version was made of old events.'
@@ -87,10 +87,10 @@ select upper(left(purpose, 1)) || substr(purpose, 2) ||
             '. A row per user, item and moment. Left out: who was both within the horizon.'
         when object like 'audience%' then
             ' within the horizon. Their response_probability may be added up to the expected number of buyers, their'
-            ' uplift to the number of those who buy because of the offer, which can be far off for one item and is right over many; it is'
+            ' uplift to the number of those who buy because of the offer: both right over many items, and possibly far off for one. uplift is'
             ' null for several items and where the version claims none.'
             ' Options: exclude_buyers leaves out who bought one of the items before, min_probability who is less likely to buy; rank_by'
-            ' is response or uplift; among names a relation, public.subscribers say, whose column user_id (or among_key) lists who may be chosen.'
+            ' is response or uplift; among names a relation, public.subscribers say, that lists who may be chosen, in the column among_key, else called as in the events or user_id.'
         when object = 'offer_responses' then
             '. A row per offer and user, of offers that have not ended at the moment of the query; those of one that has not begun are'
             ' a plan. Join on user_id; write to users where is_chosen and is_running; sum response_probability where is_chosen for the'

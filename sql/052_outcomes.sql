@@ -315,9 +315,10 @@ begin
         '\n    r.incremental_buyers * o.value::float8 - r.users * coalesce(o.cost, 0)::float8 as incremental_profit,'
         '\n    coalesce(o.starts_at <= statement_timestamp(), true) and coalesce(o.ends_at > statement_timestamp(), true) as is_running'
         '\nfrom ('
-        -- With the users that are not chosen: of an offer that pays with nobody they say when it was scored.
-        '\n    select q.offer_id, count(*) filter (where s.is_chosen) as users,'
-        '\n        coalesce(sum(s.response_probability::float8) filter (where s.is_chosen), 0) as buyers,'
+        -- With the users that are not chosen: of an offer that pays with nobody they say when it was scored, and that its sums
+        -- are 0. An offer without any was not scored.
+        '\n    select q.offer_id, case when count(s.user_id) > 0 then count(*) filter (where s.is_chosen) end as users,'
+        '\n        case when count(s.user_id) > 0 then coalesce(sum(s.response_probability::float8) filter (where s.is_chosen), 0) end as buyers,'
         '\n        sum(s.uplift::float8) filter (where s.is_chosen) as incremental_buyers,'
         '\n        max(s.model_version) as model_version, max(s.scored_at) as scored_at'
         '\n    from vae.offers q'
@@ -350,15 +351,15 @@ begin
             ('offer_responses', 'is_running', 'Whether the offer has begun, at the moment of the query; false: it is planned.'),
             ('offers', 'offer', 'Name of the offer.'),
             ('offers', 'items', 'How many items are offered.'),
-            ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost.'),
-            ('offers', 'expected_buyers', 'How many of them buy one of the items within the horizon, on average, because of the offer or not.'),
+            ('offers', 'users', 'Users that are chosen: within the budget, and worth the cost; null as scored_at.'),
+            ('offers', 'expected_buyers', 'How many of them buy one of the items within the horizon, on average, because of the offer or not; null as scored_at.'),
             ('offers', 'expected_revenue', 'expected_buyers times what a buyer brings; null where the offer has no value.'),
-            ('offers', 'total_cost', 'What it costs to make the offer to them.'),
+            ('offers', 'total_cost', 'What it costs to make the offer to them; null as scored_at.'),
             ('offers', 'expected_profit', 'expected_revenue less total_cost.'),
             ('offers', 'starts_at', 'When the offer begins; null: it has begun.'),
             ('offers', 'ends_at', 'When it ends; null: never.'),
             ('offers', 'model_version', 'Version that scored its users, see vae.versions.'),
-            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined, or it has ended.'),
+            ('offers', 'scored_at', 'When its users were scored; null: not since it was defined, as before the next vae.refresh, or it lists nobody, as one that has ended.'),
             ('offers', 'is_running', 'Whether the offer has begun and has not ended, at the moment of the query.')
     ) as c (relation, column_name, comment);
 end;
@@ -451,12 +452,12 @@ begin
             using errcode = 'invalid_parameter_value', hint = 'name the table or view whose column it is: among => ''public.subscribers''';
     end if;
     if among is not null then
-        among_key := coalesce(among_key, 'user_id');
         -- A refresh runs what it names with the rights of the model's owner, so nobody else does.
         perform vae_private.check_owner(model);
         perform vae_private.check_readable(array[among]);
         select * into m from vae.models where models.model_id = id;
         perform vae_private.check_owner_reads(m, array[among]);
+        among_key := vae_private.named_key(among, among_key, m.user_id_column, 'user_id');
         key_type := vae_private.key_type(among, among_key, 'among_key');
         if key_type <> m.user_id_type and not array[key_type, m.user_id_type] <@ array['integer', 'bigint'] then
             raise exception 'keys of users differ: % in model %, % in %', m.user_id_type, model, key_type, among
@@ -504,8 +505,8 @@ comment on function vae.create_offer(text, text, anyarray, numeric, numeric, num
     'Defines an offer of some items: the next vae.refresh lists the max_users users who are likeliest to buy one of them in '
     '<model>.offer_responses, and sums them up in <model>.offers. value is what a buyer brings, cost what it costs to ask one user, '
     'budget what may be spent in all: they choose the users who are worth it. choose_by '
-    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. among names a table or view whose column '
-    'user_id (or among_key) lists the users who may be asked, subscribers for example: the others take no rank and no budget; only the model''s owner can. '
+    'uplift ranks and chooses by whom the offer makes buy, where the active version claims that. among names a table or view that '
+    'lists the users who may be asked, subscribers for example, in the column among_key, else called as in the events or user_id: the others take no rank and no budget; only the model''s owner can. '
     'Gives the number of the offer.';
 
 

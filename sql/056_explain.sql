@@ -97,7 +97,11 @@ begin
         m.name, format('item_titles(item_ids %s[])', i), format('table (item_id %s, title text)', i),
         case when title is null then format(E'select null::%s, null::text\nwhere false', i)
             else format(
-                E'select k.%1$I%2$s, left(btrim(k.%3$I::text), 80)\nfrom %4$I.%5$I k\nwhere k.%1$I = any ($1) and k.%3$I is not null',
+                -- On one line, since it becomes part of a sentence; a text of pages is not looked at whole.
+                E'select k.%1$I%2$s, case when length(t.title) > 80 then left(t.title, 79) || ''…'' else t.title end'
+                '\nfrom %4$I.%5$I k'
+                '\ncross join lateral (select btrim(regexp_replace(left(k.%3$I::text, 1000), ''[[:space:]]+'', '' '', ''g'')) as title) t'
+                '\nwhere k.%1$I = any ($1) and t.title <> ''''',
                 m.items_key_column, case i when 'text' then '::text' else '' end, title, m.items_schema, m.items_table) end);
     perform vae_private.make_function(
         m.name, format('because(user_id %s, item_id %s)', u, i), 'text',

@@ -4,7 +4,7 @@ create or replace function vae.set_candidates(
     model text,
     name text,
     relation regclass,
-    item_id text default 'item_id',
+    item_id text default null,
     for_refresh boolean default null
 )
 returns table (item_count bigint, known_item_count bigint, is_for_refresh boolean)
@@ -33,6 +33,7 @@ begin
             using errcode = 'null_value_not_allowed', hint = 'name the table or view that lists the items: relation => ''public.stock''';
     end if;
     perform vae_private.check_readable(array[relation]);
+    item_id := vae_private.named_key(relation, item_id, m.item_id_column, 'item_id');
     select c.* into before from vae.candidates c where c.model_id = m.model_id and c.for_refresh;
     -- Not given, it stays as it is.
     for_refresh := coalesce(for_refresh, before.name = name, false);
@@ -79,7 +80,7 @@ end;
 $$;
 
 comment on function vae.set_candidates(text, text, regclass, text, boolean) is
-    'Names a table or view whose column item_id lists the items that may be recommended, for recommend''s option '
+    'Names a table or view that lists the items that may be recommended, in the column that item_id names, else called as in the events or item_id, for recommend''s option '
     '{"candidates": name}; gives how many items it lists now, and how many of them the active version knows. It is read whenever '
     'it is used, with the rights of whoever asks. With for_refresh => true, vae.refresh recommends only these items. A name that '
     'exists is defined anew; unless for_refresh is given, it stays the set of the refreshes, or stays none.';

@@ -222,8 +222,8 @@ with facts as (
             when a.overridden is not null then format('%s forced past a gate: %s', a.activated_by, a.overridden)
             else format('version %s is newer than the active one and was not activated', f.newest_version) end,
         case when f.version is null then null
-            when a.overridden is not null then format('activate a version that passes, or train one: pgvae retrain %s --activate', f.model)
-            else format('select * from vae.check_activation(%L, %s) says what it fails', f.model, f.newest_version) end,
+            when a.overridden is not null then format('in a terminal: pgvae retrain %s --activate', f.model)
+            else format('select * from vae.check_activation(%L, %s)', f.model, f.newest_version) end,
         'the active version passed them'
     from facts f
     left join lateral (

@@ -31,6 +31,7 @@ grant execute on function
     vae_private.check_stored(vae.models, text),
     vae_private.shop_table(text, text),
     vae_private.base_type(oid),
+    vae_private.named_key(regclass, text, text, text),
     vae_private.column_type(regclass, text, text),
     vae_private.looks_personal(text),
     vae_private.table_features(regclass, text, text),

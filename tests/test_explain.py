@@ -259,13 +259,19 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
     # With the shop's titles, in the view too.
     trained.execute(
         "create table goods as"
-        " select distinct item_id as id, case when item_id % 2 = 0 then ' Good ' || item_id || ' ' end"
+        " select distinct item_id as id,"
+        " case item_id % 4"
+        " when 0 then ' Good ' || item_id || ' '"
+        " when 1 then ' ' when 2 then E'Good\\n\\t' || item_id end"
         ' as "Name" from events'
     )
     trained.execute("update vae.models set items_schema = 'public', items_table = 'goods', items_key_column = 'id'")
     trained.execute("select vae.rebuild_model('shop')")
     trained.execute("call vae.refresh('shop', views => '{explanations}')")
     titled = in_words(best, lambda key: f"Good {key}" if key % 2 == 0 else str(key))
+    titles = "select item_id, title from shop.item_titles((select array_agg(id) from goods)) order by 1"
+    even = rows(trained, "select id from goods where id % 2 = 0 order by 1")
+    assert rows(trained, titles) == [(key, f"Good {key}") for (key,) in even]
     assert rows(trained, "select shop.because(%s, %s)", [user, item]) == [(titled,)]
     assert rows(trained, "select distinct because from shop.explanations where user_id = %s", [user]) == [(titled,)]
     found = rows(
@@ -274,6 +280,8 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
         " bool_or(e.because like '%Good%') from shop.explanations e where e.rank = 1",
     )
     assert found == [(30, 30, True)]
+    trained.execute("""update goods set "Name" = repeat('ä b ', 4000) where id = (select min(id) from goods)""")
+    assert ("ä b " * 19 + "ä b…") in [title for _, title in rows(trained, titles)]
 
 
 def test_recommendations_are_refreshed_before_they_are_explained(trained: psycopg.Connection) -> None:

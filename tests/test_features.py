@@ -202,6 +202,12 @@ def test_what_is_not_there_or_no_number_gives_no_token() -> None:
         (["NaN"] * 10, "number", "has no finite values"),
         (["same"] * 10, "text", "has one value only"),
         ([f"sku-{n}" for n in range(40)], "text", "looks like an identifier: 40 different values in 40 rows"),
+        (
+            [f"{n}.{n % 10}" for n in range(40)],
+            "text",
+            "is text, though its values are numbers: give a view that casts it",
+        ),
+        ([f"{n:013}" for n in range(40)], "text", "looks like an identifier: 40 different values in 40 rows"),
         ([f"{n:032x}" for n in range(40)], "category", "looks like an identifier: 40 different values in 40 rows"),
         (["a", "b"] * 2, "category", "has no value that occurs in 3 rows"),
         ([["a"], ["b"], []], "tags", "has no value that occurs in 3 rows"),

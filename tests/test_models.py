@@ -184,6 +184,33 @@ def test_tables_and_columns_that_do_not_fit_are_refused(
     assert (refused.sqlstate, refused.message_primary) == (sqlstate, message)
 
 
+def test_keys_of_other_tables_are_called_as_in_the_events_unless_they_are_named(
+    rolled_back: psycopg.Connection,
+) -> None:
+    rolled_back.execute(
+        "create view orders as select user_id as customer, item_id as sku, occurred_at from events;"
+        "create view customers as select distinct customer from orders;"
+        # Both names: that of the events is meant.
+        "create view goods as select distinct sku, 'x' as item_id, 'y' as title from orders;"
+        "create view people_of_old as select distinct customer as user_id from orders"
+    )
+    columns = {"user_id": "customer", "item_id": "sku", "event_type": "", "quantity": ""}
+    create_model(rolled_back, "shop", events="orders", users="customers", items="goods", **columns)
+    keys = "select users_key_column, items_key_column from vae.models where name = %s"
+    assert rolled_back.execute(keys, ["shop"]).fetchall() == [("customer", "sku")]
+    create_model(rolled_back, "usual", events="orders", users="people_of_old", **columns)
+    assert rolled_back.execute(keys, ["usual"]).fetchall() == [("user_id", None)]
+    rolled_back.execute("select vae.set_tables('usual', users => 'customers', items => 'goods')")
+    assert rolled_back.execute(keys, ["usual"]).fetchall() == [("customer", "sku")]
+    rolled_back.execute("select * from vae.set_candidates('usual', 'all', 'goods')")
+    rolled_back.execute("select vae.create_offer('usual', 'sale', array[1], among => 'customers')")
+    rolled_back.execute("select vae.create_offer('usual', 'old', array[1], among => 'people_of_old')")
+    assert rolled_back.execute("select item_id_column from vae.candidates").fetchall() == [("sku",)]
+    assert rolled_back.execute("select among_column from vae.offers order by offer_id").fetchall() == [
+        ("customer",), ("user_id",),
+    ]  # fmt: skip
+
+
 def test_a_quantity_that_is_none_by_its_name_is_refused_with_a_way_out(rolled_back: psycopg.Connection) -> None:
     rolled_back.execute("alter table events add quantity text")
     with rolled_back.transaction(force_rollback=True):

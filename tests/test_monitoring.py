@@ -406,7 +406,7 @@ def test_each_thing_that_goes_wrong_shows_with_its_remedy(trained: Connection) -
     publish_network(trained.info.dsn, "shop", QUICK, 7)
     status, detail, remedy = checks(trained)["gates"]
     assert (status, detail) == ("warning", "version 2 is newer than the active one and was not activated")
-    assert remedy == "select * from vae.check_activation('shop', 2) says what it fails"
+    assert remedy == "select * from vae.check_activation('shop', 2)"
     trained.execute(
         "insert into vae.metrics (version_id, method, split, slice, metric, k, value, user_count)"
         " select version_id, m.method, 'temporal', 'all', 'ndcg', 20, m.value, 100 from vae.versions"

@@ -714,6 +714,12 @@ def test_an_audience_among_some_users(shop: Connection) -> None:
         expected = [row for row in everybody if row[0] % 3 == 0]
         assert [row[:2] for row in some] == [(rank, user) for rank, (user, _) in enumerate(expected, start=1)]
         assert [row[2] for row in some] == pytest.approx([row[1] for row in expected], rel=1e-5)
+        # The column may be called as in the events.
+        shop.execute("update vae.models set user_id_column = 'person'")
+        found = shop.execute(
+            """select user_id from shop.audience(4, 1000, '{"among": "public.opted_in"}') order by rank"""
+        ).fetchall()
+        assert found == [(user,) for _, user, _ in some]
         shop.execute("create temporary table few as select 9::integer as user_id")
         found = shop.execute("""select user_id from shop.audience_of_category('A', 5, '{"among": "pg_temp.few"}')""")
         assert found.fetchall() == [(9,)]
@@ -823,7 +829,7 @@ def test_offers_among_the_same_users_read_them_once(shop: Connection) -> None:
 
 def test_a_list_of_users_under_another_name_is_refused_with_the_option_that_names_it(shop: Connection) -> None:
     found = refusal(shop, """select * from shop.audience(1, options => '{"among": "public.items"}')""")
-    assert "among_key" in str(found.message_hint)
+    assert found.message_hint == "name the column of public.items that holds the keys of the users with among_key"
 
 
 @pytest.mark.parametrize(
@@ -925,7 +931,11 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         shop.execute("select vae.create_offer('shop', 'spring', array[2, 5], value => 40, cost => 0.5, budget => 20)")
         shop.execute("select vae.create_offer('shop', 'all', array[3], max_users => 500, exclude_buyers => true)")
         shop.execute("select vae.create_offer('shop', 'over', array[3], ends_at => now() - interval '1 day')")
-        assert shop.execute("select count(*) from shop.offers where users = 0 and scored_at is null").fetchone() == (3,)
+        # Nobody was scored yet, which is not the same as nobody is worth it.
+        unknown = (
+            "select users, expected_buyers, expected_revenue, total_cost, expected_profit, scored_at from shop.offers"
+        )
+        assert shop.execute(unknown).fetchall() == [(None,) * 6] * 3
         shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
         logged = shop.execute(
             "select view, state, row_count from vae.refreshes order by refresh_id desc limit 1"
@@ -1011,7 +1021,7 @@ def test_offers_begin_and_end_without_a_refresh(shop: Connection) -> None:
         ]
         assert shop.execute(summed).fetchall() == [
             ("always", 4, True, False),
-            ("ending", 0, False, True),
+            ("ending", None, False, True),
             ("planned", 6, True, False),
         ]
     finally:

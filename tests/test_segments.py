@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,25 @@ def test_users_of_one_taste_are_one_segment_named_by_it() -> None:
     }
 
 
+def test_only_a_segment_that_had_no_name_is_given_another() -> None:
+    dataset = taste_shop(with_categories=True)
+    weights, config = taste_weights(dataset), TrainingConfig(segments=3)
+    first = find_segments(dataset, weights, config, max_history=50)
+    before = replace(
+        previous([(7, "mixed tastes"), (8, "mixed tastes (2)"), (9, "Toys of old")], 9),
+        weights={**weights, **first.tensors()},
+        item_keys=list(dataset.item_keys),
+        event_types=list(dataset.event_types),
+        user_pipeline=FeaturePipeline().to_json(),
+    )
+    found = find_segments(dataset, weights, config, max_history=50, previous=before)
+    assert [(row.segment, row.name) for row in found.rows] == [
+        (7, first.rows[0].name),
+        (8, first.rows[1].name),
+        (9, "Toys of old"),
+    ]
+
+
 def test_users_are_clustered_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where several wait for each other, on a busy machine, it takes seven times as long.
     threads: set[int] = set()
@@ -274,8 +294,42 @@ def test_what_few_users_have_is_no_name() -> None:
 )
 def test_the_column_that_names_segments(columns: list[tuple[str, str]], chosen: str | None) -> None:
     given = [FeatureColumn(name=name, kind=kind, first=0, vocabulary=("a", "b")) for name, kind in columns]
-    found = segments._telling_column(given)
-    assert (found.name if found else None) == chosen
+    found = segments._telling_columns(given)
+    assert (found[0].name if found else None) == chosen
+
+
+def test_words_name_segments_rather_than_numbers_do() -> None:
+    column = partial(FeatureColumn, kind="category", first=0)
+    seller = column(name="seller_id", vocabulary=("23", "5"))
+    organic = column(name="organic", vocabulary=("false", "true"))
+    colour = column(name="colour", vocabulary=("", "12", "red"))
+    title = replace(colour, name="title", kind="words")
+    category = replace(seller, name="category_no")
+    assert segments._telling_columns([seller, title, organic, colour, category]) == [
+        category,
+        colour,
+        title,
+        seller,
+        organic,
+    ]
+
+
+def test_segments_are_named_by_a_column_that_sets_them_apart() -> None:
+    dataset = taste_shop(with_categories=True)
+    _, category = dataset.item_pipeline.columns
+    colour = FeatureColumn(name="colour", kind="category", first=0, vocabulary=("blue", "red"))
+    # A column that comes first, and that is the same in all segments.
+    tokens = [[item % 2, 2 + item // 4] for item in range(12)]
+    coloured = replace(
+        dataset,
+        item_features=FeatureBag.of(tokens),
+        item_pipeline=FeaturePipeline(columns=(colour, replace(category, name="kind", first=2))),
+    )
+    places = np.arange(60) % 3
+    assert segments._characteristics(coloured, np.arange(60), places, 3) == segments._characteristics(
+        dataset, np.arange(60), places, 3
+    )
+    assert segments._set_apart(coloured, np.arange(60), places, 3, colour) == [[], [], []]
 
 
 def test_the_number_of_segments_is_the_one_that_fits() -> None:

@@ -342,6 +342,6 @@ def audience(
     rank_by = chosen.get("rank_by", audiences.RESPONSE)
     if rank_by == audiences.UPLIFT:
         audiences.check_uplift(version, "rank_by", len(items))
-    relation, column = chosen.pop("among", None), chosen.pop("among_key", "user_id")
+    relation, column = chosen.pop("among", None), chosen.pop("among_key", None)
     among = None if relation is None else audiences.read_users(plpy, version, relation, column)
     return audiences.audience_of(plpy, version, audiences.Criteria(items=items, k=k, among=among, **chosen))

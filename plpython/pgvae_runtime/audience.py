@@ -50,7 +50,13 @@ order by o.offer_id
 """
 
 
-_RELATION = "select $1::regclass::text as name"
+# The column is the one that is named, else the one that the events call so, else user_id.
+_RELATION = """
+select r.relation::text as name, vae_private.named_key(r.relation, $2, m.user_id_column, 'user_id') as column
+from (select $1::regclass as relation) r
+cross join vae.models m
+where m.model_id = $3
+"""
 # Spelled as the shop's own type spells them.
 _USERS = """
 select array_agg(distinct u.{column}::{key_type}::text) as users
@@ -97,7 +103,7 @@ def offered_items(version: Version, what: str, item_keys: Sequence[str | None]) 
             raise ScoringError(
                 f"{what} names item {'null' if key is None else key}{'' if key is None else ' twice'}",
                 sqlstate=INVALID_PARAMETER,
-                hint="name each item once",
+                hint="leave it out, as array_remove does" if key is None else "name each item once",
             )
         seen[key] = None
         if key not in indexes:
@@ -194,15 +200,15 @@ def check_uplift(version: Version, what: str, items: int) -> None:
         )
 
 
-def read_users(plpy: Any, version: Version, relation: str, column: str) -> frozenset[str]:
+def read_users(plpy: Any, version: Version, relation: str, column: str | None) -> frozenset[str]:
     """Gives the keys of the users that a relation lists, read with the rights of the caller.
 
     ScoringError where it cannot be read, or lists nobody: a list of subscribers that is empty by mistake is no list.
     """
     try:
         # By its name as regclass reads it: no other text becomes part of the query.
-        name = execute(plpy, _RELATION, ["text"], [relation])[0]["name"]
-        column = plpy.quote_ident(column)
+        row = execute(plpy, _RELATION, ["text", "text", "integer"], [relation, column, version.model_id])[0]
+        name, column = row["name"], plpy.quote_ident(row["column"])
         is_integer = version.user_id_type == "integer"
         query = _USERS.format(
             relation=name,
@@ -218,7 +224,7 @@ def read_users(plpy: Any, version: Version, relation: str, column: str) -> froze
         if error.sqlstate == INSUFFICIENT_PRIVILEGE:
             hint = f"the owner of {relation} can allow it with a grant of select, and of usage on its schema"
         elif error.sqlstate == UNDEFINED_COLUMN:
-            hint = f"name its column with the keys of the users with among_key, or call it user_id in {relation}"
+            hint = f"name the column of {relation} that holds the keys of the users with among_key"
         elif not error.sqlstate.startswith(_LASTING):
             hint = "try again once that has passed"
         raise ScoringError(
@@ -261,7 +267,7 @@ def offer_audiences(plpy: Any, version: Version, offers: Sequence[Offer]) -> Ite
     runs.record(version, "offer_responses", done, left_out="; ".join(left_out) or None)
 
 
-def _criteria_of(version: Version, offer: Offer, users_of: Callable[[str, str], frozenset[str]]) -> Criteria:
+def _criteria_of(version: Version, offer: Offer, users_of: Callable[[str, str | None], frozenset[str]]) -> Criteria:
     """Gives the users that an offer asks for; ScoringError where the version cannot tell them."""
     if offer.choose_by == UPLIFT:
         check_uplift(version, "choose_by", len(offer.item_keys))
@@ -270,7 +276,7 @@ def _criteria_of(version: Version, offer: Offer, users_of: Callable[[str, str], 
         k=offer.max_users,
         exclude_buyers=offer.exclude_buyers,
         rank_by=offer.choose_by,
-        among=None if offer.among is None else users_of(offer.among, offer.among_key or ""),
+        among=None if offer.among is None else users_of(offer.among, offer.among_key),
     )
 
 

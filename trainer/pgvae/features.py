@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ _MAX_TOKENS = 20_000
 _MAX_LENGTH = 200
 # What stands in more rows than this share tells little.
 _MAX_WORD_SHARE = 0.5
+_DECIMAL = re.compile(r"-?[0-9]+([.,][0-9]+)?")
 
 # Rows of one key, as JSON.
 Documents = Sequence[str]
@@ -93,6 +95,8 @@ def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
     kind = "category" if column.kind == "text" else str(column.kind)
     if column.kind == "text" and 2 * len(set(values)) > len(values):
         if sum(len(value.split()) for value in values) < 2 * len(values):
+            if _are_decimals(values):
+                return "is text, though its values are numbers: give a view that casts it"
             return f"looks like an identifier: {len(set(values))} different values in {len(values)} rows"
         if source == "users":
             return "is free text about a person"
@@ -116,6 +120,12 @@ def _fit(column: Column, rows: list[Row], source: str) -> FeatureColumn | str:
     if not vocabulary:
         return "has no word that occurs often, but not in most rows"
     return FeatureColumn(name=column.column_name, kind=kind, first=0, vocabulary=tuple(vocabulary))
+
+
+def _are_decimals(values: list[str]) -> bool:
+    """Says whether texts are numbers, most of them with decimals: prices, say, and not article numbers."""
+    found = [_DECIMAL.fullmatch(value.strip()) for value in values]
+    return all(found) and 2 * sum(1 for match in found if match and match[1]) > len(found)
 
 
 def _fit_number(name: str, kind: str, values: list[Any], row_count: int, source: str) -> FeatureColumn | str:

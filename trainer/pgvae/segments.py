@@ -166,7 +166,9 @@ def find_segments(
             number, name, overlap = kept[place]
         else:
             highest += 1
-            number, name, overlap = highest, _name(labels[place], taken), None
+            number, name, overlap = highest, "", None
+        if not name or (labels[place] and name.startswith(_NAMELESS)):
+            name = _name(labels[place], taken)
             taken.add(name)
         own_users = places == place
         rows.append(
@@ -341,10 +343,33 @@ def _characteristics(
 ) -> list[list[tuple[str, float]]]:
     """Gives (label, lift) of the labels that tell most about each segment, of the items that its users have events on.
 
+    The labels are the values of the first column that tells three in four of the segments apart, or else of the one
+    that tells most of them.
+    """
+    best: list[list[tuple[str, float]]] = []
+    columns: Sequence[FeatureColumn | None] = _telling_columns(dataset.item_pipeline.columns) or [None]
+    for column in columns:
+        found = _set_apart(dataset, users, places, count, column)
+        if not best or sum(map(bool, found)) > sum(map(bool, best)):
+            best = found
+        if 4 * sum(map(bool, best)) >= 3 * count:
+            break
+    return best
+
+
+def _set_apart(
+    dataset: Dataset,
+    users: NDArray[np.int64],
+    places: NDArray[np.int64],
+    count: int,
+    column: FeatureColumn | None,
+) -> list[list[tuple[str, float]]]:
+    """Gives (label, lift) of each segment's labels of one column; none where nothing sets it apart.
+
     Lift is the label's share in the segment's (user, item) pairs over its share in all of them; the labels come in the
     order of share times log lift, which is what each adds to the divergence of the two distributions.
     """
-    labels, item, label = _labels(dataset)
+    labels, item, label = _labels(dataset, column)
     rows, counts = dataset.rows_of(users)
     pairs = np.unique(np.repeat(np.arange(len(users)), counts) * len(dataset.item_keys) + dataset.item[rows])
     user, pair_item = np.divmod(pairs, len(dataset.item_keys))
@@ -369,25 +394,33 @@ def _characteristics(
     return found
 
 
-def _labels(dataset: Dataset) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
-    """Gives the labels and the (item, label) pairs: values of a column of the items if one tells, else their keys."""
-    column = _telling_column(dataset.item_pipeline.columns)
+def _labels(
+    dataset: Dataset, column: FeatureColumn | None
+) -> tuple[Sequence[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Gives the labels and the (item, label) pairs: values of a column of the items, else their keys."""
     if column is None:
         numbers = np.arange(len(dataset.item_keys))
         return dataset.item_keys, numbers, numbers
     bag = dataset.item_features
     item = np.repeat(np.arange(len(bag)), bag.counts())
     own = (bag.token >= column.first) & (bag.token < column.first + column.size)
-    return column.vocabulary, item[own], bag.token[own] - column.first
+    # "23" names nothing without "seller_id".
+    labels = [f"{column.name} {entry}" for entry in column.vocabulary] if _is_coded(column) else column.vocabulary
+    return labels, item[own], bag.token[own] - column.first
 
 
-def _telling_column(columns: Sequence[FeatureColumn]) -> FeatureColumn | None:
-    """Gives the column whose values name a segment best: one that is called category, else the first category, else the
-    first tags, else the first words.
+def _telling_columns(columns: Sequence[FeatureColumn]) -> list[FeatureColumn]:
+    """Gives the columns whose values can name a segment, those first that people understand best: what is called
+    category, then categories, tags and words, and last those whose values are no words themselves.
     """
     kinds = ("category", "tags", "words")
     fitting = [column for column in columns if column.kind in kinds and column.size > 1]
-    return min(fitting, key=lambda c: ("categor" not in c.name.lower(), kinds.index(c.kind)), default=None)
+    return sorted(fitting, key=lambda c: ("categor" not in c.name.lower(), _is_coded(c), kinds.index(c.kind)))
+
+
+def _is_coded(column: FeatureColumn) -> bool:
+    """Says whether the values of a column tell nothing without its name: numbers, true and false."""
+    return all(entry.isdigit() or entry in ("true", "false") for entry in column.vocabulary)
 
 
 def _name(labels: Sequence[tuple[str, float]], taken: set[str]) -> str:

@@ -131,11 +131,12 @@ def verdict(version: PublishedVersion) -> Verdict:
         chance = () if "popularity" in behind else ("With this many people the difference may be chance.",)
         return Verdict(
             tone="bad",
-            headline="Do not use it: a plain list of bestsellers ranks better",
+            headline="Do not use its lists: a plain list of bestsellers ranks better",
             sentences=(
                 *sentences,
                 *chance,
-                "Activation refuses it unless it is forced. More events, or pgvae tune, may help.",
+                "Activation refuses it unless it is forced. More events, or pgvae tune, may help."
+                " The forecasts of demand and of who leaves do not depend on it.",
             ),
         )
     if behind:
@@ -203,7 +204,7 @@ CALIBRATIONS = {
     "response_calibration": (
         "Who answers an offer",
         "Pairs of a person and an item, by the predicted probability that the item is bought. On the dashed line the"
-        " expected buyers of an audience may be added up.",
+        " expected buyers may be added up over items; those of one that people buy again and again may be far off.",
     ),
 }
 
