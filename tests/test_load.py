@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -107,6 +107,36 @@ def test_parquet_goes_the_same_way(empty_database: str, run_cli: RunCli, tmp_pat
         (1, "a", "view", datetime(2024, 1, 1, 12, tzinfo=UTC)),
         (None, "b\tc\\", "buy", datetime(2024, 1, 2, 12, tzinfo=UTC)),
         (3, "d\n'e", None, datetime(2024, 1, 3, 12, tzinfo=UTC)),
+    ]
+
+
+def test_times_of_parquet_are_read_to_the_microsecond_and_those_of_no_calendar_are_rejected(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    at = 1_700_000_000
+    table = pyarrow.table(
+        {
+            "user": [*range(20), 20],
+            "item": ["a"] * 21,
+            "ts": pyarrow.array([at * 10**9 + 123_456_789] * 21, pyarrow.timestamp("ns")),
+            # Of the last one the year is 11476.
+            "seen_at": pyarrow.array([at * 10**6] * 20 + [3 * 10**17], pyarrow.timestamp("us", "Europe/Berlin")),
+            "born_on": pyarrow.array([date(1990, 2, 1)] * 21),
+            "opens_at": pyarrow.array([3600 * 10**9 + 1] * 21, pyarrow.time64("ns")),
+        }
+    )
+    parquet.write_table(table, tmp_path / "events.parquet")
+    done = run_cli("load", "events", str(tmp_path / "events.parquet"), "--yes", "--type", "seen_at=timestamptz",
+                   dsn=empty_database)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 rejected" in done.stdout
+    assert rows(empty_database, "select distinct occurred_at, seen_at, born_on, opens_at::text from events") == [
+        (
+            datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC),
+            datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC),
+            date(1990, 2, 1),
+            "01:00:00",
+        )
     ]
 
 

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -183,12 +182,21 @@ def _parquet_batches(name: str, file: Any) -> Iterator[Batch]:
     line = 1
     try:
         for arrow in file.iter_batches(batch_size=BATCH_ROWS):
-            columns = [[_text(value) for value in column.to_pylist()] for column in arrow.columns]
+            columns = [[_text(value) for value in _plain(column).to_pylist()] for column in arrow.columns]
             rows = [list(row) for row in zip(*columns, strict=True)]
             yield Batch(rows=rows, lines=list(range(line, line + len(rows))))
             line += len(rows)
     except pyarrow.ArrowException as error:
         raise PgvaeError(f"file {name} is damaged: {error}", hint="fetch it again") from error
+
+
+def _plain(column: Any) -> Any:
+    """Gives a column without what Python's times lack, such as nanoseconds and the year 10 000: those as texts."""
+    import pyarrow
+
+    if pyarrow.types.is_timestamp(column.type) or pyarrow.types.is_date(column.type):
+        return column.cast(pyarrow.string())
+    return column.cast(pyarrow.time64("us"), safe=False) if pyarrow.types.is_time64(column.type) else column
 
 
 def _text(value: object) -> str:
@@ -201,4 +209,4 @@ def _text(value: object) -> str:
         if math.isnan(value):
             return ""
         return str(int(value)) if value.is_integer() and abs(value) < _EXACT else str(value)
-    return value.isoformat(" ") if isinstance(value, datetime) else str(value)
+    return str(value)
