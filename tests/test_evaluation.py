@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,12 @@ from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
 from pgvae.measurement import BINS, LEAST_SHARE, calibration_error, measure
+from pgvae.publish import replace_metrics
 from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics
 from pgvae.rows import ALL, Metric
 from pgvae.server import Server
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
+from pgvae.versions import find_version
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import History
 from shop import BEGIN, QUICK, Shop, train
@@ -812,6 +815,26 @@ def test_a_shop_with_too_few_users_is_told_so(trained_database: str, run_cli: Ru
     assert "20 are needed" in done.stderr
     assert "hint: give --split random" in done.stderr
     assert stored(trained_database, "strong") == []
+
+
+def test_of_two_evaluations_at_once_the_later_one_stays(trained_database: str) -> None:
+    def metric(value: float) -> Metric:
+        return Metric(
+            method="pgvae", split="random", metric="ndcg", k=20, value=value, lower=None, upper=None, user_count=1
+        )
+
+    def replaced(value: float) -> None:
+        with psycopg.connect(trained_database) as connection:
+            replace_metrics(connection, find_version(connection, "shop"), [metric(value)])
+
+    with ThreadPoolExecutor(1) as pool:
+        with psycopg.connect(trained_database) as first:
+            replace_metrics(first, find_version(first, "shop"), [metric(0.1)])
+            second = pool.submit(replaced, 0.2)
+            with pytest.raises(TimeoutError):
+                second.result(0.5)
+        second.result(30)
+    assert [row[5] for row in stored(trained_database, "random")] == [0.2]
 
 
 def test_the_queries_of_the_page_find_what_was_measured(lively: str, run_cli: RunCli) -> None:
