@@ -226,7 +226,7 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
         "recency": selected.recency,
         "validation_ndcg": {
             f"{choice.way} × {choice.scale:g}, recency {choice.recency:g}" if choice.way else "none": round(ndcg, 5)
-            for choice, ndcg in selected.judged.items()
+            for choice, ndcg in selected.shortcut_ndcg.items()
         },
         "epoch_seconds": round(float(np.mean([epoch.seconds for epoch in final.curve])), 2),
         "seconds_to_95_percent": _to_95_percent(curve),
