@@ -306,6 +306,35 @@ def test_a_few_broken_times_do_not_make_the_column_text(empty_database: str, run
     assert "not read as times: --type occurred_at=timestamptz rejects what is none" in done.stdout
 
 
+def test_what_python_reads_and_postgresql_does_not_stops_no_load(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "events.csv", "user,item,date,price\n1,2,2024-W01-1,１.５\n1,3,2024-01-02,2.5\n")
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select occurred_at::text, price from events order by 1") == [
+        ("2024-01-01", "１.５"),
+        ("2024-01-02", "2.5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("time", "options", "is_told"),
+    [
+        ("2024-01-01 10:00:00", (), True),
+        ("2024-01-01T10:00:00Z", (), False),
+        ("2024-01-01 10:00:00", ("--timezone", "Europe/Berlin"), False),
+    ],
+)
+def test_times_without_a_zone_are_said_to_be_read_as_utc(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, time: str, options: tuple[str, ...], is_told: bool
+) -> None:
+    file = write(tmp_path / "events.csv", f"user,item,ts\n1,2,{time}\n")
+    done = run_cli("load", "events", file, "--dry-run", *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert ("times without a zone are read as UTC" in done.stdout) == is_told
+
+
 def test_numbers_that_are_no_times_are_said_to_be_none(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
     file = write(tmp_path / "events.csv", "user,item,ts\n1,2,511\n1,3,1012\n")
     done = run_cli("load", "events", file, "--yes", dsn=empty_database)

@@ -15,9 +15,10 @@ DateOrder = Literal["dmy", "mdy"]
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+# Digits of other scripts, which int() reads, too, PostgreSQL does not.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # 1234,50 and 1.234,50. Three digits alone after a comma may be thousands: such a column is not taken for numbers.
-_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", re.ASCII)
 _DECIMALS = re.compile(r",(?!\d{3}$)\d+$")
 _SLASHED = re.compile(
     r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?(?: ?([AaPp])\.?[Mm]\.?)?)?"
@@ -79,7 +80,11 @@ def infer(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
     if all(len(value) <= 10 and _is_date(value) for value in filled):
         return "date", None
     if all(len(value) >= 8 and _is_timestamp(value) for value in filled):
-        return "timestamptz", "times without a zone are read as UTC" if dialect.timezone is UTC else None
+        # ZoneInfo("UTC") and datetime's own are two.
+        is_told = str(dialect.timezone) == "UTC" and any(
+            datetime.fromisoformat(value).tzinfo is None for value in filled
+        )
+        return "timestamptz", "times without a zone are read as UTC" if is_told else None
     return "text", None
 
 
@@ -246,7 +251,8 @@ def _is_timestamp(text: str) -> bool:
 
 def _date(text: str, dialect: Dialect) -> str:
     if _is_date(text):
-        return text
+        # 2024-W01-1 is one, too, and PostgreSQL does not read it.
+        return date.fromisoformat(text).isoformat()
     if found := _slashed(text, dialect.date_order or "dmy"):
         return found.date().isoformat()
     return Bad(f"{_shown(text)} is no date")
