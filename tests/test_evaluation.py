@@ -24,6 +24,7 @@ from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
 from pgvae.comparison import METHODS, compare, evaluate, summarise
+from pgvae.config import TrainingConfig
 from pgvae.console import out
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
@@ -854,6 +855,8 @@ def test_the_configuration_is_that_of_the_version(lively: str) -> None:
     assert row is not None
     assert config_of(row[0]) == QUICK
     assert config_of({"epochs": 9, "event_types": []}).epochs == 9
+    # As versions have it that were trained when 0 stood for no temperature.
+    assert config_of({"temperature": 0.0}) == TrainingConfig()
 
 
 def test_trainers_replace_the_metrics_of_models_that_they_may_use(lively: str, role: str) -> None:
