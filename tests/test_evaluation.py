@@ -31,7 +31,7 @@ from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
 from pgvae.measurement import BINS, LEAST_SHARE, calibration_error, measure
 from pgvae.publish import replace_metrics
-from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics
+from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics, ranked_batches
 from pgvae.rows import ALL, Metric
 from pgvae.server import Server
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
@@ -371,6 +371,23 @@ def test_folds_test_everything_once(name: str) -> None:
         assert sorted(user for split in splits for user in split.test.users) == list(range(60))
         # Of each held-out user's ten items a fifth is to be found.
         assert {len(truth_of(split.test)) / len(split.test.users) for split in splits} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["random", "strong"])
+def test_what_chance_holds_out_is_looked_for_outside_of_the_history(name: str) -> None:
+    dataset = shop_dataset()
+    split = next(SPLITS[name](dataset, seed=1))
+    for holdout in (split.validation, split.test):
+
+        def as_before(history: History) -> NDArray[np.float32]:
+            scores = np.zeros((len(history.counts), len(dataset.item_keys)), dtype=np.float32)
+            scores[history.users(), history.item] = 1.0
+            return scores
+
+        # Some were viewed and not bought: none of them is ranked, however high a method thinks of it.
+        assert holdout.before.pairs().size > holdout.before.pairs(holdout.before.targets).size
+        assert all((scores < 1.0).all() for _, scores in ranked_batches(holdout, as_before))
+        assert (per_user_metrics(holdout, as_before, 1000)["recall"] == 1.0).all()
 
 
 @pytest.mark.parametrize("name", sorted(SPLITS))
