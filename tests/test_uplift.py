@@ -395,7 +395,7 @@ def test_the_effect_on_a_simulated_shop_is_the_true_one(database: str) -> None:
     with psycopg.connect(database) as connection:
         create_model(connection, events="sim.events", users="sim.users", items="sim.items", exposure_column="exposed")
         dataset = read_dataset(connection, "shop")
-        assignments = read_assignments(connection, "shop", dataset)
+        assignments = read_assignments(connection, "shop")
     assert assignments is not None
     # But for users whose only event is their registration.
     assert 0.98 * truth.assignments < len(assignments) <= truth.assignments

@@ -64,7 +64,7 @@ class Trial:
         return 2 * self.assignments.exposed.astype(np.int64) + self.bought
 
 
-def read_assignments(connection: psycopg.Connection, model: str, dataset: Dataset) -> Assignments | None:
+def read_assignments(connection: psycopg.Connection, model: str) -> Assignments | None:
     """Gives the assignments of a model, in the transaction that read its data set; None where no column holds any.
 
     Left out are those of users and items without events, of whom there is nothing to say.
