@@ -335,6 +335,17 @@ def test_times_without_a_zone_are_said_to_be_read_as_utc(
     assert ("times without a zone are read as UTC" in done.stdout) == is_told
 
 
+def test_a_column_without_a_zone_holds_the_times_of_utc(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    times = ["2024-01-01 10:00:00", "2024-01-01T12:00:00+05:00", "1704103200"]
+    file = write(tmp_path / "events.csv", "user,item,ts\n" + "".join(f"1,2,{time}\n" for time in times))
+    options = ("--timezone", "Europe/Berlin", "--type", "occurred_at=timestamp", "--yes")
+    done = run_cli("load", "events", file, *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select occurred_at::text from events order by 1") == [
+        ("2024-01-01 07:00:00",), ("2024-01-01 09:00:00",), ("2024-01-01 10:00:00",)
+    ]  # fmt: skip
+
+
 def test_numbers_that_are_no_times_are_said_to_be_none(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
     file = write(tmp_path / "events.csv", "user,item,ts\n1,2,511\n1,3,1012\n")
     done = run_cli("load", "events", file, "--yes", dsn=empty_database)

@@ -138,7 +138,7 @@ def has_decimal_commas(values: Sequence[str]) -> bool:
 
 def converter(sql_type: str, dialect: Dialect, *, decimal_commas: bool = False) -> Callable[[str], str]:
     """Gives the function that turns a text into COPY's text format, or into Bad; PgvaeError for an unknown type."""
-    base = {"timestamp": "timestamptz", "double precision": "numeric", "real": "numeric", "varchar": "text"}
+    base = {"double precision": "numeric", "real": "numeric", "varchar": "text"}
     convert = {
         "smallint": lambda text: _integer(text, "smallint"),
         "integer": lambda text: _integer(text, "integer"),
@@ -148,6 +148,7 @@ def converter(sql_type: str, dialect: Dialect, *, decimal_commas: bool = False) 
         "uuid": _uuid,
         "date": lambda text: _date(text, dialect),
         "timestamptz": lambda text: _timestamp(text, dialect),
+        "timestamp": lambda text: _timestamp(text, dialect, has_zone=False),
         "text": None,
     }
     name = base.get(sql_type, sql_type)
@@ -258,12 +259,15 @@ def _date(text: str, dialect: Dialect) -> str:
     return Bad(f"{_shown(text)} is no date")
 
 
-def _timestamp(text: str, dialect: Dialect) -> str:
+def _timestamp(text: str, dialect: Dialect, *, has_zone: bool = True) -> str:
+    """Gives the time; for a type without a zone that of UTC, as pgvae reads it: PostgreSQL would drop the zone."""
     try:
         if epoch := _EPOCH.fullmatch(text):
-            return _since_1970(epoch[1], epoch[2] or "").isoformat()
-        found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=dialect.timezone)).isoformat()
+            found = _since_1970(epoch[1], epoch[2] or "")
+        else:
+            found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
+            found = found if found.tzinfo else found.replace(tzinfo=dialect.timezone)
+        return (found if has_zone else found.astimezone(UTC)).isoformat()
     except (ValueError, OverflowError, OSError):
         return Bad(f"{_shown(text)} is no time")
 
