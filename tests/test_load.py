@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -333,6 +334,18 @@ def test_times_without_a_zone_are_said_to_be_read_as_utc(
     done = run_cli("load", "events", file, "--dry-run", *options, dsn=empty_database)
     assert done.returncode == 0, done.stderr
     assert ("times without a zone are read as UTC" in done.stdout) == is_told
+
+
+def test_a_pipe_is_read_and_a_folder_is_called_one(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_bytes, b"user,item,ts\n1,2,2024-01-01\n")
+        done = run_cli("load", "events", str(pipe), "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select user_id, item_id from events") == [(1, 2)]
+    done = run_cli("load", "events", str(tmp_path), "--yes", dsn=empty_database)
+    assert f"{tmp_path} is a folder" in done.stderr
 
 
 def test_a_column_without_a_zone_holds_the_times_of_utc(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:

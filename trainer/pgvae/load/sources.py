@@ -77,13 +77,15 @@ class _Counted(io.RawIOBase):
 def open_source(name: str, *, delimiter: str | None = None, encoding: str = "utf-8") -> Iterator[Source]:
     """Opens a file by its content, whatever its name ends in; `-` is standard input. PgvaeError where it cannot."""
     path = Path(name)
-    if name != "-" and not path.is_file():
-        raise PgvaeError(f"file {name} does not exist", hint="check the path; - is standard input")
+    if name != "-" and (path.is_dir() or not path.exists()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise PgvaeError(f"file {name} {what}", hint="check the path; - is standard input")
     try:
         with sys.stdin.buffer if name == "-" else path.open("rb") as raw:
             counted = _Counted(raw)
             plain = _decompressed(io.BufferedReader(counted, 1 << 20))
-            size = None if name == "-" else path.stat().st_size
+            # A pipe, as of <(zcat …), has none.
+            size = path.stat().st_size if path.is_file() else None
             if plain.peek(4)[:4] == _PARQUET_MAGIC:
                 header, batches = _parquet(name, plain)
             else:
