@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks import mult_vae
-from benchmarks.report import RESULTS, machine
+from benchmarks.report import RESULTS, machine, peak_mb
 from benchmarks.splits import Task, read_task
 from benchmarks.tuning import tuned
 from pgvae import baselines
@@ -167,7 +166,7 @@ def _run(folder: Path, names: list[str], kind: str, seed: int, effort: Effort) -
 
 def _measure(folder: Path, name: str, seed: int, effort: Effort) -> Measured:
     task = read_task(folder)
-    base = _peak_mb()
+    base = peak_mb()
     begun = time.perf_counter()
     score, facts = _fit(task, name, seed, effort)
     seconds = time.perf_counter() - begun
@@ -175,7 +174,7 @@ def _measure(folder: Path, name: str, seed: int, effort: Effort) -> Measured:
     facts["ranking_seconds"] = round(time.perf_counter() - begun - seconds, 1)
     facts["peak_mb_before"] = round(base)
     return Measured(
-        per_user={metric: measured[metric] for metric in _METRICS}, seconds=seconds, peak_mb=_peak_mb(), facts=facts
+        per_user={metric: measured[metric] for metric in _METRICS}, seconds=seconds, peak_mb=peak_mb(), facts=facts
     )
 
 
@@ -226,7 +225,7 @@ def _fit(task: Task, name: str, seed: int, effort: Effort) -> tuple[Any, dict[st
         "recency": selected.recency,
         "validation_ndcg": {
             f"{choice.way} × {choice.scale:g}, recency {choice.recency:g}" if choice.way else "none": round(ndcg, 5)
-            for choice, ndcg in selected.judged.items()
+            for choice, ndcg in selected.shortcut_ndcg.items()
         },
         "epoch_seconds": round(float(np.mean([epoch.seconds for epoch in final.curve])), 2),
         "seconds_to_95_percent": _to_95_percent(curve),
@@ -306,10 +305,6 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     return f"{row.value:.4f}" if row.lower is None else f"{row.value:.4f} ({row.lower:.4f}–{row.upper:.4f})"
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

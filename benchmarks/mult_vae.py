@@ -71,7 +71,8 @@ def fit(
     users = np.unique(dataset.user)
     network = MultVae(items).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
-    judges = some_users(validation, 5000, seed) if validation is not None else None
+    if validation is not None:
+        validation = some_users(validation, 5000, seed)
     steps = -(-len(users) // BATCH)
     best, best_ndcg, best_epoch, step, spent = network.state_dict(), -1.0, epochs, 0, 0.0
     curve: list[tuple[float, float]] = []
@@ -90,10 +91,10 @@ def fit(
         # Waits for a GPU.
         loss.item()
         spent += time.perf_counter() - begun
-        if judges is None:
+        if validation is None:
             best = network.state_dict()
             continue
-        ndcg = float(per_user_metrics(judges, _scorer(network, items), 20)["ndcg"].mean())
+        ndcg = float(per_user_metrics(validation, _scorer(network, items), 20)["ndcg"].mean())
         curve.append((spent, ndcg))
         say(f"Mult-VAE epoch {epoch}: NDCG@20 {ndcg:.4f}, {spent / epoch:.1f} s an epoch")
         if ndcg > best_ndcg:

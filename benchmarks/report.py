@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def report(name: str, figures: list[Figure], facts: dict[str, object]) -> None:
 def machine() -> dict[str, object]:
     """Gives the facts of this machine."""
     return {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform(terse=True)}
+
+
+def peak_mb() -> float:
+    """Gives the most memory that this process had so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _processor() -> str:

@@ -9,7 +9,6 @@ Only time is measured here; what the models are worth is in benchmarks/accuracy.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import torch
 import typer
 
 from benchmarks import mult_vae
-from benchmarks.report import Figure, report
+from benchmarks.report import Figure, peak_mb, report
 from pgvae.config import TrainingConfig
 from pgvae.dataset import Dataset
 from pgvae.loop import choose_device, fit
@@ -75,14 +74,14 @@ def _epoch_seconds(users: int, items: int, purchases: int, epochs: int) -> tuple
         config = TrainingConfig(neighbours=0, precision=precision)
         curve = fit(dataset, config, max_history=500, phase="speed", epochs=epochs).curve
         seconds[precision] = float(np.median([epoch.seconds for epoch in curve[1:]]))
-    return seconds, _peak_mb(), len(dataset.user)
+    return seconds, peak_mb(), len(dataset.user)
 
 
 def _peer_seconds(users: int, items: int, purchases: int) -> tuple[float, float]:
     """Gives the seconds of Mult-VAE's epoch, and the peak of memory in MB."""
     device = choose_device(TrainingConfig())
     seconds = mult_vae.fit(_shop(users, items, purchases), validation=None, epochs=1, device=device).epoch_seconds
-    return seconds, _peak_mb()
+    return seconds, peak_mb()
 
 
 def _shop(users: int, items: int, purchases: int) -> Dataset:
@@ -101,10 +100,6 @@ def _shop(users: int, items: int, purchases: int) -> Dataset:
         event_types=["purchase"],
         user_count=users,
     )
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +24,18 @@ from pgvae import baselines, bootstrap, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
 from pgvae.comparison import METHODS, compare, evaluate, summarise
+from pgvae.config import TrainingConfig
 from pgvae.console import out
 from pgvae.dataset import Dataset
 from pgvae.errors import PgvaeError
 from pgvae.evaluate import config_of, evaluate_version
 from pgvae.measurement import BINS, LEAST_SHARE, calibration_error, measure
-from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics
+from pgvae.publish import replace_metrics
+from pgvae.ranking import Holdout, Scorer, make_holdout, per_user_metrics, ranked_batches
 from pgvae.rows import ALL, Metric
 from pgvae.server import Server
 from pgvae.splits import MIN_USERS, SPLITS, Split, measurable
+from pgvae.versions import find_version
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.tokens import History
 from shop import BEGIN, QUICK, Shop, train
@@ -367,6 +371,23 @@ def test_folds_test_everything_once(name: str) -> None:
         assert sorted(user for split in splits for user in split.test.users) == list(range(60))
         # Of each held-out user's ten items a fifth is to be found.
         assert {len(truth_of(split.test)) / len(split.test.users) for split in splits} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["random", "strong"])
+def test_what_chance_holds_out_is_looked_for_outside_of_the_history(name: str) -> None:
+    dataset = shop_dataset()
+    split = next(SPLITS[name](dataset, seed=1))
+    for holdout in (split.validation, split.test):
+
+        def as_before(history: History) -> NDArray[np.float32]:
+            scores = np.zeros((len(history.counts), len(dataset.item_keys)), dtype=np.float32)
+            scores[history.users(), history.item] = 1.0
+            return scores
+
+        # Some were viewed and not bought: none of them is ranked, however high a method thinks of it.
+        assert holdout.before.pairs().size > holdout.before.pairs(holdout.before.targets).size
+        assert all((scores < 1.0).all() for _, scores in ranked_batches(holdout, as_before))
+        assert (per_user_metrics(holdout, as_before, 1000)["recall"] == 1.0).all()
 
 
 @pytest.mark.parametrize("name", sorted(SPLITS))
@@ -814,6 +835,26 @@ def test_a_shop_with_too_few_users_is_told_so(trained_database: str, run_cli: Ru
     assert stored(trained_database, "strong") == []
 
 
+def test_of_two_evaluations_at_once_the_later_one_stays(trained_database: str) -> None:
+    def metric(value: float) -> Metric:
+        return Metric(
+            method="pgvae", split="random", metric="ndcg", k=20, value=value, lower=None, upper=None, user_count=1
+        )
+
+    def replaced(value: float) -> None:
+        with psycopg.connect(trained_database) as connection:
+            replace_metrics(connection, find_version(connection, "shop"), [metric(value)])
+
+    with ThreadPoolExecutor(1) as pool:
+        with psycopg.connect(trained_database) as first:
+            replace_metrics(first, find_version(first, "shop"), [metric(0.1)])
+            second = pool.submit(replaced, 0.2)
+            with pytest.raises(TimeoutError):
+                second.result(0.5)
+        second.result(30)
+    assert [row[5] for row in stored(trained_database, "random")] == [0.2]
+
+
 def test_the_queries_of_the_page_find_what_was_measured(lively: str, run_cli: RunCli) -> None:
     done = run_cli("evaluate", "shop", dsn=lively)
     assert done.returncode == 0, done.stderr
@@ -831,6 +872,8 @@ def test_the_configuration_is_that_of_the_version(lively: str) -> None:
     assert row is not None
     assert config_of(row[0]) == QUICK
     assert config_of({"epochs": 9, "event_types": []}).epochs == 9
+    # As versions have it that were trained when 0 stood for no temperature.
+    assert config_of({"temperature": 0.0}) == TrainingConfig()
 
 
 def test_trainers_replace_the_metrics_of_models_that_they_may_use(lively: str, role: str) -> None:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from conftest import create_database, drop_database
+from pgvae.dataset import read_dataset
 from pgvae.server import Server
 from shop import SMALL, Shop, keys, train_and_activate
 
@@ -314,6 +315,19 @@ def test_users_without_events_get_the_popular_items_where_the_shop_has_a_table_o
     count = dict(popular)
     assert [count.get(row[1], 0) for row in live] == sorted((count.get(item, 0) for item in shop.items), reverse=True)
     assert {row[3] for row in live} == {True}
+
+
+def test_the_numbers_of_users_and_items_do_not_depend_on_the_locale(connection: psycopg.Connection) -> None:
+    connection.execute(
+        'create table events (user_id text collate "en-x-icu", item_id text collate "en-x-icu", event_type text,'
+        " occurred_at timestamptz)"
+    )
+    # In the order of English a stands before B, in that of bytes behind it.
+    connection.execute("insert into events values ('a', 'y', 'view', now()), ('B', 'Z', 'view', now())")
+    connection.execute("select vae.create_model('shop', events => 'events')")
+    with connection.transaction():
+        dataset = read_dataset(connection, "shop")
+    assert [dataset.item_keys[item] for item in dataset.item] == ["Z", "y"]
 
 
 def test_a_user_key_too_long_for_an_index_stops_no_refresh(connection: psycopg.Connection) -> None:

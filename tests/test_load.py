@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -107,6 +108,36 @@ def test_parquet_goes_the_same_way(empty_database: str, run_cli: RunCli, tmp_pat
         (1, "a", "view", datetime(2024, 1, 1, 12, tzinfo=UTC)),
         (None, "b\tc\\", "buy", datetime(2024, 1, 2, 12, tzinfo=UTC)),
         (3, "d\n'e", None, datetime(2024, 1, 3, 12, tzinfo=UTC)),
+    ]
+
+
+def test_times_of_parquet_are_read_to_the_microsecond_and_those_of_no_calendar_are_rejected(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    at = 1_700_000_000
+    table = pyarrow.table(
+        {
+            "user": [*range(20), 20],
+            "item": ["a"] * 21,
+            "ts": pyarrow.array([at * 10**9 + 123_456_789] * 21, pyarrow.timestamp("ns")),
+            # Of the last one the year is 11476.
+            "seen_at": pyarrow.array([at * 10**6] * 20 + [3 * 10**17], pyarrow.timestamp("us", "Europe/Berlin")),
+            "born_on": pyarrow.array([date(1990, 2, 1)] * 21),
+            "opens_at": pyarrow.array([3600 * 10**9 + 1] * 21, pyarrow.time64("ns")),
+        }
+    )
+    parquet.write_table(table, tmp_path / "events.parquet")
+    done = run_cli("load", "events", str(tmp_path / "events.parquet"), "--yes", "--type", "seen_at=timestamptz",
+                   dsn=empty_database)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 rejected" in done.stdout
+    assert rows(empty_database, "select distinct occurred_at, seen_at, born_on, opens_at::text from events") == [
+        (
+            datetime(2023, 11, 14, 22, 13, 20, 123456, tzinfo=UTC),
+            datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC),
+            date(1990, 2, 1),
+            "01:00:00",
+        )
     ]
 
 
@@ -274,6 +305,58 @@ def test_a_few_broken_times_do_not_make_the_column_text(empty_database: str, run
     other = write(tmp_path / "other.csv", "user,item,time\n1,a,2011-02-01\n1,a,morning\n")
     done = run_cli("load", "events", other, "--yes", "--replace", dsn=empty_database)
     assert "not read as times: --type occurred_at=timestamptz rejects what is none" in done.stdout
+
+
+def test_what_python_reads_and_postgresql_does_not_stops_no_load(
+    empty_database: str, run_cli: RunCli, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "events.csv", "user,item,date,price\n1,2,2024-W01-1,１.５\n1,3,2024-01-02,2.5\n")
+    done = run_cli("load", "events", file, "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select occurred_at::text, price from events order by 1") == [
+        ("2024-01-01", "１.５"),
+        ("2024-01-02", "2.5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("time", "options", "is_told"),
+    [
+        ("2024-01-01 10:00:00", (), True),
+        ("2024-01-01T10:00:00Z", (), False),
+        ("2024-01-01 10:00:00", ("--timezone", "Europe/Berlin"), False),
+    ],
+)
+def test_times_without_a_zone_are_said_to_be_read_as_utc(
+    empty_database: str, run_cli: RunCli, tmp_path: Path, time: str, options: tuple[str, ...], is_told: bool
+) -> None:
+    file = write(tmp_path / "events.csv", f"user,item,ts\n1,2,{time}\n")
+    done = run_cli("load", "events", file, "--dry-run", *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert ("times without a zone are read as UTC" in done.stdout) == is_told
+
+
+def test_a_pipe_is_read_and_a_folder_is_called_one(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_bytes, b"user,item,ts\n1,2,2024-01-01\n")
+        done = run_cli("load", "events", str(pipe), "--yes", dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select user_id, item_id from events") == [(1, 2)]
+    done = run_cli("load", "events", str(tmp_path), "--yes", dsn=empty_database)
+    assert f"{tmp_path} is a folder" in done.stderr
+
+
+def test_a_column_without_a_zone_holds_the_times_of_utc(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:
+    times = ["2024-01-01 10:00:00", "2024-01-01T12:00:00+05:00", "1704103200"]
+    file = write(tmp_path / "events.csv", "user,item,ts\n" + "".join(f"1,2,{time}\n" for time in times))
+    options = ("--timezone", "Europe/Berlin", "--type", "occurred_at=timestamp", "--yes")
+    done = run_cli("load", "events", file, *options, dsn=empty_database)
+    assert done.returncode == 0, done.stderr
+    assert rows(empty_database, "select occurred_at::text from events order by 1") == [
+        ("2024-01-01 07:00:00",), ("2024-01-01 09:00:00",), ("2024-01-01 10:00:00",)
+    ]  # fmt: skip
 
 
 def test_numbers_that_are_no_times_are_said_to_be_none(empty_database: str, run_cli: RunCli, tmp_path: Path) -> None:

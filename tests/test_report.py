@@ -8,10 +8,11 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import psycopg
@@ -514,6 +515,13 @@ def test_the_card_has_its_chapters_and_the_figures(report: Report) -> None:
     for chapter in card(report.version, report.insight):
         for point in chapter.points:
             assert " ".join(point.split()) in page.text("card")
+
+
+def test_the_card_has_the_days_of_utc_whatever_zone_the_session_has(report: Report) -> None:
+    evening = datetime(2024, 3, 1, 23, 30, tzinfo=UTC).astimezone(ZoneInfo("Europe/Berlin"))
+    version = replace(report.version, window_end=evening, created_at=evening)
+    assert " to 2024-03-01." in markdown(version, report.insight)
+    assert "published 2024-03-01 by" in markdown(version, report.insight)
 
 
 def test_the_command_writes_both_files(measured_dsn: str, run_cli: RunCli, tmp_path: Path) -> None:

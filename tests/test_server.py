@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import signal
 import socket
 import subprocess
@@ -185,6 +186,23 @@ def test_a_port_asks_for_the_password(home: Path, port: int) -> None:
     server.up(0)
     assert server.tcp_dsn() is None
     assert value(server.dsn(), "show listen_addresses") == ""
+
+
+def test_a_full_disk_leaves_port_and_password_as_they_were_or_none(home: Path) -> None:
+    server = Server(home)
+    home.mkdir()
+    server._write_state(5433)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(PgvaeError, match="cannot write"):
+            server._write_state(None)
+        with pytest.raises(PgvaeError, match="cannot write"):
+            server._set_password()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert server.status().port == 5433
+    assert [path.name for path in home.iterdir()] == ["server.json"]
 
 
 def test_a_taken_port_leaves_the_server_up(home: Path) -> None:

@@ -521,3 +521,11 @@ def test_an_experiment_needs_room() -> None:
         small(experiment=0.5)
     with pytest.raises(PgvaeError, match=r"experiment 1.5 is out of range"):
         small(experiment=1.5)
+
+
+def test_an_experiment_needs_something_that_sells(empty_database: str) -> None:
+    # Of seeds of so small a shop some sell nothing in the first 56 days.
+    config = SimulationConfig(users=10, items=20, days=168, events_per_user=12, experiment=1, seed=2, until=UNTIL)
+    with pytest.raises(PgvaeError, match="nothing was sold in the 56 days before the experiment"):
+        simulate(empty_database, config)
+    assert query(empty_database, "select to_regclass('sim.events')::text") == [(None,)]

@@ -153,7 +153,7 @@ def test_no_share_is_chosen_where_no_user_has_events_in_an_order() -> None:
         on_epoch=lambda epoch: pytest.fail("it chooses") if epoch.phase == CHOOSING else None,
     )
     assert fitted.future_share is None
-    assert fitted.judged
+    assert fitted.shortcut_ndcg
 
 
 @pytest.mark.parametrize("diverging", [*FUTURE_SHARES, None])

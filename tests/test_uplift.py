@@ -15,19 +15,23 @@ import pytest
 from psycopg import sql
 
 from conftest import as_role, create_database, drop_database
+from pgvae import outcome_windows
 from pgvae.cli.metrics import uplift_verdict
 from pgvae.dataset import Dataset, read_dataset
 from pgvae.loop import fit
-from pgvae.outcome_windows import Weights
+from pgvae.outcome_windows import Setting, Weights
+from pgvae.outcomes import fit_heads
 from pgvae.server import Server
 from pgvae.simulate import SimulationConfig, simulate
 from pgvae.train import Training
 from pgvae.train import train as run_training
 from pgvae.trials import Assignments, Trial, histories_before, read_assignments, trial_of
-from pgvae.uplift import NO_COLUMN, UpliftFit, fit_head, fit_uplift
+from pgvae.uplift import NO_COLUMN, UpliftFit, _Subjects, fit_head, fit_uplift
 from pgvae.uplift_figures import balance, effects, gains, quantiles
 from pgvae_runtime.outcomes import sigmoid
+from pgvae_runtime.scoring import score_users
 from pgvae_runtime.tokens import SECONDS_PER_DAY as DAY
+from pgvae_runtime.tokens import History
 from pgvae_runtime.uplift import SHAPES, inputs_of, uplift_of
 from shop import BEGIN, QUICK, SMALL, Shop, create_model, refusal
 
@@ -173,6 +177,27 @@ def test_inputs_of_probabilities_at_their_ends_are_numbers() -> None:
     assert np.isnan(uplift_of({name: np.zeros(int(size)) for name, size in SHAPES.items()}, found)).tolist() == [
         False, False, False, True
     ]  # fmt: skip
+
+
+def test_inputs_are_the_same_in_batches_that_a_large_catalogue_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = world(users=200)
+    weights = fit(made.dataset, QUICK, max_history=50, phase="test", epochs=1).weights
+    setting = Setting(dataset=made.dataset, horizon=HORIZON, max_history=50, seed=1)
+    heads = fit_heads(setting, weights, -np.inf)
+    trial = trial_of(made.dataset, made.assignments, horizon=HORIZON, seed=1)
+    assert isinstance(trial, Trial)
+    subjects = _Subjects(trial, setting)
+    whole = subjects.inputs({**weights, **heads})
+    sizes = []
+
+    def counted(weights: Weights, history: History, *, max_history: int) -> Any:
+        sizes.append(len(history.counts))
+        return score_users(weights, history, max_history=max_history)
+
+    monkeypatch.setattr(outcome_windows, "score_users", counted)
+    monkeypatch.setattr(outcome_windows, "_SCORES", 7 * ITEMS)
+    np.testing.assert_allclose(subjects.inputs({**weights, **heads}), whole, rtol=1e-4)
+    assert max(sizes) == 7
 
 
 # Outcomes
@@ -370,7 +395,7 @@ def test_the_effect_on_a_simulated_shop_is_the_true_one(database: str) -> None:
     with psycopg.connect(database) as connection:
         create_model(connection, events="sim.events", users="sim.users", items="sim.items", exposure_column="exposed")
         dataset = read_dataset(connection, "shop")
-        assignments = read_assignments(connection, "shop", dataset)
+        assignments = read_assignments(connection, "shop")
     assert assignments is not None
     # But for users whose only event is their registration.
     assert 0.98 * truth.assignments < len(assignments) <= truth.assignments

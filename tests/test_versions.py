@@ -451,7 +451,7 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     links = shortcuts(before, neighbours, config.seed)
     choices = [ShortcutChoice(way=way, scale=scale) for way in links for scale in SHORTCUT_SCALES]
     plain = [choice for choice in [NO_SHORTCUT, *choices] if choice.way in (None, *UNORDERED_WAYS)]
-    flat = {max(part, key=fitted.judged.__getitem__).way for part in (plain, [NO_SHORTCUT, *choices])} - {None}
+    flat = {max(part, key=fitted.shortcut_ndcg.__getitem__).way for part in (plain, [NO_SHORTCUT, *choices])} - {None}
     # The ways that are best where nothing fades are tried where something does.
     choices += [
         ShortcutChoice(way=way, recency=recency, scale=scale)
@@ -464,8 +464,8 @@ def test_the_shortcut_is_the_one_that_ranks_best_on_the_validation_part(learnabl
     chosen = validation_ndcg(validation, fitted.weights)
     assert chosen == ndcg[fitted.shortcut] > ndcg[NO_SHORTCUT]
     # Equal but for the last bit of a score.
-    assert fitted.judged == pytest.approx(ndcg, rel=1e-3)
-    assert fitted.judged[fitted.shortcut] == max(fitted.judged.values())
+    assert fitted.shortcut_ndcg == pytest.approx(ndcg, rel=1e-3)
+    assert fitted.shortcut_ndcg[fitted.shortcut] == max(fitted.shortcut_ndcg.values())
 
 
 def wanderers(*, in_order: bool) -> Dataset:
@@ -497,7 +497,7 @@ def test_the_recency_is_the_one_that_ranks_best_on_the_validation_part() -> None
     np.testing.assert_array_equal(found.weights["shortcut_recency"], recency_of_orders(found.shortcut.recency))
     flat = {"gate_recency": recency_of_orders(0.0), "shortcut_recency": recency_of_orders(0.0)}
     assert validation_ndcg(validation, found.weights) > 1.2 * validation_ndcg(validation, found.weights | flat)
-    assert {choice.recency for choice in found.judged if choice.way} == set(RECENCIES)
+    assert {choice.recency for choice in found.shortcut_ndcg if choice.way} == set(RECENCIES)
     unordered = fitted("order")
     assert (unordered.recency, unordered.shortcut.recency) == (0.0, 0.0)
     assert fitted("encoder_attention").recency == 0.0
@@ -517,7 +517,7 @@ def test_links_of_what_came_before_what_are_taken_only_where_they_last() -> None
         before = whole.between(-np.inf, 11 * DAY)
         validation = make_holdout(before, whole.between(11 * DAY, np.inf))
         found = fit(before, config, max_history=20, phase="evaluate", validation=validation)
-        assert max(found.judged, key=found.judged.__getitem__).way == "transitions"
+        assert max(found.shortcut_ndcg, key=found.shortcut_ndcg.__getitem__).way == "transitions"
         ways[name] = found.shortcut.way
     assert ways["lasting"] == "transitions"
     assert ways["changed"] not in ("transitions", "baskets")
@@ -529,7 +529,7 @@ def test_where_nothing_has_an_order_nothing_fades() -> None:
     validation = make_holdout(before, after)
     found = fit(before, replace(FAST_LEARNER, epochs=2), max_history=20, phase="evaluate", validation=validation)
     assert (found.recency, found.shortcut.recency) == (0.0, 0.0)
-    assert {choice.recency for choice in found.judged} == {0.0}
+    assert {choice.recency for choice in found.shortcut_ndcg} == {0.0}
 
 
 def test_a_bucket_of_orders_fades_as_the_number_in_its_middle() -> None:

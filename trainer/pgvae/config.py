@@ -29,20 +29,20 @@ class TrainingConfig:
     """What a training can be told. `docs/model.md` explains each name by its formula.
 
     `latent` is the width of embeddings, z and the items' directions, `hidden` that of the hidden layers; `temperature`
-    divides the cosines, 0 stands for 10 / ln(items)^2; `kl_weight` is the final 1 - λ, reached after `anneal_epochs`;
-    `token_dropout` is the share of a history that the encoder does not see, `future_share` the share of the users of a
-    step for whom it sees what came before a moment and must guess what came after, None for the one of FUTURE_SHARES
-    that ranks the validation part better; `negatives` is how many items are drawn as wrong answers per step, beside
-    the right ones of the whole batch; `neighbours` is how many items an item is linked with in the shortcut;
-    `graph_neighbours` how many similar items an item's rows lean on in training, None for 4 where the data has no
-    order and 0 where it has one; `patience` is how many epochs without a better validation NDCG end the training;
-    `segments` is the number of segments of users, 0 for none, None for the one that fits the data; `without` names
-    MODEL_PARTS to leave out.
+    divides the cosines, None for 10 / ln(items)^2, at most 0.5; `kl_weight` is the final 1 - λ, reached after
+    `anneal_epochs`; `token_dropout` is the share of a history that the encoder does not see, `future_share` the share
+    of the users of a step for whom it sees what came before a moment and must guess what came after, None for the one
+    of FUTURE_SHARES that ranks the validation part better; `negatives` is how many items are drawn as wrong answers per
+    step, beside the right ones of the whole batch; `neighbours` is how many items an item is linked with in the
+    shortcut; `graph_neighbours` how many similar items an item's rows lean on in training, None for 4 where the data
+    has no order and 0 where it has one; `patience` is how many epochs without a better validation NDCG end the
+    training; `segments` is the number of segments of users, 0 for none, None for the one that fits the data; `without`
+    names MODEL_PARTS to leave out.
     """
 
     latent: int = 256
     hidden: int = 256
-    temperature: float = 0.0
+    temperature: float | None = None
     epochs: int = 60
     patience: int = 6
     batch_size: int = 512
@@ -79,9 +79,9 @@ class TrainingConfig:
             raise PgvaeError(f"future_share is {self.future_share}", hint="give 0 to 1")
         if not 0 <= self.anneal_epochs < float("inf"):
             raise PgvaeError(f"anneal_epochs is {self.anneal_epochs}", hint="give 0 or more, as 5")
-        if self.temperature and not 0.01 <= self.temperature <= 10:
+        if self.temperature is not None and not 0.01 <= self.temperature <= 10:
             raise PgvaeError(
-                f"temperature is {self.temperature}", hint="give 0.01 to 10, as 0.1, or 0 to let the catalogue decide"
+                f"temperature is {self.temperature}", hint="give 0.01 to 10, as 0.1; without one the catalogue decides"
             )
         if not 0 < self.learning_rate < 1:
             raise PgvaeError(

@@ -185,11 +185,19 @@ def read_dataset(connection: psycopg.Connection, model: str) -> Dataset:
         ).format(events)
     )
     connection.execute("analyze pgvae_events")
-    # Collation "C": the order, and with it the training, must not depend on the server's locale.
+    # Collation "C": the orders, and with them the training, must not depend on the server's locale.
     connection.execute(
         "create temporary table pgvae_items on commit drop as"
         ' select (row_number() over (order by item_key collate "C") - 1)::integer as item_index, item_key'
         " from (select distinct item_key from pgvae_events) i"
+    )
+    # Keys that are no texts keep their own order.
+    connection.execute(
+        "create temporary table pgvae_users on commit drop as"
+        " select (row_number() over (order by"
+        " case when pg_typeof(user_id) = 'text'::regtype then user_id::text end collate \"C\", user_id) - 1)::integer"
+        " as user_index, user_id"
+        " from (select distinct user_id from pgvae_events) u"
     )
     keys = [row[0] for row in connection.execute("select item_key from pgvae_items order by item_index").fetchall()]
     if not keys:
@@ -224,10 +232,7 @@ def _user_features(
     if not any(column.source == "users" and column.is_used for column in columns):
         return fit_pipeline(columns, [], source="users"), FeatureBag.empty(user_count)
     query = sql.SQL(
-        "select u.number, f.features::text"
-        " from (select user_id, dense_rank() over (order by user_id) - 1 as number from"
-        " (select distinct user_id from pgvae_events) d) u"
-        " join {} f using (user_id) order by u.number"
+        "select u.user_index, f.features::text from pgvae_users u join {} f using (user_id) order by u.user_index"
     ).format(sql.Identifier(model, "user_features"))
     documents: list[list[str]] = [[] for _ in range(user_count)]
     for number, own in read_documents(connection, query):
@@ -271,10 +276,10 @@ def _item_features(
 
 def _read_events(connection: psycopg.Connection, event_types: list[str]) -> NDArray[Any]:
     query = sql.SQL(
-        "select (dense_rank() over (order by e.user_id) - 1)::integer, i.item_index,"
+        "select u.user_index, i.item_index,"
         " (array_position({types}::text[], e.event_type) - 1)::smallint,"
         " extract(epoch from e.occurred_at)::float8, e.weight"
-        " from pgvae_events e join pgvae_items i using (item_key)"
+        " from pgvae_events e join pgvae_items i using (item_key) join pgvae_users u using (user_id)"
         " order by 1, 4, 2, 3"
     ).format(types=sql.Literal(event_types))
     columns = {"user": "i4", "item": "i4", "event_type": "i2", "occurred_at": "f8", "weight": "f4"}

@@ -82,4 +82,5 @@ def config_of(stored: dict[str, Any]) -> TrainingConfig:
     own: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in names
     }
-    return TrainingConfig(**own)
+    # Versions that were trained before had 0 where now there is none.
+    return TrainingConfig(**own | {"temperature": own.get("temperature") or None})

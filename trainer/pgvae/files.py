@@ -19,10 +19,11 @@ def home_folder() -> Path:
         ) from error
 
 
-def write_file(path: Path, content: bytes, *, hint: str) -> None:
+def write_file(path: Path, content: bytes, *, hint: str, mode: int = 0o666) -> None:
     """Writes a file in one step; PgvaeError with that hint where it cannot be.
 
-    A link stays one, and a pipe or a device is written into: neither is replaced.
+    A link stays one, and a pipe or a device is written into: neither is replaced. `mode` is that of the new file, less
+    the umask.
     """
     try:
         target = path.resolve()
@@ -31,7 +32,8 @@ def write_file(path: Path, content: bytes, *, hint: str) -> None:
             return
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            unfinished.write_bytes(content)
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+                file.write(content)
             unfinished.replace(target)
         except OSError:
             with suppress(OSError):

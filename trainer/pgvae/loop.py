@@ -56,8 +56,8 @@ class Fit:
     """A trained network's weights, by the names of pgvae_runtime.forward.SHAPES, and its learning curve.
 
     `future_share` is what it was trained with, None where nothing could be chosen or was given, and `recency` is how
-    fast events fade in the encoder. `judged` holds the validation part's NDCG of each shortcut that was tried, where
-    one was to be chosen.
+    fast events fade in the encoder. `shortcut_ndcg` holds the validation part's NDCG of each shortcut that was tried,
+    where one was to be chosen.
     """
 
     weights: dict[str, NDArray[Any]]
@@ -66,7 +66,7 @@ class Fit:
     shortcut: ShortcutChoice
     future_share: float | None = None
     recency: float = 0.0
-    judged: dict[ShortcutChoice, float] = field(default_factory=dict)
+    shortcut_ndcg: dict[ShortcutChoice, float] = field(default_factory=dict)
 
 
 @contextmanager
@@ -101,23 +101,24 @@ def fit(
     the epoch that ranks best, then the recency of events that does, unless one is given, and then the shortcut.
 
     Loss per user: λ · (-sum over items of target weight · log π) + (1 - λ) · KL(q(z | x) || N(0, I)), where 1 - λ
-    rises from 0 to `kl_weight` (Liang et al. 2018, eq. 8; docs/model.md). PgvaeError where it stops being finite.
+    rises from 0 to `kl_weight` (Liang et al. 2018, section 2.2.2; docs/model.md). PgvaeError where it is not finite.
     """
     epochs = epochs or config.epochs
-    judges = some_users(validation, _VALIDATION_USERS, config.seed) if validation is not None else None
+    if validation is not None:
+        validation = some_users(validation, _VALIDATION_USERS, config.seed)
     leaning = config.graph_neighbours
     if leaning is None:
         leaning = 0 if dataset.has_order else _GRAPH_NEIGHBOURS
     graph = convolution(dataset, leaning, config.seed) if leaning else None
-    if judges and config.future_share is None and dataset.has_order:
-        run = _better_run(dataset, config, graph, judges, max_history, epochs, on_epoch)
+    if validation and config.future_share is None and dataset.has_order:
+        run = _better_run(dataset, config, graph, validation, max_history, epochs, on_epoch)
         run.curve = [replace(epoch, phase=phase) for epoch in run.curve]
         config = run.config
     else:
         run = _Run(dataset, config, graph, max_history)
     # Found by all that decides the result: a training of fewer epochs has not the best one of more.
     names = {"phase": phase, "max_history": max_history, "epochs": epochs}
-    checkpoint = checkpoints.of(dataset, config, judges, **names) if checkpoints else None
+    checkpoint = checkpoints.of(dataset, config, validation, **names) if checkpoints else None
     if checkpoint and (saved := checkpoint.load()):
         try:
             run.restore(saved)
@@ -126,8 +127,8 @@ def fit(
             run = _Run(dataset, config, graph, max_history)
     for epoch in run.curve:
         on_epoch(epoch)
-    while run.goes_on(epochs, judges):
-        run.train_epoch(phase, judges)
+    while run.goes_on(epochs, validation):
+        run.train_epoch(phase, validation)
         if checkpoint and checkpoint.is_due:
             checkpoint.save(run.state())
         on_epoch(run.curve[-1])
@@ -135,16 +136,16 @@ def fit(
     recencies = RECENCIES if has_order else (0.0,)
     if "encoder_attention" in config.without:
         recency = 0.0
-    elif recency is None and judges:
-        recency = choose_recency(judges, run.best_weights, recencies, max_history, run.best_ndcg)
+    elif recency is None and validation:
+        recency = choose_recency(validation, run.best_weights, recencies, max_history, run.best_ndcg)
     recency = recency or 0.0
     weights = fading(run.best_weights, recency)
-    judged: dict[ShortcutChoice, float] = {}
+    shortcut_ndcg: dict[ShortcutChoice, float] = {}
     if "shortcut" in config.without or not config.neighbours:
         ways, shortcut = {}, NO_SHORTCUT
-    elif judges:
+    elif validation:
         ways = shortcuts(dataset, config.neighbours, config.seed, WAYS if has_order else UNORDERED_WAYS)
-        shortcut, judged = choose_shortcut(judges, weights, ways, recencies, dataset, config, max_history)
+        shortcut, shortcut_ndcg = choose_shortcut(validation, weights, ways, recencies, dataset, config, max_history)
     else:
         ways = shortcuts(dataset, config.neighbours, config.seed, [shortcut.way] if shortcut.way else [])
     return Fit(
@@ -154,7 +155,7 @@ def fit(
         shortcut=shortcut,
         future_share=config.future_share,
         recency=recency,
-        judged=judged,
+        shortcut_ndcg=shortcut_ndcg,
     )
 
 
@@ -162,7 +163,7 @@ def _better_run(
     dataset: Dataset,
     config: TrainingConfig,
     graph: Convolution | None,
-    judges: Holdout,
+    validation: Holdout,
     max_history: int,
     epochs: int,
     on_epoch: Callable[[Epoch], None],
@@ -175,9 +176,9 @@ def _better_run(
     runs: list[_Run] = []
     for share in FUTURE_SHARES:
         run = _Run(dataset, replace(config, future_share=share), graph, max_history)
-        while run.goes_on(min(epochs, -(-_CHOOSING_STEPS // run.batches.steps)), judges):
+        while run.goes_on(min(epochs, -(-_CHOOSING_STEPS // run.batches.steps)), validation):
             try:
-                run.train_epoch(CHOOSING, judges)
+                run.train_epoch(CHOOSING, validation)
             except PgvaeError:
                 if share == FUTURE_SHARES[-1] and not runs:
                     raise
@@ -209,12 +210,12 @@ class _Run:
         self.best_epoch = 0
         self.best_ndcg = -1.0
 
-    def goes_on(self, epochs: int, judges: Holdout | None) -> bool:
+    def goes_on(self, epochs: int, validation: Holdout | None) -> bool:
         """Tells whether another epoch is wanted."""
-        is_patient = judges is None or len(self.curve) - self.best_epoch < self.config.patience
+        is_patient = validation is None or len(self.curve) - self.best_epoch < self.config.patience
         return len(self.curve) < epochs and is_patient
 
-    def train_epoch(self, phase: str, judges: Holdout | None) -> None:
+    def train_epoch(self, phase: str, validation: Holdout | None) -> None:
         """Trains for an epoch, ranks the validation part, and keeps the weights where they are the best so far."""
         begun = time.perf_counter()
         number = len(self.curve) + 1
@@ -227,7 +228,7 @@ class _Run:
         exploded = self.curve and loss > _EXPLODED * (1.0 + self.curve[0].loss)
         if exploded or not np.isfinite(loss) or not all(np.isfinite(tensor).all() for tensor in weights.values()):
             raise _diverged(number, loss, self.config)
-        ranked = ndcg(judges, with_links(weights, {}, NO_SHORTCUT), self.max_history) if judges else None
+        ranked = ndcg(validation, with_links(weights, {}, NO_SHORTCUT), self.max_history) if validation else None
         self.curve.append(
             Epoch(
                 phase=phase,

@@ -155,7 +155,7 @@ def _read_pairs(
     items = np.zeros((len(setting.dataset.item_keys), 2))
     to_offers = np.empty((len(window.users), len(offers)))
     listed, listed_truth = [], []
-    for users, scores in score_parts(window.history, np.arange(len(window.users)), weights, setting):
+    for users, _, scores in score_parts(window.history, np.arange(len(window.users)), weights, setting):
         own = slice(int(users[0]), int(users[-1]) + 1)
         p = item_probability(weights, found.of(np.arange(own.start, own.stop)), scores)
         begin, end = np.searchsorted(window.bought_user, [own.start, own.stop])

@@ -51,14 +51,13 @@ class Window:
 
     def of(self, rows: NDArray[np.int64]) -> Window:
         """Gives the part of some users, whose rows are in ascending order."""
-        ((_, history),) = parts(self.history, rows, size=max(len(rows), 1))
         place = np.full(len(self.users), -1)
         place[rows] = np.arange(len(rows))
         own = place[self.bought_user] >= 0
         return Window(
             moment=self.moment,
             users=self.users[rows],
-            history=history,
+            history=self.history.take(rows),
             purchases=self.purchases[rows],
             bought_user=place[self.bought_user[own]],
             bought_item=self.bought_item[own],
@@ -172,15 +171,6 @@ def as_seen(window: Window, setting: Setting) -> Seen:
     )
 
 
-def parts(
-    history: History, users: NDArray[np.int64], *, size: int = _BATCH
-) -> Iterator[tuple[NDArray[np.int64], History]]:
-    """Gives some of a history's users, in batches, and the part of the history that is theirs."""
-    for begin in range(0, len(users), size):
-        chosen = users[begin : begin + size]
-        yield chosen, history.take(chosen)
-
-
 def in_half(users: NDArray[np.int64], half: int | None) -> NDArray[np.bool_]:
     """Tells which users are in one half of all, 0 or 1, by their number; without a half all are."""
     return np.ones(len(users), dtype=bool) if half is None else users % 2 == half
@@ -188,11 +178,15 @@ def in_half(users: NDArray[np.int64], half: int | None) -> NDArray[np.bool_]:
 
 def score_parts(
     history: History, users: NDArray[np.int64], weights: Weights, setting: Setting
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Gives the runtime's scores of all items for some of a history's users, in batches."""
+) -> Iterator[tuple[NDArray[np.int64], History, NDArray[np.float32]]]:
+    """Gives some of a history's users in batches, with the part of it that is theirs, and the runtime's scores of all
+    items for them.
+    """
     size = max(1, min(_BATCH, _SCORES // len(weights["item_popularity"])))
-    for chosen, part in parts(history, users, size=size):
-        yield chosen, score_users(weights, part, max_history=setting.max_history)[0]
+    for begin in range(0, len(users), size):
+        chosen = users[begin : begin + size]
+        part = history.take(chosen)
+        yield chosen, part, score_users(weights, part, max_history=setting.max_history)[0]
 
 
 def log_loss(p: Floats, y: Floats) -> Floats:

@@ -177,7 +177,7 @@ def _fit_items(
         _amount(seen.behaviour, tensors["behaviour_mean"], tensors["amount_behaviour"], tensors["amount_bias"][0])
     )
     log_share, amount, bought, count = [], [], [], []
-    for users, scores in score_parts(window.history, buyers, weights, setting):
+    for users, _, scores in score_parts(window.history, buyers, weights, setting):
         items = scores.shape[1]
         truth = np.zeros(scores.shape, dtype=bool)
         own = np.isin(window.bought_user, users)

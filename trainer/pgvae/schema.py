@@ -50,6 +50,26 @@ def _timestamp(name: str, comment: str, *, default_now: bool = False) -> Column[
     )
 
 
+def _model_id() -> Column[object]:
+    return Column(
+        "model_id",
+        Integer,
+        ForeignKey(models.c.model_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Model, see vae.models.",
+    )
+
+
+def _version_id() -> Column[object]:
+    return Column(
+        "version_id",
+        BigInteger,
+        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
+        nullable=False,
+        comment="Version, see vae.versions.",
+    )
+
+
 models = Table(
     "models",
     metadata,
@@ -130,13 +150,7 @@ models = Table(
 event_types = Table(
     "event_types",
     metadata,
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column("name", Text, nullable=False, comment="Event type as the shop's table spells it."),
     Column(
         "event_type",
@@ -156,13 +170,7 @@ event_types = Table(
 candidates = Table(
     "candidates",
     metadata,
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column("name", Text, nullable=False, comment="Name of the set, as the option candidates gives it."),
     Column("relation_schema", Text, nullable=False, comment="Schema of the table or view that lists the items."),
     Column("relation_table", Text, nullable=False, comment="Name of the table or view that lists the items."),
@@ -191,13 +199,7 @@ offers = Table(
         primary_key=True,
         comment="Number of the offer in this database.",
     ),
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column("name", Text, nullable=False, comment="Name of the offer, of one model's offers."),
     Column("item_keys", ARRAY(Text), nullable=False, comment="Keys of the items that are offered."),
     Column("value", Numeric, comment="What a buyer brings, revenue or margin; null: not said."),
@@ -243,13 +245,7 @@ versions = Table(
         primary_key=True,
         comment="Number of the version in this database.",
     ),
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column(
         "version",
         Integer,
@@ -335,13 +331,7 @@ versions = Table(
 metrics = Table(
     "metrics",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column(
         "method",
         Text,
@@ -410,13 +400,7 @@ metrics = Table(
 curves = Table(
     "curves",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column(
         "curve",
         Text,
@@ -444,13 +428,7 @@ curves = Table(
 segments = Table(
     "segments",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column(
         "segment",
         Integer,
@@ -494,13 +472,7 @@ segments = Table(
 epochs = Table(
     "epochs",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column(
         "phase",
         Text,
@@ -536,13 +508,7 @@ activations = Table(
     "activations",
     metadata,
     Column("activation_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the change."),
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column("version", Integer, nullable=False, comment="Version that became active, or was dropped."),
     Column("previous_version", Integer, comment="Version that was active before; null: none was."),
     Column("action", Text, nullable=False, comment="activate, rollback or drop."),
@@ -560,13 +526,7 @@ refreshes = Table(
     "refreshes",
     metadata,
     Column("refresh_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the refresh."),
-    Column(
-        "model_id",
-        Integer,
-        ForeignKey(models.c.model_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Model, see vae.models.",
-    ),
+    _model_id(),
     Column("view", Text, nullable=False, comment="Prediction view that was refreshed."),
     Column(
         "state",
@@ -623,13 +583,7 @@ refreshes = Table(
 tensors = Table(
     "tensors",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column("name", Text, nullable=False, comment="Name of the tensor in the model."),
     Column("chunk", Integer, nullable=False, comment="Number of the chunk within the tensor, from 0."),
     Column("dtype", Text, nullable=False, comment="NumPy name of the element type, little-endian: <f4, <i4."),
@@ -644,13 +598,7 @@ tensors = Table(
 items = Table(
     "items",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column("item_index", Integer, nullable=False, comment="Row of the item in the version's tensors, from 0."),
     Column("item_key", Text, nullable=False, comment="Key of the item as text."),
     PrimaryKeyConstraint("version_id", "item_index"),
@@ -662,13 +610,7 @@ items = Table(
 golden_users = Table(
     "golden_users",
     metadata,
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column("number", Integer, nullable=False, comment="Number of the golden user, from 0."),
     Column(
         "items",
@@ -717,13 +659,7 @@ verifications = Table(
     Column(
         "verification_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the verification."
     ),
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column("device", Text, nullable=False, comment="What computed: cpu or cuda."),
     Column("passed", Boolean, nullable=False, comment="Whether every golden user got the same answer."),
     Column("golden_users", Integer, nullable=False, comment="Golden users that were scored."),
@@ -752,13 +688,7 @@ observations = Table(
     "observations",
     metadata,
     Column("observation_id", BigInteger, Identity(always=True), primary_key=True, comment="Number of the observation."),
-    Column(
-        "version_id",
-        BigInteger,
-        ForeignKey(versions.c.version_id, ondelete="CASCADE"),
-        nullable=False,
-        comment="Version, see vae.versions.",
-    ),
+    _version_id(),
     Column("measure", Text, nullable=False, comment="drift (population stability index) or hit rate."),
     Column(
         "subject",

@@ -33,7 +33,7 @@ from pgvae_runtime.tokens import History
 
 # Users that centroids are fitted on, and that the silhouette is measured on; of more, so many by chance.
 _MAX_USERS = 20_000
-_MAX_JUDGES = 5_000
+_MAX_SAMPLE = 5_000
 # Segments of fewer users dissolve, unless their number is asked for.
 _MIN_USERS = 10
 _FEWEST, _MOST = 4, 12
@@ -235,22 +235,22 @@ def _cluster(
             if config.segments:
                 return from_before
             from_before = _large_ones(own, from_before)
-    judges = own[_sample(len(own), _MAX_JUDGES, config.seed)]
-    fresh = _search(own, judges, config)
-    if from_before is None or silhouette(judges, from_before) < _ABOUT_AS_WELL * silhouette(judges, fresh):
+    sample = own[_sample(len(own), _MAX_SAMPLE, config.seed)]
+    fresh = _search(own, sample, config)
+    if from_before is None or silhouette(sample, from_before) < _ABOUT_AS_WELL * silhouette(sample, fresh):
         return fresh
     return from_before
 
 
-def _search(own: NDArray[np.float32], judges: NDArray[np.float32], config: TrainingConfig) -> NDArray[np.float32]:
+def _search(own: NDArray[np.float32], sample: NDArray[np.float32], config: TrainingConfig) -> NDArray[np.float32]:
     """Gives the centroids, [S, Z], that separate best of those of several numbers, or of the number asked for."""
     most = min(_MOST, len(own) // _MIN_USERS)
     counts = [config.segments] if config.segments else range(max(1, min(_FEWEST, most)), max(1, most) + 1)
     generator = np.random.default_rng(config.seed)
-    tried = [_lloyd(judges, _seeds(judges, count, generator)) for count in counts for _ in range(_RESTARTS)]
+    tried = [_lloyd(sample, _seeds(sample, count, generator)) for count in counts for _ in range(_RESTARTS)]
     if not config.segments:
-        tried = [_large_ones(judges, centroids) for centroids in tried]
-    found = _lloyd(own, max(tried, key=lambda centroids: silhouette(judges, centroids)))
+        tried = [_large_ones(sample, centroids) for centroids in tried]
+    found = _lloyd(own, max(tried, key=lambda centroids: silhouette(sample, centroids)))
     return found if config.segments else _large_ones(own, found)
 
 

@@ -28,7 +28,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgvae.errors import PgvaeError
-from pgvae.files import home_folder
+from pgvae.files import home_folder, write_file
 
 SUPERUSER = "postgres"
 DATABASE = "pgvae"
@@ -41,6 +41,8 @@ _SOCKET_NAME = ".s.PGSQL.65535"
 # PATH, PYTHONPATH and the user's own packages: a virtual environment or another Python of the caller would replace the
 # server's numpy or stop it from starting.
 _PASSED_ON = ("TZ", "TMPDIR", "CUDA_", "CUPY_", "NVIDIA_", "OMP_", "OPENBLAS_", "MKL_")
+
+_ROOM = "free some space, or choose another folder with PGVAE_HOME"
 
 # What is local needs no password because nobody else can enter the socket's directory; a TCP port is open to every
 # user of the machine, so it asks for one.
@@ -290,9 +292,8 @@ class Server:
 
     def _set_password(self) -> None:
         if not self._password_file.exists():
-            descriptor = os.open(self._password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_urlsafe(24) + "\n")
+            password = secrets.token_urlsafe(24) + "\n"
+            write_file(self._password_file, password.encode(), hint=_ROOM, mode=0o600)
         password = self._password_file.read_text().strip()
         with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
             # The verifier is computed here, so that the password never appears in the server's log.
@@ -322,7 +323,8 @@ class Server:
         return int(port) if port else None
 
     def _write_state(self, port: int | None) -> None:
-        self._state_file.write_text(json.dumps({"port": port}) + "\n")
+        # In one step: a full disk or a kill would leave an empty file, of which no command could tell the port.
+        write_file(self._state_file, (json.dumps({"port": port}) + "\n").encode(), hint=_ROOM)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

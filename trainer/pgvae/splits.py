@@ -13,7 +13,7 @@ from pgvae.ranking import Holdout, item_shares, make_holdout
 
 # Without folds, validation and test are a tenth each.
 _PARTS = 10
-# Of a held-out user's items every fifth is to be found, the others are the history (Liang et al. 2018, section 4.2).
+# Of a held-out user's items every fifth is to be found, the others are the history (Liang et al. 2018, section 4).
 _FOLD_IN_PARTS = 5
 # With fewer users than this, a metric says nothing.
 MIN_USERS = 20
@@ -55,8 +55,8 @@ def temporal(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Spl
 def random(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split]:
     """Gives splits of each user's items by chance: a tenth tests, a tenth validates.
 
-    Of a held-out (user, item) pair no event of any type is left in the histories. With K folds every pair is in the
-    test of one of them.
+    Of a held-out (user, item) pair no event of any type is left in the histories, so no item of a history is to be
+    found, and none is ranked. With K folds every pair is in the test of one of them.
     """
     generator = np.random.default_rng(seed)
     pairs, part = deal_out(dataset, _PARTS if folds == 1 else folds, generator)
@@ -64,7 +64,7 @@ def random(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split
         rest, test = hold_out(dataset, pairs[part == fold])
         rest_pairs, rest_part = deal_out(rest, _PARTS - 1, generator)
         train, validation = hold_out(rest, rest_pairs[rest_part == 0])
-        yield Split(train=train, validation=make_holdout(train, validation), test=make_holdout(rest, test))
+        yield Split(train=train, validation=_unseen(train, validation), test=_unseen(rest, test))
 
 
 def strong(dataset: Dataset, *, folds: int = 1, seed: int = 1) -> Iterator[Split]:
@@ -121,7 +121,15 @@ def hold_out(dataset: Dataset, pairs: NDArray[np.int64]) -> tuple[Dataset, Datas
 def _fold_in(dataset: Dataset, learned: Dataset, generator: np.random.Generator) -> Holdout:
     pairs, part = deal_out(dataset, _FOLD_IN_PARTS, generator)
     before, after = hold_out(dataset, pairs[part == 0])
-    return make_holdout(before, after, item_share=item_shares(learned))
+    return _unseen(before, after, item_share=item_shares(learned))
+
+
+def _unseen(before: Dataset, after: Dataset, item_share: NDArray[np.float64] | None = None) -> Holdout:
+    """Gives the holdout of pairs of which `before` has no event, so that no item of a history can be the answer.
+
+    Whoever ranked those that were only viewed high, as a shop should, would be wrong each time.
+    """
+    return make_holdout(before, after, item_share=item_share, seen=range(len(before.event_types)))
 
 
 def _of_users(dataset: Dataset, users: NDArray[np.int64]) -> Dataset:

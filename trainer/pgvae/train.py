@@ -83,7 +83,7 @@ def train(
         with _timed("read", durations, listener):
             definition, dataset = read_checked(connection, model, force, listener)
             sales = read_sales(connection, model, dataset)
-            assignments = read_assignments(connection, model, dataset)
+            assignments = read_assignments(connection, model)
     with _timed("demand", durations, listener):
         demand = fit_demand(sales, seed=config.seed)
     with _timed("evaluate", durations, listener):

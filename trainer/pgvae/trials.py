@@ -64,7 +64,7 @@ class Trial:
         return 2 * self.assignments.exposed.astype(np.int64) + self.bought
 
 
-def read_assignments(connection: psycopg.Connection, model: str, dataset: Dataset) -> Assignments | None:
+def read_assignments(connection: psycopg.Connection, model: str) -> Assignments | None:
     """Gives the assignments of a model, in the transaction that read its data set; None where no column holds any.
 
     Left out are those of users and items without events, of whom there is nothing to say.
@@ -73,11 +73,8 @@ def read_assignments(connection: psycopg.Connection, model: str, dataset: Datase
     if row is None or row[0] is None:
         return None
     query = sql.SQL(
-        "select u.number, i.item_index, extract(epoch from a.occurred_at)::float8, a.is_exposed::integer"
-        " from {} a"
-        " join (select user_id, (dense_rank() over (order by user_id) - 1)::integer as number from"
-        " (select distinct user_id from pgvae_events) d) u using (user_id)"
-        " join pgvae_items i on i.item_key = a.item_id::text"
+        "select u.user_index, i.item_index, extract(epoch from a.occurred_at)::float8, a.is_exposed::integer"
+        " from {} a join pgvae_users u using (user_id) join pgvae_items i on i.item_key = a.item_id::text"
     ).format(sql.Identifier(model, "clean_assignments"))
     rows = copy_rows(connection, query, {"user": "i4", "item": "i4", "moment": "f8", "exposed": "i4"})
     return Assignments(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgvae.dataset import Dataset
-from pgvae.outcome_windows import Floats, Setting, Weights, newest_moment, parts, too_little
+from pgvae.outcome_windows import Floats, Setting, Weights, newest_moment, score_parts, too_little
 from pgvae.outcomes import fit_heads
 from pgvae.regression import fit_logistic, standardising
 from pgvae.rows import CurvePoint, Metric
@@ -25,7 +25,6 @@ from pgvae.trials import Assignments, Trial, has_bought, histories_before, trial
 from pgvae.uplift_figures import Estimate, Gains, balance, effects, estimate, gains
 from pgvae_runtime.behaviour import behaviour
 from pgvae_runtime.outcomes import item_probability, outlook
-from pgvae_runtime.scoring import score_users
 from pgvae_runtime.uplift import inputs_of, uplift_of
 
 SPLIT = "experiment"
@@ -129,8 +128,7 @@ class _Subjects:
         response, purchase = np.empty((2, len(self.of)))
         order = np.argsort(self.of, kind="stable")
         ends = np.searchsorted(self.of[order], np.arange(len(self.moment) + 1))
-        for chosen, part in parts(self._history, np.arange(len(self.moment))):
-            scores, _ = score_users(weights, part, max_history=self._setting.max_history)
+        for chosen, part, scores in score_parts(self._history, np.arange(len(self.moment)), weights, self._setting):
             found = outlook(weights, part, self.moment[chosen], targets=dataset.targets, types=len(dataset.event_types))
             rows = order[ends[chosen[0]] : ends[chosen[-1] + 1]]
             user = self.of[rows] - chosen[0]

@@ -56,20 +56,20 @@ Weights = dict[str, NDArray[Any]]
 Ways = Mapping[str, Links]
 
 
-def ndcg(judges: Holdout, weights: Weights, max_history: int) -> float:
+def ndcg(validation: Holdout, weights: Weights, max_history: int) -> float:
     """Gives the mean NDCG@20 of these weights."""
-    return float(per_user_metrics(judges, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
+    return float(per_user_metrics(validation, scorer(weights, max_history), VALIDATION_K)["ndcg"].mean())
 
 
 def choose_recency(
-    judges: Holdout, weights: Weights, recencies: Sequence[float], max_history: int, flat: float
+    validation: Holdout, weights: Weights, recencies: Sequence[float], max_history: int, flat: float
 ) -> float:
     """Gives how fast events shall fade in the encoder, the shortcut left out; of equal ones the first.
 
     `flat` is the NDCG where none fades, which the first of the recencies says.
     """
     alone = with_links(weights, {}, NO_SHORTCUT)
-    ndcgs = {0.0: flat} | {each: ndcg(judges, fading(alone, each), max_history) for each in recencies[1:]}
+    ndcgs = {0.0: flat} | {each: ndcg(validation, fading(alone, each), max_history) for each in recencies[1:]}
     return max(ndcgs, key=ndcgs.__getitem__)
 
 
@@ -79,7 +79,7 @@ def fading(weights: Weights, recency: float) -> Weights:
 
 
 def choose_shortcut(
-    judges: Holdout,
+    validation: Holdout,
     weights: Weights,
     ways: Ways,
     recencies: Sequence[float],
@@ -88,43 +88,43 @@ def choose_shortcut(
     max_history: int,
 ) -> tuple[ShortcutChoice, dict[ShortcutChoice, float]]:
     """Gives the best shortcut beside these weights, and the NDCG of each that was tried; `ways` are of the dataset."""
-    judged = shortcut_ndcgs(judges, weights, ways, max_history)
+    ndcgs = shortcut_ndcgs(validation, weights, ways, max_history)
     # Which way is best hardly depends on the recency: the others are spared.
-    best_ways = (_best(judged, UNORDERED_WAYS).way, _best(judged, WAYS).way)
+    best_ways = (_best(ndcgs, UNORDERED_WAYS).way, _best(ndcgs, WAYS).way)
     few = {way: links for way, links in ways.items() if way in best_ways}
     for recency in recencies[1:]:
-        judged |= shortcut_ndcgs(judges, weights, few, max_history, recency)
-    plain, best = _best(judged, UNORDERED_WAYS), _best(judged, WAYS)
-    if best != plain and not _lasts(dataset, config, judges, weights, max_history, best, plain):
+        ndcgs |= shortcut_ndcgs(validation, weights, few, max_history, recency)
+    plain, best = _best(ndcgs, UNORDERED_WAYS), _best(ndcgs, WAYS)
+    if best != plain and not _lasts(dataset, config, validation, weights, max_history, best, plain):
         best = plain
-    return best, judged
+    return best, ndcgs
 
 
 def shortcut_ndcgs(
-    judges: Holdout, weights: Weights, ways: Ways, max_history: int, recency: float = 0.0
+    validation: Holdout, weights: Weights, ways: Ways, max_history: int, recency: float = 0.0
 ) -> dict[ShortcutChoice, float]:
     """Gives the mean NDCG@20 of these weights without a shortcut and with each way in each scale.
 
     Logits and links are linear: both are computed once per user, and added up for each choice.
     """
     choices = [ShortcutChoice(way=way, scale=scale, recency=recency) for way in ways for scale in SHORTCUT_SCALES]
-    hits = {choice: np.zeros((len(judges.users), VALIDATION_K), dtype=bool) for choice in (NO_SHORTCUT, *choices)}
+    hits = {choice: np.zeros((len(validation.users), VALIDATION_K), dtype=bool) for choice in (NO_SHORTCUT, *choices)}
 
-    def judge(choice: ShortcutChoice, part: slice, history: History, scores: NDArray[np.float32]) -> None:
-        leave_out(judges, history, scores)
-        hits[choice][part] = hits_of(best_items(scores, VALIDATION_K), *judges.truth(part))
+    def rank(choice: ShortcutChoice, part: slice, history: History, scores: NDArray[np.float32]) -> None:
+        leave_out(validation, history, scores)
+        hits[choice][part] = hits_of(best_items(scores, VALIDATION_K), *validation.truth(part))
 
-    for part, history in histories(judges):
+    for part, history in histories(validation):
         tokens = history.tokens(max_history)
         logits = forward.decode(weights, forward.encode(weights, tokens))
-        judge(NO_SHORTCUT, part, history, logits.copy())
+        rank(NO_SHORTCUT, part, history, logits.copy())
         for way, links in ways.items():
             sums = np.zeros_like(logits)
             forward.add_shortcut(links.fading(recency).tensors(), tokens, sums)
             for scale in SHORTCUT_SCALES:
                 choice = ShortcutChoice(way=way, scale=scale, recency=recency)
-                judge(choice, part, history, logits + np.float32(scale) * sums)
-    counts = np.diff(judges.truth_start)
+                rank(choice, part, history, logits + np.float32(scale) * sums)
+    counts = np.diff(validation.truth_start)
     return {choice: float(list_metrics(found, counts, VALIDATION_K)["ndcg"].mean()) for choice, found in hits.items()}
 
 
@@ -139,15 +139,15 @@ def with_links(weights: Weights, ways: Ways, choice: ShortcutChoice) -> Weights:
     return weights | (decoder if share < 1.0 else {}) | links.fading(choice.recency).tensors(choice.scale * share)
 
 
-def _best(judged: dict[ShortcutChoice, float], ways: Sequence[str]) -> ShortcutChoice:
+def _best(ndcgs: dict[ShortcutChoice, float], ways: Sequence[str]) -> ShortcutChoice:
     """Gives the best choice among these ways and none; of equal ones the first: none, then the lighter one."""
-    return max((choice for choice in judged if choice.way is None or choice.way in ways), key=judged.__getitem__)
+    return max((choice for choice in ndcgs if choice.way is None or choice.way in ways), key=ndcgs.__getitem__)
 
 
 def _lasts(
     dataset: Dataset,
     config: TrainingConfig,
-    judges: Holdout,
+    validation: Holdout,
     weights: Weights,
     max_history: int,
     choice: ShortcutChoice,
@@ -161,5 +161,5 @@ def _lasts(
     if not len(older.user):
         return True
     ways = shortcuts(older, config.neighbours, config.seed, [each.way for each in (choice, plain) if each.way])
-    lead, flat = (ndcg(judges, with_links(weights, ways, each), max_history) for each in (choice, plain))
+    lead, flat = (ndcg(validation, with_links(weights, ways, each), max_history) for each in (choice, plain))
     return lead > flat

@@ -65,8 +65,9 @@ def evaluate(
 
     Trains with the configuration of the version on a part of today's events, chooses the number of passes, and each
     baseline's setting, on a second part, and measures all of them on a third: every user, every item ranked, nothing
-    sampled. What each user already bought is left out of the lists. Each figure has a 95 % interval, by resampling
-    users. pgvae "beats" a baseline where the interval of the difference, user by user, is above zero.
+    sampled. What each user already bought is left out of the lists, and of random and strong splits all of the user's
+    history. Each figure has a 95 % interval, by resampling users. pgvae "beats" a baseline where the interval of the
+    difference, user by user, is above zero.
 
     The version's own weights are neither used nor changed. The figures are written to vae.metrics, in place of those
     that the version has of the same split; vae.activate refuses a version that is worse than popularity.

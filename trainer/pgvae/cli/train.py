@@ -64,7 +64,7 @@ def train(
         ),
     ] = _DEFAULTS.future_share,
     temperature: Annotated[
-        float, typer.Option(help="What the cosines are divided by; 0: by the size of the catalogue.")
+        float | None, typer.Option(help="What the cosines are divided by; by default 10 / ln²(items), at most 0.5.")
     ] = _DEFAULTS.temperature,
     negatives: Annotated[
         int, typer.Option(help="Wrong answers drawn per step; a catalogue of up to twice as many is used whole.")

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,13 +77,15 @@ class _Counted(io.RawIOBase):
 def open_source(name: str, *, delimiter: str | None = None, encoding: str = "utf-8") -> Iterator[Source]:
     """Opens a file by its content, whatever its name ends in; `-` is standard input. PgvaeError where it cannot."""
     path = Path(name)
-    if name != "-" and not path.is_file():
-        raise PgvaeError(f"file {name} does not exist", hint="check the path; - is standard input")
+    if name != "-" and (path.is_dir() or not path.exists()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise PgvaeError(f"file {name} {what}", hint="check the path; - is standard input")
     try:
         with sys.stdin.buffer if name == "-" else path.open("rb") as raw:
             counted = _Counted(raw)
             plain = _decompressed(io.BufferedReader(counted, 1 << 20))
-            size = None if name == "-" else path.stat().st_size
+            # A pipe, as of <(zcat …), has none.
+            size = path.stat().st_size if path.is_file() else None
             if plain.peek(4)[:4] == _PARQUET_MAGIC:
                 header, batches = _parquet(name, plain)
             else:
@@ -183,12 +184,21 @@ def _parquet_batches(name: str, file: Any) -> Iterator[Batch]:
     line = 1
     try:
         for arrow in file.iter_batches(batch_size=BATCH_ROWS):
-            columns = [[_text(value) for value in column.to_pylist()] for column in arrow.columns]
+            columns = [[_text(value) for value in _plain(column).to_pylist()] for column in arrow.columns]
             rows = [list(row) for row in zip(*columns, strict=True)]
             yield Batch(rows=rows, lines=list(range(line, line + len(rows))))
             line += len(rows)
     except pyarrow.ArrowException as error:
         raise PgvaeError(f"file {name} is damaged: {error}", hint="fetch it again") from error
+
+
+def _plain(column: Any) -> Any:
+    """Gives a column without what Python's times lack, such as nanoseconds and the year 10 000: those as texts."""
+    import pyarrow
+
+    if pyarrow.types.is_timestamp(column.type) or pyarrow.types.is_date(column.type):
+        return column.cast(pyarrow.string())
+    return column.cast(pyarrow.time64("us"), safe=False) if pyarrow.types.is_time64(column.type) else column
 
 
 def _text(value: object) -> str:
@@ -201,4 +211,4 @@ def _text(value: object) -> str:
         if math.isnan(value):
             return ""
         return str(int(value)) if value.is_integer() and abs(value) < _EXACT else str(value)
-    return value.isoformat(" ") if isinstance(value, datetime) else str(value)
+    return str(value)

@@ -15,9 +15,10 @@ DateOrder = Literal["dmy", "mdy"]
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+# Digits of other scripts, which int() reads, too, PostgreSQL does not.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 # 1234,50 and 1.234,50. Three digits alone after a comma may be thousands: such a column is not taken for numbers.
-_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
+_COMMA_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", re.ASCII)
 _DECIMALS = re.compile(r",(?!\d{3}$)\d+$")
 _SLASHED = re.compile(
     r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?(?: ?([AaPp])\.?[Mm]\.?)?)?"
@@ -79,7 +80,11 @@ def infer(values: Sequence[str], dialect: Dialect) -> tuple[str, str | None]:
     if all(len(value) <= 10 and _is_date(value) for value in filled):
         return "date", None
     if all(len(value) >= 8 and _is_timestamp(value) for value in filled):
-        return "timestamptz", "times without a zone are read as UTC" if dialect.timezone is UTC else None
+        # ZoneInfo("UTC") and datetime's own are two.
+        is_told = str(dialect.timezone) == "UTC" and any(
+            datetime.fromisoformat(value).tzinfo is None for value in filled
+        )
+        return "timestamptz", "times without a zone are read as UTC" if is_told else None
     return "text", None
 
 
@@ -133,7 +138,7 @@ def has_decimal_commas(values: Sequence[str]) -> bool:
 
 def converter(sql_type: str, dialect: Dialect, *, decimal_commas: bool = False) -> Callable[[str], str]:
     """Gives the function that turns a text into COPY's text format, or into Bad; PgvaeError for an unknown type."""
-    base = {"timestamp": "timestamptz", "double precision": "numeric", "real": "numeric", "varchar": "text"}
+    base = {"double precision": "numeric", "real": "numeric", "varchar": "text"}
     convert = {
         "smallint": lambda text: _integer(text, "smallint"),
         "integer": lambda text: _integer(text, "integer"),
@@ -143,6 +148,7 @@ def converter(sql_type: str, dialect: Dialect, *, decimal_commas: bool = False) 
         "uuid": _uuid,
         "date": lambda text: _date(text, dialect),
         "timestamptz": lambda text: _timestamp(text, dialect),
+        "timestamp": lambda text: _timestamp(text, dialect, has_zone=False),
         "text": None,
     }
     name = base.get(sql_type, sql_type)
@@ -246,18 +252,22 @@ def _is_timestamp(text: str) -> bool:
 
 def _date(text: str, dialect: Dialect) -> str:
     if _is_date(text):
-        return text
+        # 2024-W01-1 is one, too, and PostgreSQL does not read it.
+        return date.fromisoformat(text).isoformat()
     if found := _slashed(text, dialect.date_order or "dmy"):
         return found.date().isoformat()
     return Bad(f"{_shown(text)} is no date")
 
 
-def _timestamp(text: str, dialect: Dialect) -> str:
+def _timestamp(text: str, dialect: Dialect, *, has_zone: bool = True) -> str:
+    """Gives the time; for a type without a zone that of UTC, as pgvae reads it: PostgreSQL would drop the zone."""
     try:
         if epoch := _EPOCH.fullmatch(text):
-            return _since_1970(epoch[1], epoch[2] or "").isoformat()
-        found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=dialect.timezone)).isoformat()
+            found = _since_1970(epoch[1], epoch[2] or "")
+        else:
+            found = _slashed(text, dialect.date_order or "dmy") or datetime.fromisoformat(text)
+            found = found if found.tzinfo else found.replace(tzinfo=dialect.timezone)
+        return (found if has_zone else found.astimezone(UTC)).isoformat()
     except (ValueError, OverflowError, OSError):
         return Bad(f"{_shown(text)} is no time")
 

@@ -63,7 +63,7 @@ def render(version: PublishedVersion, insight: Insight) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"day": _day, "moment": _moment, "setting": _setting}
+    environment.filters |= {"day": words.day, "moment": _moment, "setting": _setting}
     return environment.get_template("page.html").render(
         version=version,
         insight=insight,
@@ -224,10 +224,6 @@ def _calibration(version: PublishedVersion) -> list[tuple[str, str, str]]:
         for metric in ("calibration_error", "log_loss", "brier")
         if metric in own
     ]
-
-
-def _day(moment: datetime | None) -> str:
-    return f"{moment.astimezone(UTC):%Y-%m-%d}" if moment else "–"
 
 
 def _moment(moment: datetime | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from pgvae.report.insight import Insight
 from pgvae.rows import LOWER_IS_BETTER, CurvePoint, Metric
@@ -352,7 +353,7 @@ def card(version: PublishedVersion, insight: Insight) -> list[Chapter]:
             heading="Data",
             points=(
                 f"{version.event_count:,} events of {version.user_count:,} people on {version.item_count:,} items,"
-                f" {_day(version.window_start)} to {_day(version.window_end)}.",
+                f" {day(version.window_start)} to {day(version.window_end)}.",
                 f"Kinds of event: {', '.join(version.event_types)}. Predicted: {targets}.",
                 "The events are those of the shop, cleaned by rules that anybody can read in SQL:"
                 f" {version.model}.clean_events. They show what people did in this shop as it was, with what it"
@@ -444,15 +445,16 @@ def _privacy(version: PublishedVersion) -> tuple[str, ...]:
     )
 
 
-def _day(moment: object) -> str:
-    return f"{moment:%Y-%m-%d}" if moment else "?"
+def day(moment: datetime | None) -> str:
+    """Gives the day of UTC, whatever zone the session gave the moment in."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d}" if moment else "–"
 
 
 def markdown(version: PublishedVersion, insight: Insight) -> str:
     """Gives the model card as Markdown, what comes from the data escaped."""
     lines = [f"# Model card: {_escaped(version.model)}, version {version.version}", ""]
     lines += [
-        f"State {_escaped(version.state)}, published {_day(version.created_at)} by {_escaped(version.created_by)}"
+        f"State {_escaped(version.state)}, published {day(version.created_at)} by {_escaped(version.created_by)}"
         f" with pgvae {_escaped(version.trainer_version)}.",
         "",
     ]

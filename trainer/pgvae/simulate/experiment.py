@@ -19,6 +19,7 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
+from pgvae.errors import PgvaeError
 from pgvae.simulate.calendar import DAY
 from pgvae.simulate.config import random_stream
 from pgvae.simulate.shop import Shop
@@ -107,6 +108,12 @@ def add_experiment(connection: psycopg.Connection, shop: Shop) -> ExperimentSumm
     assert newest is not None
     generator = random_stream(config.seed, "experiment")
     sold = np.array([row[3] for row in items], dtype=float)
+    if not sold.any():
+        raise PgvaeError(
+            f"nothing was sold in the {config.days - HORIZON_DAYS - PERIOD_DAYS} days before the experiment, so that"
+            " there is nothing to offer",
+            hint="give more --users, --days or --events-per-user",
+        )
     chosen = [users[row] for row in np.flatnonzero(generator.random(len(users)) < config.experiment)]
     offered = [items[place] for place in generator.choice(len(items), len(chosen), p=sold / sold.sum())]
     at = begin + generator.integers(0, PERIOD_DAYS * DAY, len(chosen))
