@@ -1062,23 +1062,30 @@ comment on function vae.set_options(text, jsonb) is
 
 create or replace function vae.feature_columns(model text)
 returns table (source text, column_name text, is_used boolean, kind text, reason text)
-language sql
+language plpgsql
 stable
 called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-select s.source, f.column_name, u.is_used, f.kind, case when not u.is_used then coalesce(f.reason, 'is not chosen') end
-from vae.models m
-cross join lateral (values
-    ('users', m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
-    ('items', m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
-) as s (source, table_schema, table_name, key_column, argument, chosen)
-cross join lateral vae_private.table_features(
-    to_regclass(format('%I.%I', s.table_schema, s.table_name)), s.key_column, s.argument) f
-cross join lateral (select f.column_name = any (s.chosen) as is_used) u
-where m.model_id = vae_private.model_id(model) and s.table_name is not null
+#variable_conflict use_column
+declare
+    -- Here, and not in the query: where there is no model a plan may never come to ask for this one.
+    id constant integer := vae_private.model_id(model);
+begin
+    return query
+    select s.source, f.column_name, u.is_used, f.kind, case when not u.is_used then coalesce(f.reason, 'is not chosen') end
+    from vae.models m
+    cross join lateral (values
+        ('users', m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
+        ('items', m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
+    ) as s (source, table_schema, table_name, key_column, argument, chosen)
+    cross join lateral vae_private.table_features(
+        to_regclass(format('%I.%I', s.table_schema, s.table_name)), s.key_column, s.argument) f
+    cross join lateral (select f.column_name = any (s.chosen) as is_used) u
+    where m.model_id = id and s.table_name is not null;
+end;
 $$;
 
 comment on function vae.feature_columns(text) is

@@ -104,6 +104,8 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    -- Here, and not in the query below: where there is no model a plan may never come to ask for this one.
+    id constant integer := vae_private.model_id(model);
     m vae.models;
     counts record;
     duplicates bigint;
@@ -111,7 +113,7 @@ declare
     outliers record;
     unknown_types text[];
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    select * into m from vae.models where models.model_id = id;
     perform vae_private.check_grants(m);
     perform vae_private.check_tables(m);
     perform vae_private.check_views(m);

@@ -8,6 +8,8 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+-- Where it is on, a type has a name in quotes.
+set quote_all_identifiers = off
 as $$
 -- Not by name: whoever may create a schema could make one called cron, and what lies in it would run with the rights of
 -- whoever asks. All that pgvae calls there must be pg_cron's own.

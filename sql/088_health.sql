@@ -88,7 +88,9 @@ with facts as (
             join pg_catalog.pg_namespace n on n.oid = c.relnamespace
             where n.nspname = f.model
             union all
-            select format('%s(%s)', p.proname, replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'))
+            -- Without the quotes that a type's name has where quote_all_identifiers is on.
+            select format('%s(%s)', p.proname,
+                translate(replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'), '"', ''))
             from pg_catalog.pg_proc p
             join pg_catalog.pg_namespace n on n.oid = p.pronamespace
             where n.nspname = f.model) as objects

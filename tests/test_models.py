@@ -765,6 +765,17 @@ def test_a_session_that_reads_backslashes_as_escapes_makes_the_same_model(shop: 
     assert warnings == []
 
 
+@pytest.mark.parametrize(
+    "call", ["vae.check_events('shop')", "vae.feature_columns('shop')", "vae.set_candidates('shop', 'few', 'events')"]
+)
+def test_a_model_that_is_none_is_told_where_there_is_no_model_at_all(shop: psycopg.Connection, call: str) -> None:
+    """Of an empty table of models a plan made for any name asks for none."""
+    shop.execute("set plan_cache_mode = force_generic_plan")
+    with pytest.raises(psycopg.Error) as caught:
+        shop.execute(f"select * from {call}".encode())
+    assert caught.value.sqlstate == "VA001"
+
+
 def test_the_earliest_date_begins_at_midnight_utc_for_everybody(shop: psycopg.Connection) -> None:
     user, item = Shop().users[0], Shop().items[0]
     moments = ("2023-01-01 23:59:59+00", "2023-01-02 00:00:00+00")
