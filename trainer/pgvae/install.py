@@ -19,6 +19,7 @@ from pgvae import __version__, doctor, resources
 from pgvae.connection import connect
 from pgvae.errors import PgvaeError
 from pgvae.schema import PUBLIC
+from pgvae_runtime import forward
 
 # Two installations into one database wait for each other. The number is the ASCII of "pgvae".
 _LOCK = 0x7067766165
@@ -94,7 +95,7 @@ order by n.nspname like 'vae%' desc, n.nspname
 
 
 _OUTDATED = """
-select m.name
+select m.name, v.format = :format
 from vae.models m
 join vae.versions v using (model_id)
 where v.state = 'active' and v.code_digest <> :digest
@@ -106,7 +107,8 @@ order by m.name
 class Installation:
     """What stands in a database after `install`.
 
-    `warnings` names the models that could not be rebuilt, `outdated` those whose active version other code trained.
+    `warnings` names the models that could not be rebuilt, `outdated` those whose active version other code trained, and
+    `silent` those of them whose weights this code cannot read.
     """
 
     release: str
@@ -114,6 +116,7 @@ class Installation:
     models: int
     warnings: list[str]
     outdated: list[str]
+    silent: list[str]
 
 
 def install(dsn: str | None = None) -> Installation:
@@ -176,8 +179,15 @@ def _install(connection: Connection, warnings: list[str]) -> Installation:
         text("update vae_private.installation set release = :release, runtime_digest = :digest, installed_at = now()"),
         {"release": __version__, "digest": digest},
     )
-    outdated = list(connection.execute(text(_OUTDATED), {"digest": digest}).scalars())
-    return Installation(release=__version__, digest=digest, models=models, warnings=warnings, outdated=outdated)
+    outdated = connection.execute(text(_OUTDATED), {"digest": digest, "format": forward.FORMAT}).all()
+    return Installation(
+        release=__version__,
+        digest=digest,
+        models=models,
+        warnings=warnings,
+        outdated=[name for name, _ in outdated],
+        silent=[name for name, is_readable in outdated if not is_readable],
+    )
 
 
 def _check_revision(connection: Connection, config: Config) -> None:
