@@ -610,6 +610,29 @@ $$;
 comment on function vae_private.check_schema(vae.models) is 'Refuses where the schema of a model is gone.';
 
 
+create or replace function vae_private.check_owner_role(m vae.models, needed name)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    owner constant name := (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name);
+begin
+    if not pg_has_role(owner, needed, 'usage') then
+        raise exception 'the owner of model %, %, does not hold the rights of %', m.name, owner, needed
+            using errcode = 'insufficient_privilege', hint = format('grant vae_trainer to %I', owner);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_owner_role(vae.models, name) is
+    'Refuses where the owner of a model lacks one of pgvae''s roles, as after it was handed over with reassign owned.';
+
+
 create or replace function vae_private.moved_table(m vae.models)
 returns text
 language sql
@@ -897,8 +920,11 @@ declare
     caller constant name := current_user;
     role_before constant text := current_setting('role');
 begin
-    select * into m from vae.models where models.model_id = build_model.model_id;
+    -- Locked: a session whose default is serializable sees the model as it was before it waited for another change, and would make the
+    -- views of that without a word. Like this PostgreSQL refuses it.
+    select * into m from vae.models where models.model_id = build_model.model_id for no key update;
     perform vae_private.check_schema(m);
+    perform vae_private.check_owner_role(m, 'vae_trainer');
     select r.rolname into owner from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name;
     if owner <> caller then
         -- What a superuser, or a member of the owner, made would not be the owner's, who could not remake it.
@@ -1023,7 +1049,7 @@ begin
             -- A model whose tables were dropped or changed keeps no other model from the upgrade. vae.health goes on telling of it.
             update vae.models m set rebuild_error = sqlerrm where m.model_id = each.model_id;
             raise warning 'model % is not rebuilt: %', each.name, sqlerrm
-                using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
+                using hint = format('mend that, then: select vae.rebuild_model(%L)', each.name);
         end;
     end loop;
     return built;

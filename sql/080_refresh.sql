@@ -76,7 +76,7 @@ begin
                     case when failure_detail like 'pgvae: %' then failure_detail
                         when failure_detail <> '' then failure || ': ' || failure_detail
                         else failure
-                    end, '^(pgvae|spiexceptions\.[A-Za-z]+): ', '');
+                    end, '^(pgvae|spiexceptions[.][A-Za-z]+): ', '');
             end;
             exit when failure is not null;
             exit when result.mode is null or result.mode not like 'needs %';
@@ -399,6 +399,7 @@ begin
         raise exception 'no refresh of %.% was started in this session', model_name, view_name
             using errcode = 'insufficient_privilege', hint = format('refresh with: call vae.refresh(%L)', model_name);
     end if;
+    perform vae_private.check_owner_role(m, 'vae_operator') from vae.models m where m.model_id = id;
     perform set_config('vae.refresh_mode', mode, true);
     -- In one transaction: readers see what both held before, or what both hold after.
     foreach source in array sources loop

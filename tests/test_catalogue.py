@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -234,6 +235,15 @@ def test_a_model_whose_table_is_gone_stops_no_upgrade(database: str, with_model:
     Shop().make(with_model)
     assert install(database).models == 2
     assert rows(with_model, "select 'shop.clean_events'::regclass") == ["shop.clean_events"]
+
+
+def test_two_installations_at_once_whatever_the_database_has_as_its_isolation(empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"alter database {name} set default_transaction_isolation = 'serializable'".encode())
+    # A snapshot from before the lock would see half of what the first one made.
+    with ThreadPoolExecutor(2) as threads:
+        assert [done.models for done in threads.map(install, [empty_database] * 2)] == [0, 0]
 
 
 def test_uninstall_leaves_what_was_there_before(lonely_server: Server) -> None:

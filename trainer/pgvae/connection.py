@@ -36,6 +36,8 @@ def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
             f"the connection string is none: {str(error).strip()}",
             hint="check --dsn or PGVAE_DSN, as in: host=localhost dbname=shop user=ana, or postgresql://ana@localhost/shop",
         ) from error
+    # Whatever the default of the role or the database: what waits for a lock must see what the other session left.
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     if not str(connection.info.parameter_status("DateStyle")).startswith("ISO"):
         # Psycopg reads times in no other form, and a role or a database may have another one.
         with connection.transaction():
