@@ -43,3 +43,11 @@ def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
         with connection.transaction():
             connection.execute("set datestyle = 'ISO'")
     return connection
+
+
+def keep_open(connection: psycopg.Connection) -> None:
+    """Lets the transaction wait for what is computed in its midst, whatever idle_in_transaction_session_timeout says.
+
+    That ends transactions that somebody forgot; this one ends with the program.
+    """
+    connection.execute("set local idle_in_transaction_session_timeout = 0")
