@@ -610,7 +610,7 @@ $$;
 comment on function vae_private.check_schema(vae.models) is 'Refuses where the schema of a model is gone.';
 
 
-create or replace function vae_private.check_owner_role(m vae.models, needed name)
+create or replace function vae_private.check_owner_role(model text, owner name, needed name)
 returns void
 language plpgsql
 stable
@@ -619,17 +619,15 @@ parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    owner constant name := (select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name);
 begin
     if not pg_has_role(owner, needed, 'usage') then
-        raise exception 'the owner of model %, %, does not hold the rights of %', m.name, owner, needed
+        raise exception 'the owner of model %, %, does not hold the rights of %', model, owner, needed
             using errcode = 'insufficient_privilege', hint = format('grant vae_trainer to %I', owner);
     end if;
 end;
 $$;
 
-comment on function vae_private.check_owner_role(vae.models, name) is
+comment on function vae_private.check_owner_role(text, name, name) is
     'Refuses where the owner of a model lacks one of pgvae''s roles, as after it was handed over with reassign owned.';
 
 
@@ -924,8 +922,8 @@ begin
     -- views of that without a word. Like this PostgreSQL refuses it.
     select * into m from vae.models where models.model_id = build_model.model_id for no key update;
     perform vae_private.check_schema(m);
-    perform vae_private.check_owner_role(m, 'vae_trainer');
     select r.rolname into owner from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name;
+    perform vae_private.check_owner_role(m.name, owner, 'vae_trainer');
     if owner <> caller then
         -- What a superuser, or a member of the owner, made would not be the owner's, who could not remake it.
         begin

@@ -426,6 +426,12 @@ def test_a_model_whose_owner_holds_no_role_of_pgvae_any_more(trained: Connection
     )
     trained.execute(f"grant vae_trainer to {role}".encode())
     trained.execute("select vae.rebuild_model('shop')")
+    name = trained.info.dbname
+    trained.execute(f"revoke temporary on database {name} from public".encode())
+    refused = refusal(trained, "call vae.refresh('shop')")
+    assert f"the owner of model shop, {role}, may not create temporary tables" in str(refused.message_primary)
+    assert str(refused.message_hint).startswith(f"grant temporary on database {name} to {role}; ")
+    trained.execute(f"grant temporary on database {name} to public".encode())
     trained.execute("call vae.refresh('shop')")
     trained.execute(f"reassign owned by {role} to current_user; drop owned by {role}".encode())
 
