@@ -915,6 +915,7 @@ declare
     m vae.models;
     owner name;
     locked text;
+    patience constant text := current_setting('lock_timeout');
     caller constant name := current_user;
     role_before constant text := current_setting('role');
 begin
@@ -937,14 +938,25 @@ begin
     perform vae_private.drop_retired(m);
     -- Whoever reads a view locks it before the views beneath it, and the shop's events (up to step 6) before what is stored: locked in
     -- another order, they would end in deadlocks.
-    for locked in
-        select o.object
-        from vae_private.model_objects(m.model_id) o
-        where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
-        order by o.step > 6, o.step desc, o.object
-    loop
-        execute format('alter view %I.%I reset (check_option)', m.name, locked);
-    end loop;
+    -- While this waits for a transaction that stays open, as that of pg_dump, whoever wants to read waits behind it.
+    if patience = '0' then
+        perform set_config('lock_timeout', '10s', true);
+    end if;
+    begin
+        for locked in
+            select o.object
+            from vae_private.model_objects(m.model_id) o
+            where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
+            order by o.step > 6, o.step desc, o.object
+        loop
+            execute format('alter view %I.%I reset (check_option)', m.name, locked);
+        end loop;
+    exception when lock_not_available then
+        raise exception 'the views of model % are in use by a transaction that stays open', m.name
+            using errcode = 'lock_not_available',
+                hint = 'find it: select pid, usename, state, query from pg_stat_activity where xact_start < now() - interval ''10 s'';'
+                    ' nothing was changed, try again once it is over';
+    end;
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
     -- Before recommendations, whose view reads churn_materialized.
@@ -960,6 +972,7 @@ begin
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
     update vae.models set rebuild_error = null where models.model_id = m.model_id and models.rebuild_error is not null;
+    perform set_config('lock_timeout', patience, true);
     if owner <> caller then
         perform set_config('role', role_before, true);
     end if;

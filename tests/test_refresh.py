@@ -436,6 +436,21 @@ def test_a_model_whose_owner_holds_no_role_of_pgvae_any_more(trained: Connection
     trained.execute(f"reassign owned by {role} to current_user; drop owned by {role}".encode())
 
 
+def test_a_rebuild_keeps_readers_waiting_only_so_long(trained: Connection) -> None:
+    with psycopg.connect(trained.info.dsn) as dumping:
+        dumping.execute("select from shop.recommendations limit 0")
+        trained.execute("set lock_timeout = '300ms'")
+        for change in ("vae.rebuild_model('shop')", """vae.set_options('shop', '{"min_events": 7}')"""):
+            refused = refusal(trained, f"select {change}")
+            assert refused.sqlstate == "55P03"
+            assert refused.message_primary == "the views of model shop are in use by a transaction that stays open"
+            assert "pg_stat_activity" in str(refused.message_hint)
+    trained.execute("reset lock_timeout")
+    with trained.transaction():
+        trained.execute("select vae.rebuild_model('shop')")
+        assert trained.execute("show lock_timeout").fetchone() == ("0",)
+
+
 def test_a_rebuild_of_a_serializable_session_loses_no_change_that_it_waited_for(trained: Connection) -> None:
     """Its snapshot is older than the lock: it would make the views of the options of before."""
     defined = "select pg_get_viewdef('shop.clean_events'::regclass) like '%2021-02-03%'"
