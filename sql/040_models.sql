@@ -173,7 +173,7 @@ begin
     if found is null then
         raise exception '% has no column "%"', relation, column_name
             using errcode = 'undefined_column',
-                hint = format('name the column with %s => ''…''; there are: %s', what, (
+                hint = format('name the column with %s => ''...''; there are: %s', what, (
                     select string_agg(a.attname, ', ' order by a.attnum)
                     from pg_attribute a
                     where a.attrelid = relation and a.attnum > 0 and not a.attisdropped));
@@ -217,7 +217,7 @@ begin
     then
         raise exception 'column "%" of % has a nondeterministic collation', column_name, relation
             using errcode = 'datatype_mismatch',
-                hint = format('a key has one spelling: give a view with one, as in select lower(%1$I) collate "default" as %1$I, …', column_name);
+                hint = format('a key has one spelling: give a view with one, as in select lower(%1$I) collate "default" as %1$I, ...', column_name);
     end if;
     return found;
 end;
@@ -615,7 +615,7 @@ begin
                 when 'quantity' then format('each row of %s counts as one piece, a return too: no column is a quantity', events)
                 else format('each row of %s counts as a purchase: no column says what happened', events)
             end
-            using hint = format('name it if one of these is it, %s => ''…'': %s; else say %s => ''''', argument, columns, argument);
+            using hint = format('name it if one of these is it, %s => ''...'': %s; else say %s => ''''', argument, columns, argument);
     end if;
 end;
 $$;
@@ -846,7 +846,7 @@ begin
             using errcode = 'VA001',
                 hint = coalesce(
                     'there are: ' || (select string_agg(m.name, ', ' order by m.name) from vae.models m),
-                    'create one with: select * from vae.create_model(…)');
+                    'create one with: select * from vae.create_model(...)');
     end if;
     if not coalesce(has_schema_privilege(schema_id, 'usage'), true) then
         raise exception 'permission denied for model %', model

@@ -446,7 +446,7 @@ begin
         remedy := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L); else %s',
             m.name, case
                 when wanted.argument is null then 'drop the model with vae.drop_model and create it anew'
-                else format('name another table: select vae.set_tables(%L, %s => …)', m.name, wanted.argument) end);
+                else format('name another table: select vae.set_tables(%L, %s => ...)', m.name, wanted.argument) end);
         relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
@@ -484,7 +484,7 @@ begin
         if gone is not null then
             raise exception '% has no column "%" any more that model % can read as a feature', relation, gone, m.name
                 using errcode = 'undefined_column',
-                    hint = format('restore it, or choose others: select vae.set_features(%L, %s => array[…]); there are: '
+                    hint = format('restore it, or choose others: select vae.set_features(%L, %s => array[...]); there are: '
                         'select * from vae.feature_columns(%1$L)', m.name, wanted.argument);
         end if;
     end loop;
@@ -602,7 +602,7 @@ begin
     if to_regnamespace(quote_ident(m.name)) is null then
         raise exception 'schema % of model % is gone', m.name, m.name
             using errcode = 'invalid_schema_name',
-                hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
+                hint = format('if it was renamed: alter schema ... rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
     end if;
 end;
 $$;

@@ -72,8 +72,8 @@ begin
         raise exception 'pg_cron is in the database %, not in this one', home
             using errcode = 'undefined_object',
                 hint = format('in the database %s: select cron.schedule_in_database(%L, ''15 3 * * *'','
-                    ' ''call vae.refresh(…)'', %L); or else, %s',
-                    home, format('pgvae refresh … in %s', current_database()), current_database(), other);
+                    ' ''call vae.refresh(...)'', %L); or else, %s',
+                    home, format('pgvae refresh ... in %s', current_database()), current_database(), other);
     else
         raise exception 'this server does not run pg_cron'
             using errcode = 'undefined_object',

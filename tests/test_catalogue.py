@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -147,6 +148,20 @@ def test_every_function_in_sql_states_all_its_properties() -> None:
             missing = [name for name, pattern in wanted.items() if not re.search(pattern, header)]
             assert not missing, f"{path.name}: {header.split('(')[0]} does not state {missing}"
     assert count == sum(path.read_text().count("create or replace function") for path in resources.sql_files())
+
+
+def test_what_the_database_says_reaches_a_client_of_any_encoding() -> None:
+    """A hint that a client's encoding lacks a character of takes the whole error along."""
+    for path in resources.sql_files():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert line.isascii() or line.strip().startswith(("--", "#")), f"{path.name}: {line}"
+    for name, source in resources.runtime_modules().items():
+        tree = ast.parse(source)
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        told = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in told:
+                assert node.value.isascii(), f"{name}: {node.value}"
 
 
 def test_every_relation_and_column_has_a_comment(described: psycopg.Connection) -> None:

@@ -236,11 +236,11 @@ def test_what_it_means_that_no_column_is_the_event_type_or_quantity_is_told(shop
     assert notices == [
         (
             "each row of public.sales counts as a purchase: no column says what happened",
-            "name it if one of these is it, event_type => '…': action; else say event_type => ''",
+            "name it if one of these is it, event_type => '...': action; else say event_type => ''",
         ),
         (
             "each row of public.sales counts as one piece, a return too: no column is a quantity",
-            "name it if one of these is it, quantity => '…': pieces; else say quantity => ''",
+            "name it if one of these is it, quantity => '...': pieces; else say quantity => ''",
         ),
     ]
     notices.clear()
@@ -732,7 +732,7 @@ def test_a_renamed_schema_is_told(shop: psycopg.Connection) -> None:
     found = shop.execute("select detail, remedy from vae.health_checks where check_name = 'views'").fetchone()
     assert found == (
         "the schema of the model is gone",
-        "if it was renamed: alter schema … rename to shop; else: select vae.drop_model('shop')",
+        "if it was renamed: alter schema ... rename to shop; else: select vae.drop_model('shop')",
     )
 
 
