@@ -130,12 +130,12 @@ def test_a_server_that_ends_idle_transactions_ends_no_training(
     """Between its queries the trainer computes, over a large shop for minutes."""
 
     def slow_golden_users(*arguments: Any, **options: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(3)
         return golden_users(*arguments, **options)
 
     monkeypatch.setattr(publishing, "golden_users", slow_golden_users)
-    dsn = make_conninfo(trained_database, options="-c idle_in_transaction_session_timeout=200ms")
-    assert run_training(dsn, "shop", QUICK, listener=Listener(on_data=lambda _: time.sleep(0.5))).version == 2
+    dsn = make_conninfo(trained_database, options="-c idle_in_transaction_session_timeout=2s")
+    assert run_training(dsn, "shop", QUICK, listener=Listener(on_data=lambda _: time.sleep(3))).version == 2
 
 
 @pytest.mark.parametrize(
