@@ -173,7 +173,7 @@ begin
     if found is null then
         raise exception '% has no column "%"', relation, column_name
             using errcode = 'undefined_column',
-                hint = format('name the column with %s => ''…''; there are: %s', what, (
+                hint = format('name the column with %s => ''...''; there are: %s', what, (
                     select string_agg(a.attname, ', ' order by a.attnum)
                     from pg_attribute a
                     where a.attrelid = relation and a.attnum > 0 and not a.attisdropped));
@@ -217,7 +217,7 @@ begin
     then
         raise exception 'column "%" of % has a nondeterministic collation', column_name, relation
             using errcode = 'datatype_mismatch',
-                hint = format('a key has one spelling: give a view with one, as in select lower(%1$I) collate "default" as %1$I, …', column_name);
+                hint = format('a key has one spelling: give a view with one, as in select lower(%1$I) collate "default" as %1$I, ...', column_name);
     end if;
     return found;
 end;
@@ -639,7 +639,7 @@ begin
                 when 'quantity' then format('each row of %s counts as one piece, a return too: no column is a quantity', events)
                 else format('each row of %s counts as a purchase: no column says what happened', events)
             end
-            using hint = format('name it if one of these is it, %s => ''…'': %s; else say %s => ''''', argument, columns, argument);
+            using hint = format('name it if one of these is it, %s => ''...'': %s; else say %s => ''''', argument, columns, argument);
     end if;
 end;
 $$;
@@ -900,7 +900,7 @@ begin
             using errcode = 'VA001',
                 hint = coalesce(
                     'there are: ' || (select string_agg(m.name, ', ' order by m.name) from vae.models m),
-                    'create one with: select * from vae.create_model(…)');
+                    'create one with: select * from vae.create_model(...)');
     end if;
     if not coalesce(has_schema_privilege(schema_id, 'usage'), true) then
         raise exception 'permission denied for model %', model
@@ -1116,23 +1116,30 @@ comment on function vae.set_options(text, jsonb) is
 
 create or replace function vae.feature_columns(model text)
 returns table (source text, column_name text, is_used boolean, kind text, reason text)
-language sql
+language plpgsql
 stable
 called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
 as $$
-select s.source, f.column_name, u.is_used, f.kind, case when not u.is_used then coalesce(f.reason, 'is not chosen') end
-from vae.models m
-cross join lateral (values
-    ('users', m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
-    ('items', m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
-) as s (source, table_schema, table_name, key_column, argument, chosen)
-cross join lateral vae_private.table_features(
-    to_regclass(format('%I.%I', s.table_schema, s.table_name)), s.key_column, s.argument) f
-cross join lateral (select f.column_name = any (s.chosen) as is_used) u
-where m.model_id = vae_private.model_id(model) and s.table_name is not null
+#variable_conflict use_column
+declare
+    -- Here, and not in the query: where there is no model a plan may never come to ask for this one.
+    id constant integer := vae_private.model_id(model);
+begin
+    return query
+    select s.source, f.column_name, u.is_used, f.kind, case when not u.is_used then coalesce(f.reason, 'is not chosen') end
+    from vae.models m
+    cross join lateral (values
+        ('users', m.users_schema, m.users_table, m.users_key_column, 'user_features', m.user_features),
+        ('items', m.items_schema, m.items_table, m.items_key_column, 'item_features', m.item_features)
+    ) as s (source, table_schema, table_name, key_column, argument, chosen)
+    cross join lateral vae_private.table_features(
+        to_regclass(format('%I.%I', s.table_schema, s.table_name)), s.key_column, s.argument) f
+    cross join lateral (select f.column_name = any (s.chosen) as is_used) u
+    where m.model_id = id and s.table_name is not null;
+end;
 $$;
 
 comment on function vae.feature_columns(text) is

@@ -446,7 +446,7 @@ begin
         remedy := format('restore it, or make a view of the same name and columns and then: select vae.rebuild_model(%L); else %s',
             m.name, case
                 when wanted.argument is null then 'drop the model with vae.drop_model and create it anew'
-                else format('name another table: select vae.set_tables(%L, %s => …)', m.name, wanted.argument) end);
+                else format('name another table: select vae.set_tables(%L, %s => ...)', m.name, wanted.argument) end);
         relation := vae_private.shop_table(wanted.table_schema, wanted.table_name);
         if relation is null then
             raise exception 'table %.% of model % does not exist', wanted.table_schema, wanted.table_name, m.name
@@ -484,7 +484,7 @@ begin
         if gone is not null then
             raise exception '% has no column "%" any more that model % can read as a feature', relation, gone, m.name
                 using errcode = 'undefined_column',
-                    hint = format('restore it, or choose others: select vae.set_features(%L, %s => array[…]); there are: '
+                    hint = format('restore it, or choose others: select vae.set_features(%L, %s => array[...]); there are: '
                         'select * from vae.feature_columns(%1$L)', m.name, wanted.argument);
         end if;
     end loop;
@@ -602,12 +602,33 @@ begin
     if to_regnamespace(quote_ident(m.name)) is null then
         raise exception 'schema % of model % is gone', m.name, m.name
             using errcode = 'invalid_schema_name',
-                hint = format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
+                hint = format('if it was renamed: alter schema ... rename to %I; else: select vae.drop_model(%L)', m.name, m.name);
     end if;
 end;
 $$;
 
 comment on function vae_private.check_schema(vae.models) is 'Refuses where the schema of a model is gone.';
+
+
+create or replace function vae_private.check_owner_role(model text, owner name, needed name)
+returns void
+language plpgsql
+stable
+called on null input
+parallel unsafe
+security invoker
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not pg_has_role(owner, needed, 'usage') then
+        raise exception 'the owner of model %, %, does not hold the rights of %', model, owner, needed
+            using errcode = 'insufficient_privilege', hint = format('grant vae_trainer to %I', owner);
+    end if;
+end;
+$$;
+
+comment on function vae_private.check_owner_role(text, name, name) is
+    'Refuses where the owner of a model lacks one of pgvae''s roles, as after it was handed over with reassign owned.';
 
 
 create or replace function vae_private.moved_table(m vae.models)
@@ -894,12 +915,16 @@ declare
     m vae.models;
     owner name;
     locked text;
+    patience constant text := current_setting('lock_timeout');
     caller constant name := current_user;
     role_before constant text := current_setting('role');
 begin
-    select * into m from vae.models where models.model_id = build_model.model_id;
+    -- Locked: a session whose default is serializable sees the model as it was before it waited for another change, and would make the
+    -- views of that without a word. Like this PostgreSQL refuses it.
+    select * into m from vae.models where models.model_id = build_model.model_id for no key update;
     perform vae_private.check_schema(m);
     select r.rolname into owner from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = m.name;
+    perform vae_private.check_owner_role(m.name, owner, 'vae_trainer');
     if owner <> caller then
         -- What a superuser, or a member of the owner, made would not be the owner's, who could not remake it.
         begin
@@ -913,14 +938,25 @@ begin
     perform vae_private.drop_retired(m);
     -- Whoever reads a view locks it before the views beneath it, and the shop's events (up to step 6) before what is stored: locked in
     -- another order, they would end in deadlocks.
-    for locked in
-        select o.object
-        from vae_private.model_objects(m.model_id) o
-        where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
-        order by o.step > 6, o.step desc, o.object
-    loop
-        execute format('alter view %I.%I reset (check_option)', m.name, locked);
-    end loop;
+    -- While this waits for a transaction that stays open, as that of pg_dump, whoever wants to read waits behind it.
+    if patience = '0' then
+        perform set_config('lock_timeout', '10s', true);
+    end if;
+    begin
+        for locked in
+            select o.object
+            from vae_private.model_objects(m.model_id) o
+            where o.kind = 'view' and to_regclass(format('%I.%I', m.name, o.object)) is not null
+            order by o.step > 6, o.step desc, o.object
+        loop
+            execute format('alter view %I.%I reset (check_option)', m.name, locked);
+        end loop;
+    exception when lock_not_available then
+        raise exception 'the views of model % are in use by a transaction that stays open', m.name
+            using errcode = 'lock_not_available',
+                hint = 'find it: select pid, usename, state, query from pg_stat_activity where xact_start < now() - interval ''10 s'';'
+                    ' nothing was changed, try again once it is over';
+    end;
     perform vae_private.build_event_views(m);
     perform vae_private.build_live_functions(m);
     -- Before recommendations, whose view reads churn_materialized.
@@ -936,6 +972,7 @@ begin
     perform vae_private.comment_model(m);
     perform vae_private.grant_model(m);
     update vae.models set rebuild_error = null where models.model_id = m.model_id and models.rebuild_error is not null;
+    perform set_config('lock_timeout', patience, true);
     if owner <> caller then
         perform set_config('role', role_before, true);
     end if;
@@ -1023,7 +1060,7 @@ begin
             -- A model whose tables were dropped or changed keeps no other model from the upgrade. vae.health goes on telling of it.
             update vae.models m set rebuild_error = sqlerrm where m.model_id = each.model_id;
             raise warning 'model % is not rebuilt: %', each.name, sqlerrm
-                using hint = format('mend its tables, then: select vae.rebuild_model(%L)', each.name);
+                using hint = format('mend that, then: select vae.rebuild_model(%L)', each.name);
         end;
     end loop;
     return built;

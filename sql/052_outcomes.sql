@@ -412,7 +412,7 @@ begin
     end if;
     if coalesce(cardinality(keys), 0) = 0 or array_position(keys, null) is not null or array_ndims(keys) <> 1 then
         raise exception 'offer "%" has the items %', name, coalesce(keys::text, 'null')
-            using errcode = 'invalid_parameter_value', hint = 'name one or more items: items => array[…]';
+            using errcode = 'invalid_parameter_value', hint = 'name one or more items: items => array[...]';
     end if;
     select k.key into wrong from unnest(keys) k (key) group by k.key having count(*) > 1 order by k.key limit 1;
     if found then

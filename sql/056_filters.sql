@@ -17,12 +17,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_variable
 declare
+    id constant integer := vae_private.model_id(model);
     m vae.models;
     found text;
     before vae.candidates;
     after vae.candidates;
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    select * into m from vae.models where models.model_id = id;
     perform vae_private.check_owner(model);
     if name is null or name = '' or octet_length(name) > 63 then
         raise exception 'candidates cannot be called "%"', coalesce(name, 'null')

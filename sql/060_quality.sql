@@ -104,6 +104,8 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    -- Here, and not in the query below: where there is no model a plan may never come to ask for this one.
+    id constant integer := vae_private.model_id(model);
     m vae.models;
     counts record;
     duplicates bigint;
@@ -111,7 +113,7 @@ declare
     outliers record;
     unknown_types text[];
 begin
-    select * into m from vae.models where models.model_id = vae_private.model_id(model);
+    select * into m from vae.models where models.model_id = id;
     perform vae_private.check_grants(m);
     perform vae_private.check_tables(m);
     perform vae_private.check_views(m);
@@ -156,7 +158,7 @@ begin
                     else format('; local times, which are read as UTC, need a view with %1$I%2$s at time zone ''Europe/Berlin'' as %1$I, say',
                         m.occurred_at_column, case m.occurred_at_type when 'date' then '::timestamp' else '' end) end),
             (7, 'absurd_timestamps', counts.absurd_timestamps,
-                format('rows before %s are left out; move the limit: select vae.set_options(%L, ''{"earliest": "…"}'')', m.options ->> 'earliest', m.name)),
+                format('rows before %s are left out; move the limit: select vae.set_options(%L, ''{"earliest": "..."}'')', m.options ->> 'earliest', m.name)),
             (8, 'orphan_users', counts.orphan_users, 'rows whose user is missing from the table of users are left out: load the users'),
             (9, 'orphan_items', counts.orphan_items, 'rows whose item is missing from the table of items are left out: load the items'),
             (10, 'returns', counts.returns, 'rows with a quantity of zero or less (returns, cancellations) are left out'),
@@ -213,5 +215,5 @@ $$;
 
 comment on function vae.check_events(text) is
     'Checks a model''s events before training: a row per check with its status (pass, warn, fail), the rows concerned, '
-    'their share, the threshold above which (for enough_…: below which) the check fails, and what to do. '
+    'their share, the threshold above which (for enough_...: below which) the check fails, and what to do. '
     'Training refuses when a check fails.';

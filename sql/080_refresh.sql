@@ -73,7 +73,7 @@ begin
                     case when failure_detail like 'pgvae: %' then failure_detail
                         when failure_detail <> '' then failure || ': ' || failure_detail
                         else failure
-                    end, '^(pgvae|spiexceptions\.[A-Za-z]+): ', '');
+                    end, '^(pgvae|spiexceptions[.][A-Za-z]+): ', '');
             end;
             exit when failure is not null;
             exit when result.mode is null or result.mode not like 'needs %';
@@ -397,6 +397,7 @@ set array_nulls = on
 as $$
 declare
     model_name text;
+    owner name;
     sources text[];
     source text;
     populated boolean;
@@ -426,11 +427,17 @@ begin
     foreach source in array sources loop
         select c.relispopulated and exists (
             select from pg_index i
-            where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null)
-        into populated
+            where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null),
+            pg_get_userbyid(c.relowner)
+        into populated, owner
         from pg_class c
         join pg_namespace n on n.oid = c.relnamespace
         where n.nspname = model_name and c.relname = source;
+        perform vae_private.check_owner_role(model_name, owner, 'vae_operator');
+        if populated and not has_database_privilege(owner, current_database(), 'temporary') then
+            raise exception 'the owner of model %, %, may not create temporary tables, as PostgreSQL does in a refresh', model_name, owner
+                using errcode = 'insufficient_privilege', hint = format('grant temporary on database %I to %I', current_database(), owner);
+        end if;
         -- A view that holds something is refreshed concurrently: its readers go on reading. The refresh runs as the view's
         -- owner; nothing else may touch the view here, since reading it would run its owner's code with this function's rights.
         execute format('refresh materialized view %s %I.%I', case when populated then 'concurrently' else '' end, model_name, source);

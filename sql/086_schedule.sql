@@ -8,6 +8,8 @@ called on null input
 parallel unsafe
 security invoker
 set search_path = pg_catalog, pg_temp
+-- Where it is on, a type has a name in quotes.
+set quote_all_identifiers = off
 as $$
 -- Not by name: whoever may create a schema could make one called cron, and what lies in it would run with the rights of
 -- whoever asks. All that pgvae calls there must be pg_cron's own.
@@ -74,8 +76,8 @@ begin
         raise exception 'pg_cron is in the database %, not in this one', home
             using errcode = 'undefined_object',
                 hint = format('in the database %s: select cron.schedule_in_database(%L, ''15 3 * * *'','
-                    ' ''call vae.refresh(…)'', %L); or else, %s',
-                    home, format('pgvae refresh … in %s', current_database()), current_database(), other);
+                    ' ''call vae.refresh(...)'', %L); or else, %s',
+                    home, format('pgvae refresh ... in %s', current_database()), current_database(), other);
     else
         raise exception 'this server does not run pg_cron'
             using errcode = 'undefined_object',

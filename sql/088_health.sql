@@ -23,7 +23,7 @@ begin
         raise exception 'vae.stale_after is ''%''', setting
             using errcode = 'invalid_parameter_value',
                 hint = 'say for how long predictions are fresh, as in: set vae.stale_after = ''26 hours''; it may stand in a role or in the'
-                    ' database: alter role … set, alter database … set';
+                    ' database: alter role ... set, alter database ... set';
     end if;
     return setting;
 end;
@@ -75,9 +75,9 @@ with facts as (
                 then format('they are those of an earlier release, the upgrade could not remake them: %s', f.rebuild_error)
             else format('missing: %s', array_to_string(g.gone, ', ')) end as problem,
         case when f.has_schema and g.lost is not null and g.moved is null and not coalesce('clean_events' = any (g.gone), false)
-                then format('rename them back; other features: select vae.set_features(%L, …)', f.model)
+                then format('rename them back; other features: select vae.set_features(%L, ...)', f.model)
             when f.has_schema then format('select vae.rebuild_model(%L)', f.model)
-            else format('if it was renamed: alter schema … rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
+            else format('if it was renamed: alter schema ... rename to %I; else: select vae.drop_model(%L)', f.model, f.model) end as remedy,
         null as fact
     from facts f
     -- By the catalogue: to_regclass and to_regprocedure ask for a right on the schema.
@@ -88,7 +88,9 @@ with facts as (
             join pg_catalog.pg_namespace n on n.oid = c.relnamespace
             where n.nspname = f.model
             union all
-            select format('%s(%s)', p.proname, replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'))
+            -- Without the quotes that a type's name has where quote_all_identifiers is on.
+            select format('%s(%s)', p.proname,
+                translate(replace(pg_catalog.oidvectortypes(p.proargtypes), 'timestamp with time zone', 'timestamptz'), '"', ''))
             from pg_catalog.pg_proc p
             join pg_catalog.pg_namespace n on n.oid = p.pronamespace
             where n.nspname = f.model) as objects
@@ -140,7 +142,7 @@ with facts as (
         case when p.failures is not null then
                 format('mend the cause, then: call vae.refresh(%L); errors are explained in docs/errors.md', f.model)
             when p.model is not null then
-                format('mend the cause, or drop the offer with: select vae.drop_offer(%L, …); then: call vae.refresh(%1$L)', f.model) end,
+                format('mend the cause, or drop the offer with: select vae.drop_offer(%L, ...); then: call vae.refresh(%1$L)', f.model) end,
         'succeeded'
     from facts f
     left join predictions p using (model)

@@ -183,6 +183,7 @@ grant execute on function
     vae_private.next_version(integer),
     vae_private.finish_version(bigint),
     vae_private.build_model(integer),
+    vae_private.check_owner_role(text, name, name),
     vae_private.retired_functions(vae.models),
     vae_private.drop_retired(vae.models),
     vae_private.build_event_views(vae.models),

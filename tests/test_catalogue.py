@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -155,6 +157,20 @@ def test_every_function_in_sql_states_all_its_properties() -> None:
     assert count == sum(path.read_text().count("create or replace function") for path in resources.sql_files())
 
 
+def test_what_the_database_says_reaches_a_client_of_any_encoding() -> None:
+    """A hint that a client's encoding lacks a character of takes the whole error along."""
+    for path in resources.sql_files():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert line.isascii() or line.strip().startswith(("--", "#")), f"{path.name}: {line}"
+    for name, source in resources.runtime_modules().items():
+        tree = ast.parse(source)
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        told = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in told:
+                assert node.value.isascii(), f"{name}: {node.value}"
+
+
 def test_every_relation_and_column_has_a_comment(described: psycopg.Connection) -> None:
     relations = (
         "select c.oid::regclass from pg_class c where c.relkind in ('r', 'p', 'v', 'm', 'f')"
@@ -241,6 +257,15 @@ def test_a_model_whose_table_is_gone_stops_no_upgrade(database: str, with_model:
     Shop().make(with_model)
     assert install(database).models == 2
     assert rows(with_model, "select 'shop.clean_events'::regclass") == ["shop.clean_events"]
+
+
+def test_two_installations_at_once_whatever_the_database_has_as_its_isolation(empty_database: str) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f"alter database {name} set default_transaction_isolation = 'serializable'".encode())
+    # A snapshot from before the lock would see half of what the first one made.
+    with ThreadPoolExecutor(2) as threads:
+        assert [done.models for done in threads.map(install, [empty_database] * 2)] == [0, 0]
 
 
 def test_uninstall_leaves_what_was_there_before(lonely_server: Server) -> None:

@@ -72,6 +72,14 @@ def test_a_good_server(empty_database: str) -> None:
     assert found["pgvae"].remedy == "pgvae install"
 
 
+def test_a_session_that_reads_backslashes_as_escapes(empty_database: str) -> None:
+    warnings: list[Any] = []
+    with psycopg.connect(empty_database, options="-c standard_conforming_strings=off") as connection:
+        connection.add_notice_handler(lambda notice: warnings.append(notice.message_primary))
+        doctor.read_facts(connection)
+    assert warnings == []
+
+
 def test_it_leaves_nothing_behind(empty_database: str) -> None:
     findings(empty_database)
     with psycopg.connect(empty_database) as connection:

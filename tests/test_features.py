@@ -689,13 +689,13 @@ def test_a_feature_column_that_is_dropped(scored: psycopg.Connection) -> None:
     for query in ("select vae.rebuild_model('shop')", "select * from vae.check_events('shop')"):
         refused = refusal(scored, query)
         assert (refused.sqlstate, refused.message_primary) == ("42703", gone)
-        assert "vae.set_features('shop', user_features => array[…])" in str(refused.message_hint)
+        assert "vae.set_features('shop', user_features => array[...])" in str(refused.message_hint)
     with pytest.raises(psycopg.Error, match=gone):
         train(scored.info.dsn)
     live = refusal(scored, "select * from shop.recommend(%s)", [user])
     assert live.sqlstate == "42703"
     assert "column k.tags does not exist" in str(live.message_primary)
-    assert "vae.set_features('shop', …)" in str(live.message_hint)
+    assert "vae.set_features('shop', ...)" in str(live.message_hint)
 
     scored.execute("select vae.set_features('shop', user_features => '{country}')")
     pipeline = stored_pipeline(scored)

@@ -263,11 +263,11 @@ def test_what_it_means_that_no_column_is_the_event_type_or_quantity_is_told(shop
     assert notices == [
         (
             "each row of public.sales counts as a purchase: no column says what happened",
-            "name it if one of these is it, event_type => '…': action; else say event_type => ''",
+            "name it if one of these is it, event_type => '...': action; else say event_type => ''",
         ),
         (
             "each row of public.sales counts as one piece, a return too: no column is a quantity",
-            "name it if one of these is it, quantity => '…': pieces; else say quantity => ''",
+            "name it if one of these is it, quantity => '...': pieces; else say quantity => ''",
         ),
     ]
     notices.clear()
@@ -759,7 +759,7 @@ def test_a_renamed_schema_is_told(shop: psycopg.Connection) -> None:
     found = shop.execute("select detail, remedy from vae.health_checks where check_name = 'views'").fetchone()
     assert found == (
         "the schema of the model is gone",
-        "if it was renamed: alter schema … rename to shop; else: select vae.drop_model('shop')",
+        "if it was renamed: alter schema ... rename to shop; else: select vae.drop_model('shop')",
     )
 
 
@@ -790,6 +790,17 @@ def test_a_session_that_reads_backslashes_as_escapes_makes_the_same_model(shop: 
     assert shop.execute("select user_features from vae.models").fetchone() == (["plan"],)
     assert report(shop)["enough_events"] == ("fail", 0)
     assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "call", ["vae.check_events('shop')", "vae.feature_columns('shop')", "vae.set_candidates('shop', 'few', 'events')"]
+)
+def test_a_model_that_is_none_is_told_where_there_is_no_model_at_all(shop: psycopg.Connection, call: str) -> None:
+    """Of an empty table of models a plan made for any name asks for none."""
+    shop.execute("set plan_cache_mode = force_generic_plan")
+    with pytest.raises(psycopg.Error) as caught:
+        shop.execute(f"select * from {call}".encode())
+    assert caught.value.sqlstate == "VA001"
 
 
 def test_the_earliest_date_begins_at_midnight_utc_for_everybody(shop: psycopg.Connection) -> None:

@@ -772,7 +772,7 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
             assert logged is not None
             assert logged[0].startswith(message.replace("offer some is left out: ", "some: "))
             told = shop.execute(
-                "select status, detail, remedy like '%vae.drop_offer(''shop'', …)%' from vae.health_checks"
+                "select status, detail, remedy like '%vae.drop_offer(''shop'', ...)%' from vae.health_checks"
                 " where check_name = 'last refresh'"
             ).fetchone()
             assert told == ("warning", f"offers were left out: {logged[0]}", True)

@@ -347,7 +347,9 @@ def test_the_command_line_says_which_right_is_missing(
 ) -> None:
     everything = "grant usage on schema shop, public to {0}; grant select on events to {0}"
     trained.execute(sql.SQL(everything).format(sql.Identifier(people["operator"])))
-    trainer = "the role vae_trainer, usage on the model's schema and select on the shop's tables"
+    trainer = (
+        "the role vae_trainer, usage on the model's schema, select on the shop's tables, and temporary on the database"
+    )
     for who, arguments, hint in (
         ("reader", ["refresh", "shop"], "pgvae refresh needs the role vae_operator and usage on the model's schema"),
         ("reader", ["evaluate", "shop"], f"pgvae evaluate needs {trainer}"),

@@ -356,9 +356,20 @@ def test_settings_of_a_role_that_change_how_names_and_null_are_written(trained: 
         session.execute("call vae.refresh('shop')")
         query = "select item_id is not null, part, event_item_id from shop.explanations where user_id = 99"
         assert session.execute(query).fetchall() == [(True, "popularity", None)]
+        # It compares functions by the names of their arguments' types.
+        views = "select status, detail from vae.health_checks where check_name = 'views'"
+        assert session.execute(views).fetchall() == [("ok", None)]
         Shop(events="visits", user_type="text", item_type="uuid").make(session)
         Shop(events="visits").create_model(session, "other")
     assert train(dsn, force=True) == 2
+
+
+def test_a_refresh_by_a_session_that_reads_backslashes_as_escapes_warns_of_nothing(trained: Connection) -> None:
+    warnings: list[Any] = []
+    trained.add_notice_handler(lambda notice: warnings.append(notice.message_primary))
+    trained.execute("set standard_conforming_strings = off")
+    trained.execute("call vae.refresh('shop', views => array['user_segments'])")
+    assert warnings == []
 
 
 def test_an_index_that_somebody_drops_comes_back_with_a_rebuild(trained: Connection) -> None:
@@ -387,6 +398,76 @@ def test_writers_of_events_fail_no_refresh_of_a_session_that_is_serializable(tra
         ("read committed", True)
     ]
     assert trained.execute("show transaction_isolation").fetchone() == ("serializable",)
+
+
+def test_a_model_whose_owner_holds_no_role_of_pgvae_any_more(trained: Connection, role: str) -> None:
+    # As after "reassign owned".
+    for kind, name in trained.execute(
+        "select case relkind when 'm' then 'materialized view' else 'view' end, oid::regclass::text"
+        " from pg_class where relnamespace = 'shop'::regnamespace and relkind in ('v', 'm')"
+        " union all select 'function', oid::regprocedure::text from pg_proc where pronamespace = 'shop'::regnamespace"
+        " union all select 'schema', 'shop'"
+    ).fetchall():
+        trained.execute(f"alter {kind} {name} owner to {role}".encode())
+    trained.execute(f"grant select on events to {role}".encode())
+    for act, needed in (
+        ("call vae.refresh('shop')", "vae_operator"),
+        ("select vae.rebuild_model('shop')", "vae_trainer"),
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege) as caught:
+            trained.execute(act.encode())
+        refused = caught.value.diag
+        missing = f"the owner of model shop, {role}, does not hold the rights of {needed}"
+        assert missing in str(refused.message_primary)
+        assert str(refused.message_hint).startswith(f"grant vae_trainer to {role}")
+    # A monitor sees it.
+    assert missing[:-11] in str(
+        trained.execute("select detail from vae.health_checks where check_name = 'last refresh'").fetchone()
+    )
+    trained.execute(f"grant vae_trainer to {role}".encode())
+    trained.execute("select vae.rebuild_model('shop')")
+    name = trained.info.dbname
+    trained.execute(f"revoke temporary on database {name} from public".encode())
+    refused = refusal(trained, "call vae.refresh('shop')")
+    assert f"the owner of model shop, {role}, may not create temporary tables" in str(refused.message_primary)
+    assert str(refused.message_hint).startswith(f"grant temporary on database {name} to {role}; ")
+    trained.execute(f"grant temporary on database {name} to public".encode())
+    trained.execute("call vae.refresh('shop')")
+    trained.execute(f"reassign owned by {role} to current_user; drop owned by {role}".encode())
+
+
+def test_a_rebuild_keeps_readers_waiting_only_so_long(trained: Connection) -> None:
+    with psycopg.connect(trained.info.dsn) as dumping:
+        dumping.execute("select from shop.recommendations limit 0")
+        trained.execute("set lock_timeout = '300ms'")
+        for change in ("vae.rebuild_model('shop')", """vae.set_options('shop', '{"min_events": 7}')"""):
+            refused = refusal(trained, f"select {change}")
+            assert refused.sqlstate == "55P03"
+            assert refused.message_primary == "the views of model shop are in use by a transaction that stays open"
+            assert "pg_stat_activity" in str(refused.message_hint)
+    trained.execute("reset lock_timeout")
+    with trained.transaction():
+        trained.execute("select vae.rebuild_model('shop')")
+        assert trained.execute("show lock_timeout").fetchone() == ("0",)
+
+
+def test_a_rebuild_of_a_serializable_session_loses_no_change_that_it_waited_for(trained: Connection) -> None:
+    """Its snapshot is older than the lock: it would make the views of the options of before."""
+    defined = "select pg_get_viewdef('shop.clean_events'::regclass) like '%2021-02-03%'"
+    with psycopg.connect(trained.info.dsn) as changing, ThreadPoolExecutor(1) as threads:
+        changing.execute("""select vae.set_options('shop', '{"earliest": "2021-02-03"}')""")
+        trained.execute("set default_transaction_isolation = 'serializable'")
+        waiting = threads.submit(trained.execute, "select vae.rebuild_model('shop')")
+        locks = "select exists (select from pg_locks where locktype = 'advisory' and not granted)"
+        while not waiting.done() and changing.execute(locks).fetchone() == (False,):
+            time.sleep(0.01)
+        changing.commit()
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            waiting.result(60)
+        assert changing.execute(defined).fetchone() == (True,)
+        changing.rollback()
+        trained.execute("select vae.rebuild_model('shop')")
+        assert trained.execute(defined).fetchone() == (True,)
 
 
 def test_an_operator_refreshes_views_that_it_does_not_own(

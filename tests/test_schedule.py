@@ -204,7 +204,7 @@ def test_pg_cron_in_another_database_is_named(cron: Server, nightly: Connection)
     assert refused.message_primary == "pg_cron is in the database nightly, not in this one"
     line = re.search(r"select cron\.schedule_in_database\(.*?\)(?=;)", str(refused.message_hint))
     assert line
-    nightly.execute(line[0].replace("…", "shop").replace("'call vae.refresh(shop)'", "$$call vae.refresh('shop')$$"))
+    nightly.execute(line[0].replace("...", "shop").replace("'call vae.refresh(shop)'", "$$call vae.refresh('shop')$$"))
     # A job is replaced by another of its name: it says which model of which database.
     jobs = nightly.execute("select database, jobname from cron.job where database = 'elsewhere'").fetchall()
     assert jobs == [("elsewhere", "pgvae refresh shop in elsewhere")]

@@ -16,11 +16,14 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from command import processes, start_server
 from conftest import FAST, create_database, drop_database
+from pgvae import publish as publishing
 from pgvae.config import TrainingConfig
 from pgvae.errors import PgvaeError
+from pgvae.golden import golden_users
 from pgvae.install import install
 from pgvae.server import Server
 from pgvae.train import Listener
@@ -119,6 +122,20 @@ def stand_still_at(moment: str, dsn: str, arrived: Any) -> None:
             on_epoch=lambda epoch: at({"evaluate": "evaluating", "publish": "training"}[epoch.phase]),
         ),
     )
+
+
+def test_a_server_that_ends_idle_transactions_ends_no_training(
+    trained_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its queries the trainer computes, over a large shop for minutes."""
+
+    def slow_golden_users(*arguments: Any, **options: Any) -> Any:
+        time.sleep(3)
+        return golden_users(*arguments, **options)
+
+    monkeypatch.setattr(publishing, "golden_users", slow_golden_users)
+    dsn = make_conninfo(trained_database, options="-c idle_in_transaction_session_timeout=2s")
+    assert run_training(dsn, "shop", QUICK, listener=Listener(on_data=lambda _: time.sleep(3))).version == 2
 
 
 @pytest.mark.parametrize(

@@ -317,10 +317,20 @@ def test_an_installation_over_models_says_what_comes_next(trained_database: str,
     with psycopg.connect(trained_database, autocommit=True) as connection:
         connection.execute("alter table vae.versions disable trigger user")
         connection.execute("update vae.versions set code_digest = repeat('0', 64)")
-        connection.execute("alter table vae.versions enable trigger user")
     done = run_cli("install", dsn=trained_database)
     assert done.stdout.splitlines()[-2:] == [
         "  trained by other code, and scoring on: shop",
+        "  next     pgvae retrain shop --activate --refresh",
+    ]
+    # Of a release that laid the weights out in another way.
+    with psycopg.connect(trained_database, autocommit=True) as connection:
+        connection.execute("update vae.versions set format = format - 1")
+        connection.execute("alter table vae.versions enable trigger user")
+        with pytest.raises(psycopg.Error, match="has tensor format"):
+            connection.execute("select * from shop.recommend(%s)", [USER])
+    done = run_cli("install", dsn=trained_database)
+    assert done.stdout.splitlines()[-2:] == [
+        "  trained by other code, and not scoring until trained again: shop",
         "  next     pgvae retrain shop --activate --refresh",
     ]
 

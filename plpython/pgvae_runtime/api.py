@@ -195,7 +195,7 @@ def commit_refresh(plpy: Any) -> None:
         raise ScoringError(
             "a refresh commits, and cannot run inside a transaction block",
             sqlstate=INVALID_TRANSACTION_TERMINATION,
-            hint="call it alone in autocommit mode (psycopg: connect(…, autocommit=True)),"
+            hint="call it alone in autocommit mode (psycopg: connect(..., autocommit=True)),"
             " or from a terminal: pgvae refresh",
         ) from None
 

@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_direction(int users
 
 // Rows of floats, times a power of two that keeps small numbers out of FP16's subnormal range, as FP16. With three
 // parts x is split into high + low, and a row becomes [high, high, low] or, for the other factor, [high, low, high]:
-// their product is high·high + high·low + low·high, all of x·y but low·low.
+// their product is high*high + high*low + low*high, all of x*y but low*low.
 extern "C" __global__ void __launch_bounds__(THREADS) to_halves(
     int rows, int parts, int low_part, float scale, const float* x, unsigned short* halves)
 {

@@ -94,7 +94,7 @@ def _read_features(plpy: Any, version: Version, user_key: str) -> FeatureBag | N
         raise ScoringError(
             f"a feature of model {version.model} is gone: {error}",
             sqlstate=UNDEFINED_COLUMN,
-            hint=f"rename the column back, or choose others: select vae.set_features('{version.model}', …)",
+            hint=f"rename the column back, or choose others: select vae.set_features('{version.model}', ...)",
         ) from None
     return feature_bag(version.user_pipeline, [[row["document"] for row in rows]])
 

@@ -186,7 +186,7 @@ def _explain_absence(plpy: Any, model_id: int) -> ScoringError:
         return ScoringError(
             f"schema {name} of model {name} is gone",
             sqlstate=UNDEFINED_SCHEMA,
-            hint=f"if it was renamed: alter schema … rename to {name}; else: select vae.drop_model('{name}')",
+            hint=f"if it was renamed: alter schema ... rename to {name}; else: select vae.drop_model('{name}')",
         )
     return ScoringError(
         f"model {name} has no active version",

@@ -36,8 +36,18 @@ def connect(dsn: str | None, *, autocommit: bool = False) -> psycopg.Connection:
             f"the connection string is none: {str(error).strip()}",
             hint="check --dsn or PGVAE_DSN, as in: host=localhost dbname=shop user=ana, or postgresql://ana@localhost/shop",
         ) from error
+    # Whatever the default of the role or the database: what waits for a lock must see what the other session left.
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     if not str(connection.info.parameter_status("DateStyle")).startswith("ISO"):
         # Psycopg reads times in no other form, and a role or a database may have another one.
         with connection.transaction():
             connection.execute("set datestyle = 'ISO'")
     return connection
+
+
+def keep_open(connection: psycopg.Connection) -> None:
+    """Lets the transaction wait for what is computed in its midst, whatever idle_in_transaction_session_timeout says.
+
+    That ends transactions that somebody forgot; this one ends with the program.
+    """
+    connection.execute("set local idle_in_transaction_session_timeout = 0")

@@ -196,7 +196,11 @@ def read_facts(connection: psycopg.Connection) -> Facts:
                    where n.nspname = 'vae' and c.relname = 'models'
                ),
                exists (select from pg_catalog.pg_available_extensions where name = 'pg_cron'),
-               (select setting ~ '\\mpg_cron\\M' from pg_catalog.pg_settings where name = 'shared_preload_libraries'),
+               (
+                   select setting ~ '[[:<:]]pg_cron[[:>:]]'
+                   from pg_catalog.pg_settings
+                   where name = 'shared_preload_libraries'
+               ),
                exists (select from pg_catalog.pg_extension where extname = 'pg_cron'),
                current_setting('server_encoding')
         """

@@ -21,6 +21,7 @@ from pgvae.errors import PgvaeError
 from pgvae.external.mode import is_external
 from pgvae.external.stubs import without_python
 from pgvae.schema import PUBLIC
+from pgvae_runtime import forward
 
 # Two installations into one database wait for each other. The number is the ASCII of "pgvae".
 _LOCK = 0x7067766165
@@ -105,7 +106,7 @@ order by m.name
 """
 
 _OUTDATED = """
-select m.name
+select m.name, v.format = :format
 from vae.models m
 join vae.versions v using (model_id)
 where v.state = 'active' and v.code_digest <> :digest
@@ -117,7 +118,8 @@ order by m.name
 class Installation:
     """What stands in a database after `install`.
 
-    `warnings` names the models that could not be rebuilt, `outdated` those whose active version other code trained.
+    `warnings` names the models that could not be rebuilt, `outdated` those whose active version other code trained, and
+    `silent` those of them whose weights this code cannot read.
     """
 
     release: str
@@ -125,6 +127,7 @@ class Installation:
     models: int
     warnings: list[str]
     outdated: list[str]
+    silent: list[str]
 
 
 def install(dsn: str | None = None, *, external: bool | None = None) -> Installation:
@@ -191,8 +194,15 @@ def _install(connection: Connection, warnings: list[str], *, external: bool) -> 
         text("update vae_private.installation set release = :release, runtime_digest = :digest, installed_at = now()"),
         {"release": __version__, "digest": digest},
     )
-    outdated = list(connection.execute(text(_OUTDATED), {"digest": digest}).scalars())
-    return Installation(release=__version__, digest=digest, models=models, warnings=warnings, outdated=outdated)
+    outdated = connection.execute(text(_OUTDATED), {"digest": digest, "format": forward.FORMAT}).all()
+    return Installation(
+        release=__version__,
+        digest=digest,
+        models=models,
+        warnings=warnings,
+        outdated=[name for name, _ in outdated],
+        silent=[name for name, is_readable in outdated if not is_readable],
+    )
 
 
 def _check_revision(connection: Connection, config: Config) -> None:

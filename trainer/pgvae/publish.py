@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from pgvae import __version__, resources
 from pgvae.config import TrainingConfig
+from pgvae.connection import keep_open
 from pgvae.dataset import Dataset, ModelDefinition
 from pgvae.errors import PgvaeError
 from pgvae.golden import GoldenUser, golden_users
@@ -60,6 +61,7 @@ def publish(
     All rows are written in the connection's transaction, which the caller commits: until then nobody sees any of
     them, and a lost connection or a full disk leaves none.
     """
+    keep_open(connection)
     try:
         version_id, version = _insert_version(
             connection, definition, dataset, config, fit, durations, demand, no_uplift

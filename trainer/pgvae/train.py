@@ -15,7 +15,7 @@ from pgvae import doctor
 from pgvae.checkpoints import Checkpoints, default_folder
 from pgvae.comparison import Evaluation, evaluate
 from pgvae.config import TrainingConfig
-from pgvae.connection import connect
+from pgvae.connection import connect, keep_open
 from pgvae.dataset import Dataset, ModelDefinition, read_dataset, read_definition
 from pgvae.demand import DemandFit, fit_demand, read_sales
 from pgvae.errors import PgvaeError
@@ -219,6 +219,7 @@ def read_checked(
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     # As in the functions of pgvae: no function that somebody else defined in the role's own path shall run in here.
     connection.execute("set local search_path = pg_catalog, pg_temp")
+    keep_open(connection)
     doctor.check_code(connection)
     definition = read_definition(connection, model)
     listener.on_quality(definition)

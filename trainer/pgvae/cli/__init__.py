@@ -104,17 +104,17 @@ NOT_DONE = 3
 
 # The rights without which a command is refused.
 _USAGE = "usage on the model's schema"
-_SELECT = "select on the shop's tables"
+_READING = f"{_USAGE}, select on the shop's tables, and temporary on the database"
 _NEEDED = {
     "load": "to own the table, or with --append the right to insert into it",
     "report": f"the role vae_reader and {_USAGE}",
     "refresh": f"the role vae_operator and {_USAGE}",
     "verify": f"the role vae_operator and {_USAGE}",
     "export": f"the role vae_operator and {_USAGE}",
-    "evaluate": f"the role vae_trainer, {_USAGE} and {_SELECT}",
-    "tune": f"the role vae_trainer, {_USAGE} and {_SELECT}",
-    "train": f"the role vae_trainer, {_USAGE} and {_SELECT}",
-    "retrain": f"the role vae_trainer, {_USAGE} and {_SELECT}",
+    "evaluate": f"the role vae_trainer, {_READING}",
+    "tune": f"the role vae_trainer, {_READING}",
+    "train": f"the role vae_trainer, {_READING}",
+    "retrain": f"the role vae_trainer, {_READING}",
     "import": f"the role vae_trainer and {_USAGE}",
     "prune": "the role vae_trainer, and the rights of the model's owner",
 }

@@ -40,13 +40,12 @@ def install(
     out.print(f"  runtime  {done.digest[:12]}", highlight=False)
     following = "select * from vae.create_model('shop', events => 'public.events', …)"
     if done.outdated:
-        following = f"pgvae retrain {done.outdated[0]} --activate --refresh"
-        out.print(
-            f"  trained by other code, and scoring on: {', '.join(done.outdated)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        following = f"pgvae retrain {(done.silent or done.outdated)[0]} --activate --refresh"
+        scoring = [name for name in done.outdated if name not in done.silent]
+        for state, names in (("not scoring until trained again", done.silent), ("scoring on", scoring)):
+            if names:
+                line = f"  trained by other code, and {state}: {', '.join(names)}"
+                out.print(line, highlight=False, markup=False, soft_wrap=True)
     elif done.models or done.warnings:
         following = "select * from vae.health where severity > 0"
     out.print(f"  next     {following}", highlight=False, markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ import psycopg
 from psycopg import sql
 
 from pgvae import doctor
+from pgvae.connection import keep_open
 from pgvae.console import err
 from pgvae.errors import PgvaeError
 from pgvae.external.plpy import Error, Plpy
@@ -172,8 +173,7 @@ def _reading(connection: psycopg.Connection, function: str) -> Iterator[Plpy]:
     store.forget()
     with connection.transaction():
         connection.execute("set transaction isolation level repeatable read")
-        # While it scores here, the session is idle there.
-        connection.execute("set local idle_in_transaction_session_timeout = 0")
+        keep_open(connection)
         doctor.check_code(connection)
         connection.execute(_SETTINGS, [function])
         yield Plpy(connection, lambda message: err.print(message, highlight=False, markup=False))

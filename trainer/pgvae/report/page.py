@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pgvae import __version__
-from pgvae.connection import connect
+from pgvae.connection import connect, keep_open
 from pgvae.files import write_file
 from pgvae.report import charts, words
 from pgvae.report.insight import Insight, look_into
@@ -45,6 +45,7 @@ def read_report(dsn: str | None, model: str, version: int | None = None) -> Repo
     needs the shop's events: what the role may not read is left out, and the page says so.
     """
     with connect(dsn) as connection:
+        keep_open(connection)
         found = read_version(connection, model, version)
         return Report(version=found, insight=look_into(connection, found))
 
