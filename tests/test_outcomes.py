@@ -495,6 +495,29 @@ def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
     assert total[2] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        "select user_key, reasons, round(expected_purchases::numeric, 4) from m, vae_private.churn_all(m.model_id)",
+        "select user_key, segment, round(similarity::numeric, 4) from m, vae_private.segment_all(m.model_id)",
+        "select user_key, item_key, because, event_counts from m, vae_private.explain_all(m.model_id)",
+        "select user_id, item_id, round(score::numeric, 4) from shop.recommend_for_users(array(select user_id from users))",
+        "select user_id, round(response_probability::numeric, 4) from shop.audience(4)",
+        "select user_id, round(score::numeric, 4)"
+        " from shop.score_pairs(array(select user_id from users), array(select 4 from users))",
+        "select user_id, item_id, round(score::numeric, 4) from shop.score_pairs('{1,2,3}', '{4,5,6}')",
+    ],
+)
+def test_an_event_that_stands_twice_counts_once(shop: Connection, answers: str) -> None:
+    """The events of many users are read as they stand in the table."""
+    query = f"with m as (select model_id from vae.models where name = 'shop') {answers}".encode()
+    once = sorted(shop.execute(query).fetchall(), key=str)
+    with shop.transaction(force_rollback=True):
+        shop.execute("insert into events select * from events where user_id < 100")
+        assert sorted(shop.execute(query).fetchall(), key=str) == once
+    assert once
+
+
 def test_a_user_without_events_cannot_leave(shop: Connection) -> None:
     for query in ("select * from shop.churn(500)", "select * from shop.churn where user_id = 500"):
         row = shop.execute(query).fetchone()

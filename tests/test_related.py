@@ -211,6 +211,15 @@ def test_support_counts_the_users_who_bought_both(shared_trained: psycopg.Connec
         shared_trained, "select item_id, support from shop.related(%s, 100, %s)", [item, f'{{"min_support": {least}}}']
     )
     assert often == [(other, support) for other, support in found if support >= least]
+    # A list is filled from further down, not left short.
+    assert often != found[: len(often)]
+    for k in range(1, len(often) + 1):
+        few = rows(
+            shared_trained,
+            "select item_id, support from shop.related(%s, %s, %s)",
+            [item, k, f'{{"min_support": {least}}}'],
+        )
+        assert few == often[:k]
     # JSON has one kind of number.
     written = f'{{"min_support": {least}.0}}'
     assert rows(shared_trained, "select item_id, support from shop.related(%s, 100, %s)", [item, written]) == often
