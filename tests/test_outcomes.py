@@ -501,7 +501,8 @@ def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
         "select user_key, reasons, round(expected_purchases::numeric, 4) from m, vae_private.churn_all(m.model_id)",
         "select user_key, segment, round(similarity::numeric, 4) from m, vae_private.segment_all(m.model_id)",
         "select user_key, item_key, because, event_counts from m, vae_private.explain_all(m.model_id)",
-        "select user_id, item_id, round(score::numeric, 4) from shop.recommend_for_users(array(select user_id from users))",
+        "select user_id, item_id, round(score::numeric, 4)"
+        " from shop.recommend_for_users(array(select user_id from users))",
         "select user_id, round(response_probability::numeric, 4) from shop.audience(4)",
         "select user_id, round(score::numeric, 4)"
         " from shop.score_pairs(array(select user_id from users), array(select 4 from users))",
