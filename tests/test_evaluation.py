@@ -335,6 +335,9 @@ def test_rolling_origins_move_forward_and_tests_lie_side_by_side() -> None:
     validated = [sorted({item for _, item in truth_of(split.validation)}) for split in splits]
     assert [items[-1] + 1 for items in validated] == [items[0] for items in tested]
     assert validated[1:] == tested[:-1]
+    # Whoever is judged is known by all that happened before, in a test by what chose the settings, too.
+    assert [split.validation.before.occurred_at.max() + 1 for split in splits] == [items[0] for items in validated]
+    assert [split.test.before.occurred_at.max() + 1 for split in splits] == [items[0] for items in tested]
 
 
 def zip_events(dataset: Dataset) -> Iterator[Event]:
@@ -380,6 +383,8 @@ def test_a_tenth_tests_a_tenth_validates_and_the_seed_decides_which(name: str) -
         bought = len(pairs_of(dataset, targets=True))
         for holdout in (first.validation, first.test):
             assert len(truth_of(holdout)) == pytest.approx(bought / 10, rel=0.15)
+        # In a test what chose the settings is part of the histories.
+        assert truth_of(first.validation) < pairs_of(first.test.before, targets=True)
 
 
 def test_without_times_a_training_is_measured_by_chance() -> None:
