@@ -35,6 +35,7 @@ from pgvae.validation import NO_SHORTCUT
 from pgvae.versions import read_weights
 from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
+from pgvae_runtime.churn import reasons_of
 from pgvae_runtime.outcomes import (
     SHAPES,
     Outlook,
@@ -45,6 +46,7 @@ from pgvae_runtime.outcomes import (
     risk_band,
     sigmoid,
 )
+from pgvae_runtime.store import Version
 from pgvae_runtime.tokens import SECONDS_PER_DAY as DAY
 from pgvae_runtime.tokens import History
 from shop import QUICK, SMALL, Shop, refusal
@@ -212,6 +214,39 @@ def test_bands_of_risk() -> None:
     assert [risk_band(p) for p in (0.0, 0.4999, 0.5, 0.7999, 0.8, 1.0)] == [
         "low", "low", "medium", "medium", "high", "high"
     ]  # fmt: skip
+
+
+def test_the_strongest_reasons_come_first_and_weak_ones_are_none() -> None:
+    groups = behaviour_groups(2)
+    x = np.zeros((2, count(2)))
+    for name, part in {"recency": 0.2, "frequency": 0.4, "activity": 0.15, "tenure": 0.05}.items():
+        x[:, groups[name][0]] = -part
+    x[:, groups["purchase recency"]] = -0.3 / len(groups["purchase recency"])
+    nothing = np.zeros(2)
+    found = Outlook(purchase=nothing, amount=nothing, item_offset=nothing, behaviour=x)
+    weights = {"behaviour_mean": np.zeros(count(2)), "purchase_behaviour": np.ones(count(2)), "outcome_horizon": [7]}
+    version = Version(
+        version_id=1, version=1, model_id=1, model="shop", user_id_type="bigint", weights=weights,
+        event_types={"purchase": 1, "view": 0}, targets=(1,), max_history=9, user_count=2,
+    )  # fmt: skip
+    # The second user is somebody of whom nothing is known.
+    history = History(
+        counts=np.array([5, 0]),
+        item=np.zeros(5, dtype=np.int64),
+        event_type=np.array([0, 1, 1, 0, 0]),
+        occurred_at=100 * DAY - np.array([40.5, 30.5, 20.5, 7.5, 3.5]) * DAY,
+    )
+    as_of = np.full(2, 100.0 * DAY)
+    told = [
+        ("bought on 2 days in all", pytest.approx(0.4)),
+        ("last purchase 20 days ago, with 10 days between two on average", pytest.approx(0.3)),
+        ("last event 3 days ago", pytest.approx(0.2)),
+        ("active on 1 day of the last 7", pytest.approx(0.15)),
+        ("first seen 40 days ago", pytest.approx(0.05)),
+    ]
+    assert reasons_of(version, found, history, as_of) == [told[:3], []]
+    assert reasons_of(version, found, history, as_of, most=9) == [told[:4], []]
+    assert reasons_of(version, found, history, as_of, most=9, least=-1.0) == [told, []]
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 1000])
@@ -569,6 +604,30 @@ def test_reasons_add_up_to_the_distance_from_the_average_user(shop: Connection) 
     assert shop.execute("select * from shop.explain_churn(500)").fetchall() == []
 
 
+def test_reasons_count_days_back_from_the_end_of_an_archive(shop: Connection) -> None:
+    rows = shop.execute(
+        """
+        with ages as (
+            select e.user_id, e.event_type, floor(extract(epoch from greatest(v.window_end, max(e.occurred_at) over own)
+                - e.occurred_at) / 86400) as day
+            from events e, vae.versions v
+            where e.user_id <= 60 and v.state = 'active'
+            window own as (partition by e.user_id)
+        )
+        select a.user_id, count(distinct a.day) filter (where a.day < 7),
+            count(distinct a.day) filter (where a.event_type = 'purchase'), max(a.day), min(a.day),
+            (select string_agg(r.reason, '; ') from shop.explain_churn(a.user_id) r)
+        from ages a
+        group by a.user_id
+        """
+    ).fetchall()
+    for _, active, buying, first, last, reasons in rows:
+        found = {words: int(days) for words, days in re.findall(r"([a-z][a-z ]+) (\d+) days?", reasons)}
+        assert (found["active on"], found.get("bought on", 0), found["first seen"]) == (active, buying, first)
+        assert found.get("last event", last) == last
+    assert len(rows) == 60
+
+
 def test_no_two_reasons_say_the_same_and_a_last_purchase_is_told_with_the_days_between_two(shop: Connection) -> None:
     rows = shop.execute(
         """
@@ -747,7 +806,7 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
     notices: list[str] = []
     handler = lambda notice: notices.append(str(notice.message_primary))  # noqa: E731
     shop.add_notice_handler(handler)
-    shop.execute("create table subscribers as select user_id from users where user_id % 3 = 0")
+    shop.execute("create table subscribers as select user_id::integer from users where user_id % 3 = 0")
     try:
         among = "value => 40, cost => 0.5, budget => 5, among => 'subscribers'"
         shop.execute(
@@ -961,6 +1020,11 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
             "select user_id, response_probability from shop.offer_responses"
             " where offer = 'spring' order by rank limit 7"
         ).fetchall()
+        profits = shop.execute(
+            "select expected_profit, response_probability::float8 * 40 - 0.5 from shop.offer_responses"
+            " where offer = 'spring'"
+        ).fetchall()
+        assert [profit for profit, _ in profits] == pytest.approx([expected for _, expected in profits])
         live = shop.execute(
             "select user_id, response_probability from shop.audience_of_items(array[2, 5]::bigint[], 7)"
         ).fetchall()
@@ -1071,12 +1135,16 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', null::bigint[]", "22023", "has the items null"),
         ("'sale', array[1, null]", "22023", "has the items {1,NULL}"),
         ("'sale', array[2, 2]", "22023", "names item 2 twice"),
+        ("'sale', array[[1, 2], [3, 4]]", "22023", "has the items {{1,2},{3,4}}"),
         ("'sale', array[99]", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
         ("'', array[1]", "42602", 'cannot be called ""'),
         ("null, array[1]", "42602", 'cannot be called "null"'),
         ("'sale', array[1], value => -1", "22023", 'value of offer "sale" is -1'),
         ("'sale', array[1], cost => 'nan'", "22023", 'cost of offer "sale" is NaN'),
         ("'sale', array[1], budget => 5", "22023", "a budget of 5 and no cost"),
+        ("'sale', array[1], cost => 0, budget => 5", "22023", "a budget of 5 and no cost"),
+        ("'sale', array[1], cost => 1, budget => -1", "22023", 'budget of offer "sale" is -1'),
+        ("'sale', array[1], choose_by => 'luck'", "22023", 'choose_by of offer "sale" is luck'),
         ("'sale', array[1], max_users => 0", "22023", 'max_users of offer "sale" is 0'),
         ("'sale', array[1], value => 1e400", "22023", 'value of offer "sale" is 1000'),
         ("'sale', array[1], cost => 'infinity'", "22023", 'cost of offer "sale" is Infinity'),
@@ -1084,7 +1152,9 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', array[1], max_users => null", "22023", 'max_users of offer "sale" is null'),
         ("'sale', array[1], exclude_buyers => null", "22023", 'exclude_buyers of offer "sale" is null'),
         ("'sale', array[1], starts_at => '2025-01-02', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
+        ("'sale', array[1], starts_at => '2025-01-01', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
         ("'twice', array[1]", "42710", 'has an offer "twice" already'),
+        ("'sale', array[1], among => 'vae.offers_offer_id_seq'", "42809", "offers_offer_id_seq is not a table or view"),
         ("'sale', array[1], among_key => 'nonsense'", "22023", 'among_key of offer "sale" is "nonsense", and among is'),
         ("'sale', array[1], among => 'items'", "42703", 'public.items has no column "user_id"'),
         (
