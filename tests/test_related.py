@@ -139,6 +139,7 @@ def test_events_of_another_shape_are_refused_by_name(
         ('related(404, 5, \'{"rank_by": "price"}\')', "option 'rank_by' is \"price\""),
         ("related(404, 5, '{\"min_support\": -1}')", "option 'min_support' is -1"),
         ("related(404, 5, '{\"min_support\": 1.5}')", "option 'min_support' is 1.5"),
+        ("related(404, 5, '{\"min_support\": true}')", "option 'min_support' is true"),
         ("related(404, null)", "k is null"),
         ("basket('{}')", "items is an empty array"),
         ("basket(array[1, null])", "items[2] is null"),
