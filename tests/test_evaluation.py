@@ -19,7 +19,7 @@ from psycopg import sql
 from rich.table import Table
 
 from conftest import as_role, create_database, drop_database
-from pgvae import baselines, bootstrap, item_graph
+from pgvae import baselines, bootstrap, comparison, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
 from pgvae.comparison import METHODS, compare, evaluate, summarise
@@ -596,6 +596,30 @@ def test_settings_are_compared_on_some_of_many_users(monkeypatch: pytest.MonkeyP
 
 
 # Comparisons
+
+
+def test_nothing_is_fitted_or_chosen_on_the_test_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = shop_dataset()
+    split = next(SPLITS["temporal"](dataset))
+    monkeypatch.setitem(SPLITS, "temporal", lambda dataset, **_: iter([split]))
+    learned: list[tuple[Dataset, Holdout | None]] = []
+    fit, choose = comparison.fit, baselines.choose
+
+    def watched_fit(train: Dataset, *arguments: Any, **named: Any) -> Any:
+        learned.append((train, named["validation"]))
+        return fit(train, *arguments, **named)
+
+    def watched_choose(name: str, train: Dataset, validation: Holdout, seed: int) -> Any:
+        learned.append((train, validation))
+        return choose(name, train, validation, seed)
+
+    monkeypatch.setattr(comparison, "fit", watched_fit)
+    monkeypatch.setattr(baselines, "choose", watched_choose)
+    compare(dataset, QUICK, max_history=50)
+    assert len(learned) == 1 + len(CHOICES)
+    evaluate(dataset, QUICK, max_history=50, on_epoch=lambda epoch: None)
+    assert len(learned) == 2 + len(CHOICES)
+    assert all(train is split.train and validation is split.validation for train, validation in learned)
 
 
 @pytest.fixture(scope="module")
