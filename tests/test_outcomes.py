@@ -360,6 +360,29 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
         fit_outcomes(dataset, earlier=weights, earlier_end=119 * DAY, horizon=14, max_history=50, seed=1)
 
 
+def test_what_foretells_the_newest_horizon_does_not_know_it(weights: dict[str, Any]) -> None:
+    dataset, _ = simulated()
+    newest = windows(dataset, 14, 1)[0]
+    # Who viewed something then bought it, and the other way round.
+    is_newest = dataset.occurred_at >= newest.moment
+    other = dataclasses.replace(dataset, event_type=np.where(is_newest, 1 - dataset.event_type, dataset.event_type))
+    foretold = []
+    for given in (dataset, other):
+        fitted = fit_outcomes(given, earlier=weights, earlier_end=91 * DAY, horizon=14, max_history=50, seed=1)
+        foretold.append(
+            [
+                (point.curve, point.method, point.position, point.x)
+                for point in fitted.curves
+                if point.curve in ("churn_calibration", "response_calibration", "churn_bands")
+            ]
+        )
+        (brier,) = (m.value for m in fitted.metrics if (m.method, m.metric) == ("base_rate", "churn_brier"))
+        rate = windows(given, 14, 1)[1].has_bought.mean()
+        assert brier == pytest.approx(((windows(given, 14, 1)[0].has_bought - rate) ** 2).mean())
+    assert {method for _, method, _, _ in foretold[0]} == {"pgvae", "rfm"}
+    assert foretold[0] == foretold[1]
+
+
 def test_too_few_days_or_buyers_are_told() -> None:
     dataset, _ = simulated()
     assert too_little(dataset, 28, 1) == ""
