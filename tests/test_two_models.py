@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from shop import Shop, train_and_activate
+from shop import Shop, train, train_and_activate
 
 Connection = psycopg.Connection[Any]
 USERS, ITEMS = Shop().users, Shop().items
@@ -59,6 +59,8 @@ def offer_and_set(connection: Connection, model: str, item: int, cost: int) -> N
 def test_what_happens_to_a_model_changes_nothing_of_another(trained: Connection) -> None:
     trained.execute("create table few as select unnest(%s) as item_id", [ITEMS[:4]])
     offer_and_set(trained, "shop", ITEMS[0], 1)
+    # A version that waits.
+    train(trained.info.dsn)
     trained.execute("call vae.refresh('shop')")
     trained.execute("select from vae.verify('shop'); select from vae.check_drift('shop')")
     before = everything(trained, "shop")
