@@ -147,23 +147,53 @@ def history(*users: list[tuple[float, int, int]]) -> History:
 
 
 def test_behaviour_is_what_its_names_say() -> None:
-    own = history([(90.0, 1, 0), (95.5, 2, 1), (99.0, 2, 1), (99.2, 3, 1)], [], [(50.0, 1, 0)])
-    found = behaviour(own, np.full(3, 100.0 * DAY), horizon=7, targets=(1,), types=2)
-    assert found.shape == (3, count(2))
+    own = history(
+        [(90.0, 1, 0), (95.5, 2, 1), (99.0, 2, 1), (99.2, 3, 1)], [], [(50.0, 1, 0)], [(80.0, 1, 1)], [(101.0, 1, 0)]
+    )
+    found = behaviour(own, np.full(5, 100.0 * DAY), horizon=7, targets=(1,), types=2)
+    assert found.shape == (5, count(2))
     value = [dict(zip(names(["view", "purchase"]), row, strict=True)) for row in found]
-    assert value[0]["has bought"] == 1
-    assert value[0]["log days since the last event"] == pytest.approx(np.log1p(0.8))
-    assert value[0]["log days since the first event"] == pytest.approx(np.log1p(10.0))
-    # 4.5 and 1 or 0.8 days ago: days are counted back from the moment, so the two of them lie on different ones.
-    assert value[0]["log days with purchases"] == pytest.approx(np.log1p(3))
-    assert value[0]["log purchases"] == pytest.approx(np.log1p(3))
-    assert value[0]["log items bought"] == pytest.approx(np.log1p(2))
-    assert value[0]["view: log events"] == pytest.approx(np.log1p(1))
-    assert value[0]["view: log days since the last one"] == pytest.approx(np.log1p(10.0))
+    log = np.log1p
+
+    def fading(half_life: float, *days: float) -> Any:
+        return log(sum(0.5 ** (day / (half_life * 7)) for day in days) / 0.05)
+
+    # Days are counted back from the moment, so the purchases of 1 and 0.8 days ago lie on different ones.
+    expected = {
+        "has bought": 1,
+        "log days since the last event": log(0.8),
+        "square of log days since the last event": log(0.8) ** 2,
+        "log days since the last purchase": log(0.8),
+        "square of log days since the last purchase": log(0.8) ** 2,
+        "log days since the first event": log(10.0),
+        "log days with events": log(4),
+        "log days with purchases": log(3),
+        "log purchases": log(3),
+        "log items bought": log(2),
+        "log mean days between purchases": log((4.5 - 0.8) / 2),
+        "log days since the last purchase over the mean between": log(0.8) - log((4.5 - 0.8) / 2),
+        "days since the last event times days with purchases": log(0.8) * log(3),
+        "view: log events": log(1),
+        "view: log events in the last horizon": 0,
+        "view: log days since the last one": log(10.0),
+        "purchase: log events": log(3),
+        "purchase: log events in the last horizon": log(3),
+        "purchase: log days since the last one": log(0.8),
+    }
+    for width, days, buying_days in (("0.25", 2, 2), ("1", 3, 3), ("4", 4, 3)):
+        expected[f"log days with events in the last {width}"] = log(days)
+        expected[f"log days with purchases in the last {width}"] = log(buying_days)
+        expected[f"log events, half-life {width}"] = fading(float(width), 10, 4.5, 1, 0.8)
+        expected[f"log days with purchases, half-life {width}"] = fading(float(width), 4, 1, 0)
+    assert value[0] == pytest.approx(expected)
     assert not found[1].any()
+    # Who never bought: as if it had been a horizon before the first event. Who bought once: as if it were as rare.
     assert value[2]["has bought"] == 0
-    # As if it had been a horizon before the first event.
-    assert value[2]["log days since the last purchase"] == pytest.approx(np.log1p(57.0))
+    assert value[2]["log days since the last purchase"] == pytest.approx(log(57.0))
+    assert value[2]["purchase: log days since the last one"] == pytest.approx(log(57.0))
+    assert [value[user]["log mean days between purchases"] for user in (2, 3)] == pytest.approx(log([57.0, 27.0]))
+    # What a clock that is wrong puts into the future happens now.
+    assert value[4]["log days since the last event"] == 0
 
 
 def test_behaviour_does_not_depend_on_who_else_is_in_the_batch_or_on_the_order() -> None:
