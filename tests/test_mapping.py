@@ -62,7 +62,7 @@ def overwrite(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, path.stat().st_size - 1)
 
 
 def empty(path: Path) -> None:
