@@ -320,6 +320,7 @@ def test_a_version_whose_scores_differ_is_not_activated(trained: Connection) -> 
         "version 2 of model shop does not give its golden users the scores of its training: cpu: the largest relative"
     )
     assert "vae.verify('shop', 2)" in str(refused.message_hint)
+    assert refusal(trained, "select * from vae.activate('shop', 2, force => null)").sqlstate == "VA009"
     assert states(trained) == {1: "active", 2: "ready"}
     trained.execute("select * from vae.activate('shop', 2, force => true, reason => 'an emergency')")
     *who, overridden = last_activation(trained)
@@ -397,6 +398,7 @@ def test_a_rollback_goes_past_dropped_versions(trained: Connection) -> None:
     ]
     assert trained.execute("select * from vae.rollback('shop')").fetchall() == [(2, 4)]
     # And where the active one itself was dropped, to the latest that is left.
+    assert refusal(trained, "select * from vae.drop_version('shop', 2, force => null)").sqlstate == "55006"
     refused = refusal(trained, "select * from vae.drop_version('shop', 2)")
     assert (refused.sqlstate, refused.message_primary) == ("55006", "version 2 of model shop is active")
     trained.execute("select * from vae.drop_version('shop', 2, force => true)")
