@@ -169,6 +169,17 @@ def test_no_golden_history_is_a_persons(trained: Connection) -> None:
     golden = trained.execute("select occurred_at from vae_private.golden_users where cardinality(items) > 1").fetchall()
     assert len(golden) == 30
     assert not people & {tuple(sorted(times)) for (times,) in golden}
+    # Nor is an event in it, but by chance, of which there are twelve items.
+    (real,) = (
+        trained.execute(
+            "select avg((exists (select from events e where e.item_id::text = i.item_key"
+            "     and extract(epoch from e.occurred_at)::float8 = o.at))::integer)::float8"
+            " from vae_private.golden_users g cross join unnest(g.items, g.occurred_at) o (item, at)"
+            " join vae_private.items i on i.version_id = g.version_id and i.item_index = o.item"
+        ).fetchone()
+        or ()
+    )
+    assert real < 0.25
 
 
 @pytest.mark.parametrize("tensor", ["output_bias", "encoder_gate_bias", "order_embedding", "decoder_weight"])
