@@ -626,6 +626,8 @@ def test_columns_that_look_personal_are_left_out_unless_they_are_asked_for(with_
     personal = (
         *("email", "E-Mail", "userEmail", "name", "firstName", "last_name", "nickname", "phone_number", "mobile"),
         *("address", "streetAddress", "zip", "ip", "last_ip", "birth_date", "dateOfBirth", "dob", "latitude", "IBAN"),
+        *("password", "passport_no", "mail", "surname", "fullName", "middle_name", "username", "tel", "fax", "cell"),
+        *("street", "zipcode", "postcode", "born", "ssn", "tax_id", "login", "gps", "lat", "lon", "lng", "longitude"),
     )
     fine = ("country", "zipper", "renamed", "description", "shipping", "plan", "latest", "mailing", "phase")
     names = sql.SQL(", ").join(sql.SQL("{} text").format(sql.Identifier(name)) for name in (*personal, *fine))
