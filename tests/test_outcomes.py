@@ -1111,8 +1111,9 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         shop.execute("select vae.drop_offer('shop', 'spring')")
         assert shop.execute("select distinct offer from shop.offer_responses").fetchall() == [("all",)]
         # Who asks too much of a user asks nobody.
-        shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2)")
+        shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2, max_users => 7)")
         shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        assert shop.execute("select max(rank) from shop.offer_responses where offer = 'dear'").fetchone() == (7,)
         assert shop.execute(
             "select users, expected_profit, model_version, scored_at is not null from shop.offers where offer = 'dear'"
         ).fetchone() == (0, 0, 1, True)
