@@ -22,7 +22,9 @@ import zstandard
 from pyarrow import parquet
 
 from conftest import as_role
-from pgvae.load.types import Bad, Dialect, converter, infer, infer_time
+from pgvae.errors import PgvaeError
+from pgvae.load.run import LoadSummary, _refuse_too_many
+from pgvae.load.types import Bad, Dialect, converter, infer, infer_time, proved_order
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -213,6 +215,8 @@ def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp
         (["1.5", ".5", "-1e3"], "numeric"),
         (["1.234,50", "2"], "numeric"),
         (["01,5", "2"], "text"),
+        # Thousands, as far as anybody can tell.
+        (["1,234", "2,500"], "text"),
         (["1", "0"], "bigint"),
         (["true", "F", "no"], "boolean"),
         (["true", "perhaps"], "text"),
@@ -241,6 +245,18 @@ def test_a_column_has_the_narrowest_type_of_its_values(values: list[str], expect
 )
 def test_a_column_that_must_hold_times_may_hold_a_few_that_are_none(values: list[str], expected: str) -> None:
     assert infer_time(values, Dialect())[0] == expected
+
+
+def test_a_number_above_twelve_proves_the_order_of_day_and_month() -> None:
+    found = [proved_order([date]) for date in ("13/12/2010", "12/13/2010", "12/12/2010", "2010-12-13")]
+    assert found == ["dmy", "mdy", None, None]
+
+
+def test_as_many_rejects_as_are_allowed_are_not_too_many() -> None:
+    _refuse_too_many(LoadSummary(rows=7), 0.0)
+    _refuse_too_many(LoadSummary(rows=3, rejected=1), 0.25)
+    with pytest.raises(PgvaeError, match="1 of 3 rows are rejected"):
+        _refuse_too_many(LoadSummary(rows=2, rejected=1), 0.25)
 
 
 BERLIN = Dialect(timezone=ZoneInfo("Europe/Berlin"), nulls=frozenset({"", "n/a"}))

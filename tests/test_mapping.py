@@ -151,6 +151,7 @@ def test_of_a_map_that_cannot_be_finished_nothing_is_left(tmp_path: Path, monkey
     assert list(path.parent.iterdir()) == []
     assert path.parent.stat().st_mode & 0o777 == 0o700
     mapping.write_map(path, "digest", {"a": np.ones(3, dtype="<f4")})
+    assert path.stat().st_mode & 0o777 == 0o600
     assert [array.tolist() for array in (mapping.read_map(path, "digest") or {}).values()] == [[1.0, 1.0, 1.0]]
 
 
