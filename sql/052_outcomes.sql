@@ -410,7 +410,7 @@ begin
         raise exception 'model % has an offer "%" already', model, name
             using errcode = 'duplicate_object', hint = format('drop it first: select vae.drop_offer(%L, %L)', model, name);
     end if;
-    if coalesce(cardinality(keys), 0) = 0 or array_position(keys, null) is not null or array_ndims(keys) <> 1 then
+    if array_ndims(keys) is distinct from 1 or exists (select from unnest(keys) k (key) where k.key is null) then
         raise exception 'offer "%" has the items %', name, coalesce(keys::text, 'null')
             using errcode = 'invalid_parameter_value', hint = 'name one or more items: items => array[...]';
     end if;

@@ -339,6 +339,32 @@ def test_days_of_an_item_are_those_of_all_items(connection: Connection) -> None:
     assert 0 < buyers < units
 
 
+def test_a_user_counts_once_a_day_and_an_anonymous_sale_has_no_buyer(connection: Connection) -> None:
+    with connection.transaction(force_rollback=True):
+        # Again within the day, some of it anonymous.
+        connection.execute(
+            "insert into events select case when user_id % 3 > 0 then user_id end, item_id, event_type,"
+            " occurred_at + interval '1 second', null from events where event_type <> 'purchase'"
+        )
+        # The moment of an event, which counts.
+        as_of = connection.execute("select percentile_disc(0.9) within group (order by occurred_at) from events")
+        moment = as_of.fetchall()[0]
+        days = connection.execute(
+            "select item_id, day, units, buyers, views, carts from shop.all_item_days(%s) order by 1, 2", moment
+        ).fetchall()
+        users = "count(distinct user_id) filter (where event_type = '{0}')"
+        users_and_nobody = f"{users} + count(*) filter (where event_type = '{{0}}' and user_id is null)"
+        columns = [users.format("purchase"), *map(users_and_nobody.format, ("view", "add_to_cart"))]
+        expected = connection.execute(
+            "select item_id, floor(extract(epoch from %s - occurred_at) / 86400)::integer as day,"
+            f" coalesce(sum(quantity) filter (where event_type = 'purchase'), 0)::float8, {', '.join(columns)}"
+            " from events where occurred_at <= %s and coalesce(quantity, 1) > 0 group by 1, 2 order by 1, 2".encode(),
+            [*moment, *moment],
+        ).fetchall()
+    assert days == expected
+    assert min(day for _, day, *_ in days) == 0
+
+
 def test_an_item_without_events_is_not_guessed_and_an_unknown_one_is_refused(connection: Connection) -> None:
     assert connection.execute("select * from shop.demand(null)").fetchall() == []
     error = refusal(connection, "select * from shop.demand(99)")

@@ -20,7 +20,7 @@ from psycopg import sql
 from rich.table import Table
 
 from conftest import as_role, create_database, drop_database
-from pgvae import baselines, bootstrap, item_graph
+from pgvae import baselines, bootstrap, comparison, item_graph
 from pgvae.baselines import CHOICES
 from pgvae.cli.metrics import verdicts
 from pgvae.comparison import METHODS, compare, evaluate, summarise
@@ -339,6 +339,9 @@ def test_rolling_origins_move_forward_and_tests_lie_side_by_side() -> None:
     validated = [sorted({item for _, item in truth_of(split.validation)}) for split in splits]
     assert [items[-1] + 1 for items in validated] == [items[0] for items in tested]
     assert validated[1:] == tested[:-1]
+    # Whoever is judged is known by all that happened before, in a test by what chose the settings, too.
+    assert [split.validation.before.occurred_at.max() + 1 for split in splits] == [items[0] for items in validated]
+    assert [split.test.before.occurred_at.max() + 1 for split in splits] == [items[0] for items in tested]
 
 
 def zip_events(dataset: Dataset) -> Iterator[Event]:
@@ -401,6 +404,8 @@ def test_a_tenth_tests_a_tenth_validates_and_the_seed_decides_which(name: str) -
         bought = len(pairs_of(dataset, targets=True))
         for holdout in (first.validation, first.test):
             assert len(truth_of(holdout)) == pytest.approx(bought / 10, rel=0.15)
+        # In a test what chose the settings is part of the histories.
+        assert truth_of(first.validation) < pairs_of(first.test.before, targets=True)
 
 
 def test_without_times_a_training_is_measured_by_chance() -> None:
@@ -612,6 +617,30 @@ def test_settings_are_compared_on_some_of_many_users(monkeypatch: pytest.MonkeyP
 
 
 # Comparisons
+
+
+def test_nothing_is_fitted_or_chosen_on_the_test_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = shop_dataset()
+    split = next(SPLITS["temporal"](dataset))
+    monkeypatch.setitem(SPLITS, "temporal", lambda dataset, **_: iter([split]))
+    learned: list[tuple[Dataset, Holdout | None]] = []
+    fit, choose = comparison.fit, baselines.choose
+
+    def watched_fit(train: Dataset, *arguments: Any, **named: Any) -> Any:
+        learned.append((train, named["validation"]))
+        return fit(train, *arguments, **named)
+
+    def watched_choose(name: str, train: Dataset, validation: Holdout, seed: int) -> Any:
+        learned.append((train, validation))
+        return choose(name, train, validation, seed)
+
+    monkeypatch.setattr(comparison, "fit", watched_fit)
+    monkeypatch.setattr(baselines, "choose", watched_choose)
+    compare(dataset, QUICK, max_history=50)
+    assert len(learned) == 1 + len(CHOICES)
+    evaluate(dataset, QUICK, max_history=50, on_epoch=lambda epoch: None)
+    assert len(learned) == 2 + len(CHOICES)
+    assert all(train is split.train and validation is split.validation for train, validation in learned)
 
 
 @pytest.fixture(scope="module")

@@ -540,6 +540,31 @@ def test_a_user_who_arrived_after_training_has_features(scored: psycopg.Connecti
     assert 79 not in refreshed
 
 
+def test_a_user_of_whom_only_features_are_known_is_answered_by_them(scored: psycopg.Connection) -> None:
+    scored.execute("insert into users values (77, 'FR', '{vip}', 'Ida', '2030-01-01'), (78, 'XX', null, null, null)")
+    pairs = "shop.score_pairs(array[77, 78, 79, 77], array[%s, %s, %s, %s]::bigint[]) p"
+    scores = scored.execute(
+        f"select p.score, shop.score(p.user_id, p.item_id) from {pairs}".encode(), [*SHOP.items[:3], 99]
+    ).fetchall()
+    assert [found for found, _ in scores] == [
+        None if alone is None else pytest.approx(alone, rel=1e-5) for _, alone in scores
+    ]
+    placed = "select segment is not null, is_cold_start from shop.segment(%s)"
+    assert [scored.execute(placed, [user]).fetchone() for user in (77, 78)] == [(True, True), (False, True)]
+    scored.execute("call vae.refresh('shop', views => array['user_segments'])")
+    stored = (
+        "select segment is not null, is_cold_start from shop.user_segments where user_id in (77, 78) order by user_id"
+    )
+    assert scored.execute(stored).fetchall() == [(True, True), (False, True)]
+    # Either features speak for an item, or it is popular.
+    sentences = scored.execute(
+        "select shop.because(77, i), e.contribution > 0 from unnest(%s::bigint[]) i, shop.explain(77, i) e"
+        " where e.part = 'features'",
+        [SHOP.items],
+    ).fetchall()
+    assert set(sentences) == {("because of what is known about you", True), ("because it is popular", False)}
+
+
 def test_rows_of_one_key_are_put_together(with_tables: psycopg.Connection) -> None:
     user = SHOP.users[0]
     with_tables.execute("alter table users drop constraint users_pkey")
@@ -607,6 +632,8 @@ def test_columns_that_look_personal_are_left_out_unless_they_are_asked_for(with_
     personal = (
         *("email", "E-Mail", "userEmail", "name", "firstName", "last_name", "nickname", "phone_number", "mobile"),
         *("address", "streetAddress", "zip", "ip", "last_ip", "birth_date", "dateOfBirth", "dob", "latitude", "IBAN"),
+        *("password", "passport_no", "mail", "surname", "fullName", "middle_name", "username", "tel", "fax", "cell"),
+        *("street", "zipcode", "postcode", "born", "ssn", "tax_id", "login", "gps", "lat", "lon", "lng", "longitude"),
     )
     fine = ("country", "zipper", "renamed", "description", "shipping", "plan", "latest", "mailing", "phase")
     names = sql.SQL(", ").join(sql.SQL("{} text").format(sql.Identifier(name)) for name in (*personal, *fine))

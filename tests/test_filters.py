@@ -273,6 +273,20 @@ def test_a_set_is_defined_anew_and_dropped(shop: psycopg.Connection) -> None:
     assert "there are: in_stock" in str(refused.message_hint)
 
 
+def test_a_set_is_of_one_model(shop: psycopg.Connection) -> None:
+    Shop().create_model(shop, "other")
+    of_other = "select c.name, c.relation_table, c.for_refresh from vae.candidates c join vae.models m using (model_id)"
+    shop.execute("select from vae.set_candidates('other', 'theirs', 'stock', for_refresh => true)")
+    refused = refusal(shop, """select * from shop.recommend(%s, 5, '{"candidates": "theirs"}')""", [USER])
+    assert refused.message_primary == "pgvae: candidates 'theirs' of model shop do not exist"
+    assert "there are: none" in str(refused.message_hint)
+    define(shop, name="theirs")
+    assert define(shop, for_refresh=True)[2] is True
+    assert {item for item, _ in ask(shop, {**ALL, "candidates": "theirs"})} == set(ITEMS[6:])
+    shop.execute("select vae.drop_candidates('shop', 'theirs')")
+    assert shop.execute(f"{of_other} where m.name = 'other'".encode()).fetchall() == [("theirs", "stock", True)]
+
+
 def test_what_refreshes_recommend_changes_only_on_demand_and_never_silently(
     role: str, shop: psycopg.Connection
 ) -> None:
@@ -455,6 +469,8 @@ def test_a_cap_needs_a_table_of_items(shop: psycopg.Connection) -> None:
 def test_a_refresh_recommends_the_candidates_with_the_scores_of_a_live_call(
     trained: psycopg.Connection,
 ) -> None:
+    trained.execute("create table few as select unnest(%s) as item_id", [ITEMS[:2]])
+    define(trained, "few", name="of no refresh")
     trained.execute("create table stock as select unnest(%s) as item_id", [ITEMS[6:]])
     define(trained, "stock", for_refresh=True)
     trained.execute("call vae.refresh('shop')")

@@ -169,6 +169,17 @@ def test_no_golden_history_is_a_persons(trained: Connection) -> None:
     golden = trained.execute("select occurred_at from vae_private.golden_users where cardinality(items) > 1").fetchall()
     assert len(golden) == 30
     assert not people & {tuple(sorted(times)) for (times,) in golden}
+    # Nor is an event in it, but by chance, of which there are twelve items.
+    (real,) = (
+        trained.execute(
+            "select avg((exists (select from events e where e.item_id::text = i.item_key"
+            "     and extract(epoch from e.occurred_at)::float8 = o.at))::integer)::float8"
+            " from vae_private.golden_users g cross join unnest(g.items, g.occurred_at) o (item, at)"
+            " join vae_private.items i on i.version_id = g.version_id and i.item_index = o.item"
+        ).fetchone()
+        or ()
+    )
+    assert real < 0.25
 
 
 @pytest.mark.parametrize("tensor", ["output_bias", "encoder_gate_bias", "order_embedding", "decoder_weight"])
@@ -320,6 +331,7 @@ def test_a_version_whose_scores_differ_is_not_activated(trained: Connection) -> 
         "version 2 of model shop does not give its golden users the scores of its training: cpu: the largest relative"
     )
     assert "vae.verify('shop', 2)" in str(refused.message_hint)
+    assert refusal(trained, "select * from vae.activate('shop', 2, force => null)").sqlstate == "VA009"
     assert states(trained) == {1: "active", 2: "ready"}
     trained.execute("select * from vae.activate('shop', 2, force => true, reason => 'an emergency')")
     *who, overridden = last_activation(trained)
@@ -397,6 +409,7 @@ def test_a_rollback_goes_past_dropped_versions(trained: Connection) -> None:
     ]
     assert trained.execute("select * from vae.rollback('shop')").fetchall() == [(2, 4)]
     # And where the active one itself was dropped, to the latest that is left.
+    assert refusal(trained, "select * from vae.drop_version('shop', 2, force => null)").sqlstate == "55006"
     refused = refusal(trained, "select * from vae.drop_version('shop', 2)")
     assert (refused.sqlstate, refused.message_primary) == ("55006", "version 2 of model shop is active")
     trained.execute("select * from vae.drop_version('shop', 2, force => true)")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import psycopg
 import pyarrow
@@ -22,6 +23,9 @@ import zstandard
 from pyarrow import parquet
 
 from conftest import as_role
+from pgvae.errors import PgvaeError
+from pgvae.load.run import LoadSummary, _refuse_too_many
+from pgvae.load.types import Bad, Dialect, converter, infer, infer_time, proved_order
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -228,6 +232,111 @@ def test_every_character_comes_through(empty_database: str, run_cli: RunCli, tmp
     done = run_cli("load", "events", file, "--yes", dsn=empty_database)
     assert done.returncode == 0, done.stderr
     assert {row[0] for row in rows(empty_database, "select item_id from events")} == set(ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["7", "+12", "-3", "", "8.0", "9."], "bigint"),
+        (["9223372036854775807", "-9223372036854775808"], "bigint"),
+        (["9223372036854775808"], "text"),
+        # A key with zeros in front, a telephone number.
+        (["007", "12"], "text"),
+        (["007.5", "12"], "text"),
+        (["1.5", ".5", "-1e3"], "numeric"),
+        (["1.234,50", "2"], "numeric"),
+        (["01,5", "2"], "text"),
+        # Thousands, as far as anybody can tell.
+        (["1,234", "2,500"], "text"),
+        (["1", "0"], "bigint"),
+        (["true", "F", "no"], "boolean"),
+        (["true", "perhaps"], "text"),
+        (["550e8400-e29b-41d4-a716-446655440000"], "uuid"),
+        (["13/01/2010", "01.02.2010"], "date"),
+        (["13/01/2010", "01/02/2010 10:00"], "timestamptz"),
+        (["13/13/2010"], "text"),
+        (["2010-01-01"], "date"),
+        (["2010-01-01", "2010-01-01T10:00Z"], "timestamptz"),
+        (["20100101T10"], "text"),
+        (["", " "], "text"),
+    ],
+)
+def test_a_column_has_the_narrowest_type_of_its_values(values: list[str], expected: str) -> None:
+    assert infer(values, Dialect())[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["2010-01-01 10:00"] * 9 + ["never"], "timestamptz"),
+        (["2010-01-01 10:00"] * 8 + ["never"], "text"),
+        (["1262304000"], "timestamptz"),
+        (["99999999"], "bigint"),
+    ],
+)
+def test_a_column_that_must_hold_times_may_hold_a_few_that_are_none(values: list[str], expected: str) -> None:
+    assert infer_time(values, Dialect())[0] == expected
+
+
+def test_a_number_above_twelve_proves_the_order_of_day_and_month() -> None:
+    found = [proved_order([date]) for date in ("13/12/2010", "12/13/2010", "12/12/2010", "2010-12-13")]
+    assert found == ["dmy", "mdy", None, None]
+
+
+def test_as_many_rejects_as_are_allowed_are_not_too_many() -> None:
+    _refuse_too_many(LoadSummary(rows=7), 0.0)
+    _refuse_too_many(LoadSummary(rows=3, rejected=1), 0.25)
+    with pytest.raises(PgvaeError, match="1 of 3 rows are rejected"):
+        _refuse_too_many(LoadSummary(rows=2, rejected=1), 0.25)
+
+
+BERLIN = Dialect(timezone=ZoneInfo("Europe/Berlin"), nulls=frozenset({"", "n/a"}))
+
+
+@pytest.mark.parametrize(
+    ("sql_type", "text", "expected"),
+    [
+        ("smallint", "32767", "32767"),
+        ("smallint", "32768", None),
+        ("smallint", "-32768", "-32768"),
+        ("integer", "2147483648", None),
+        ("bigint", "+7.00", "7"),
+        ("bigint", "7.5", None),
+        ("bigint", " ", "\\N"),
+        ("bigint", "n/a", "\\N"),
+        ("numeric", " 1e3 ", "1e3"),
+        ("numeric", "1,5", None),
+        ("boolean", "YES", "t"),
+        ("boolean", "no", "f"),
+        ("boolean", "1", "t"),
+        ("boolean", "2", None),
+        ("uuid", "{550E8400-E29B-41D4-A716-446655440000}", "550e8400-e29b-41d4-a716-446655440000"),
+        ("text", " a\tb\\N\r\n", " a\\tb\\\\N\\r\\n"),
+        ("text", "n/a", "\\N"),
+        ("text", "a\0b", None),
+        ("text", "\udce9", None),
+        ("date", "31.12.2010", "2010-12-31"),
+        ("date", "31.13.2010", None),
+        ("timestamptz", "01/02/2010 12:30 am", "2010-02-01T00:30:00+01:00"),
+        ("timestamptz", "01/02/2010 12:30 PM", "2010-02-01T12:30:00+01:00"),
+        ("timestamptz", "01/02/2010 1:30 p.m.", "2010-02-01T13:30:00+01:00"),
+        ("timestamptz", "01/02/2010 0:30 pm", None),
+        ("timestamptz", "01/02/2010 13:30 pm", None),
+        ("timestamptz", "2010-02-01 10:00Z", "2010-02-01T10:00:00+00:00"),
+        ("timestamptz", "100000000", "1973-03-03T09:46:40+00:00"),
+        ("timestamptz", "99999999999", "5138-11-16T09:46:39+00:00"),
+        ("timestamptz", "1300000000.5", "2011-03-13T07:06:40.500000+00:00"),
+        ("timestamptz", "1300000000123", "2011-03-13T07:06:40.123000+00:00"),
+        ("timestamptz", "1300000000123456", "2011-03-13T07:06:40.123456+00:00"),
+        ("timestamptz", "1300000000123456789", "2011-03-13T07:06:40.123456+00:00"),
+        ("timestamptz", "soon", None),
+    ],
+)
+def test_a_text_is_written_as_its_type_or_refused(sql_type: str, text: str, expected: str | None) -> None:
+    found = converter(sql_type, BERLIN)(text)
+    assert isinstance(found, Bad) == (expected is None)
+    assert expected in (None, found)
+    assert converter("numeric", BERLIN, decimal_commas=True)("1.234,50") == "1234.50"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from pgvae.validation import NO_SHORTCUT
 from pgvae.versions import read_weights
 from pgvae_runtime.audience import Best
 from pgvae_runtime.behaviour import behaviour, behaviour_groups, count, names
+from pgvae_runtime.churn import reasons_of
 from pgvae_runtime.outcomes import (
     SHAPES,
     Outlook,
@@ -45,6 +46,7 @@ from pgvae_runtime.outcomes import (
     risk_band,
     sigmoid,
 )
+from pgvae_runtime.store import Version
 from pgvae_runtime.tokens import SECONDS_PER_DAY as DAY
 from pgvae_runtime.tokens import History
 from shop import QUICK, SMALL, Shop, refusal
@@ -145,23 +147,53 @@ def history(*users: list[tuple[float, int, int]]) -> History:
 
 
 def test_behaviour_is_what_its_names_say() -> None:
-    own = history([(90.0, 1, 0), (95.5, 2, 1), (99.0, 2, 1), (99.2, 3, 1)], [], [(50.0, 1, 0)])
-    found = behaviour(own, np.full(3, 100.0 * DAY), horizon=7, targets=(1,), types=2)
-    assert found.shape == (3, count(2))
+    own = history(
+        [(90.0, 1, 0), (95.5, 2, 1), (99.0, 2, 1), (99.2, 3, 1)], [], [(50.0, 1, 0)], [(80.0, 1, 1)], [(101.0, 1, 0)]
+    )
+    found = behaviour(own, np.full(5, 100.0 * DAY), horizon=7, targets=(1,), types=2)
+    assert found.shape == (5, count(2))
     value = [dict(zip(names(["view", "purchase"]), row, strict=True)) for row in found]
-    assert value[0]["has bought"] == 1
-    assert value[0]["log days since the last event"] == pytest.approx(np.log1p(0.8))
-    assert value[0]["log days since the first event"] == pytest.approx(np.log1p(10.0))
-    # 4.5 and 1 or 0.8 days ago: days are counted back from the moment, so the two of them lie on different ones.
-    assert value[0]["log days with purchases"] == pytest.approx(np.log1p(3))
-    assert value[0]["log purchases"] == pytest.approx(np.log1p(3))
-    assert value[0]["log items bought"] == pytest.approx(np.log1p(2))
-    assert value[0]["view: log events"] == pytest.approx(np.log1p(1))
-    assert value[0]["view: log days since the last one"] == pytest.approx(np.log1p(10.0))
+    log = np.log1p
+
+    def fading(half_life: float, *days: float) -> Any:
+        return log(sum(0.5 ** (day / (half_life * 7)) for day in days) / 0.05)
+
+    # Days are counted back from the moment, so the purchases of 1 and 0.8 days ago lie on different ones.
+    expected = {
+        "has bought": 1,
+        "log days since the last event": log(0.8),
+        "square of log days since the last event": log(0.8) ** 2,
+        "log days since the last purchase": log(0.8),
+        "square of log days since the last purchase": log(0.8) ** 2,
+        "log days since the first event": log(10.0),
+        "log days with events": log(4),
+        "log days with purchases": log(3),
+        "log purchases": log(3),
+        "log items bought": log(2),
+        "log mean days between purchases": log((4.5 - 0.8) / 2),
+        "log days since the last purchase over the mean between": log(0.8) - log((4.5 - 0.8) / 2),
+        "days since the last event times days with purchases": log(0.8) * log(3),
+        "view: log events": log(1),
+        "view: log events in the last horizon": 0,
+        "view: log days since the last one": log(10.0),
+        "purchase: log events": log(3),
+        "purchase: log events in the last horizon": log(3),
+        "purchase: log days since the last one": log(0.8),
+    }
+    for width, days, buying_days in (("0.25", 2, 2), ("1", 3, 3), ("4", 4, 3)):
+        expected[f"log days with events in the last {width}"] = log(days)
+        expected[f"log days with purchases in the last {width}"] = log(buying_days)
+        expected[f"log events, half-life {width}"] = fading(float(width), 10, 4.5, 1, 0.8)
+        expected[f"log days with purchases, half-life {width}"] = fading(float(width), 4, 1, 0)
+    assert value[0] == pytest.approx(expected)
     assert not found[1].any()
+    # Who never bought: as if it had been a horizon before the first event. Who bought once: as if it were as rare.
     assert value[2]["has bought"] == 0
-    # As if it had been a horizon before the first event.
-    assert value[2]["log days since the last purchase"] == pytest.approx(np.log1p(57.0))
+    assert value[2]["log days since the last purchase"] == pytest.approx(log(57.0))
+    assert value[2]["purchase: log days since the last one"] == pytest.approx(log(57.0))
+    assert [value[user]["log mean days between purchases"] for user in (2, 3)] == pytest.approx(log([57.0, 27.0]))
+    # What a clock that is wrong puts into the future happens now.
+    assert value[4]["log days since the last event"] == 0
 
 
 def test_behaviour_does_not_depend_on_who_else_is_in_the_batch_or_on_the_order() -> None:
@@ -212,6 +244,39 @@ def test_bands_of_risk() -> None:
     assert [risk_band(p) for p in (0.0, 0.4999, 0.5, 0.7999, 0.8, 1.0)] == [
         "low", "low", "medium", "medium", "high", "high"
     ]  # fmt: skip
+
+
+def test_the_strongest_reasons_come_first_and_weak_ones_are_none() -> None:
+    groups = behaviour_groups(2)
+    x = np.zeros((2, count(2)))
+    for name, part in {"recency": 0.2, "frequency": 0.4, "activity": 0.15, "tenure": 0.05}.items():
+        x[:, groups[name][0]] = -part
+    x[:, groups["purchase recency"]] = -0.3 / len(groups["purchase recency"])
+    nothing = np.zeros(2)
+    found = Outlook(purchase=nothing, amount=nothing, item_offset=nothing, behaviour=x)
+    weights = {"behaviour_mean": np.zeros(count(2)), "purchase_behaviour": np.ones(count(2)), "outcome_horizon": [7]}
+    version = Version(
+        version_id=1, version=1, model_id=1, model="shop", user_id_type="bigint", weights=weights,
+        event_types={"purchase": 1, "view": 0}, targets=(1,), max_history=9, user_count=2,
+    )  # fmt: skip
+    # The second user is somebody of whom nothing is known.
+    history = History(
+        counts=np.array([5, 0]),
+        item=np.zeros(5, dtype=np.int64),
+        event_type=np.array([0, 1, 1, 0, 0]),
+        occurred_at=100 * DAY - np.array([40.5, 30.5, 20.5, 7.5, 3.5]) * DAY,
+    )
+    as_of = np.full(2, 100.0 * DAY)
+    told = [
+        ("bought on 2 days in all", pytest.approx(0.4)),
+        ("last purchase 20 days ago, with 10 days between two on average", pytest.approx(0.3)),
+        ("last event 3 days ago", pytest.approx(0.2)),
+        ("active on 1 day of the last 7", pytest.approx(0.15)),
+        ("first seen 40 days ago", pytest.approx(0.05)),
+    ]
+    assert reasons_of(version, found, history, as_of) == [told[:3], []]
+    assert reasons_of(version, found, history, as_of, most=9) == [told[:4], []]
+    assert reasons_of(version, found, history, as_of, most=9, least=-1.0) == [told, []]
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 1000])
@@ -323,6 +388,29 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
     # Nobody else's network may have seen the truth.
     with pytest.raises(ValueError, match="newest horizon"):
         fit_outcomes(dataset, earlier=weights, earlier_end=119 * DAY, horizon=14, max_history=50, seed=1)
+
+
+def test_what_foretells_the_newest_horizon_does_not_know_it(weights: dict[str, Any]) -> None:
+    dataset, _ = simulated()
+    newest = windows(dataset, 14, 1)[0]
+    # Who viewed something then bought it, and the other way round.
+    is_newest = dataset.occurred_at >= newest.moment
+    other = dataclasses.replace(dataset, event_type=np.where(is_newest, 1 - dataset.event_type, dataset.event_type))
+    foretold = []
+    for given in (dataset, other):
+        fitted = fit_outcomes(given, earlier=weights, earlier_end=91 * DAY, horizon=14, max_history=50, seed=1)
+        foretold.append(
+            [
+                (point.curve, point.method, point.position, point.x)
+                for point in fitted.curves
+                if point.curve in ("churn_calibration", "response_calibration", "churn_bands")
+            ]
+        )
+        (brier,) = (m.value for m in fitted.metrics if (m.method, m.metric) == ("base_rate", "churn_brier"))
+        rate = windows(given, 14, 1)[1].has_bought.mean()
+        assert brier == pytest.approx(((windows(given, 14, 1)[0].has_bought - rate) ** 2).mean())
+    assert {method for _, method, _, _ in foretold[0]} == {"pgvae", "rfm"}
+    assert foretold[0] == foretold[1]
 
 
 def test_too_few_days_or_buyers_are_told() -> None:
@@ -495,6 +583,30 @@ def test_live_and_materialized_churn_are_the_same(shop: Connection) -> None:
     assert total[2] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        "select user_key, reasons, round(expected_purchases::numeric, 4) from m, vae_private.churn_all(m.model_id)",
+        "select user_key, segment, round(similarity::numeric, 4) from m, vae_private.segment_all(m.model_id)",
+        "select user_key, item_key, because, event_counts from m, vae_private.explain_all(m.model_id)",
+        "select user_id, item_id, round(score::numeric, 4)"
+        " from shop.recommend_for_users(array(select user_id from users))",
+        "select user_id, round(response_probability::numeric, 4) from shop.audience(4)",
+        "select user_id, round(score::numeric, 4)"
+        " from shop.score_pairs(array(select user_id from users), array(select 4 from users))",
+        "select user_id, item_id, round(score::numeric, 4) from shop.score_pairs('{1,2,3}', '{4,5,6}')",
+    ],
+)
+def test_an_event_that_stands_twice_counts_once(shop: Connection, answers: str) -> None:
+    """The events of many users are read as they stand in the table."""
+    query = f"with m as (select model_id from vae.models where name = 'shop') {answers}".encode()
+    once = sorted(shop.execute(query).fetchall(), key=str)
+    with shop.transaction(force_rollback=True):
+        shop.execute("insert into events select * from events where user_id < 100")
+        assert sorted(shop.execute(query).fetchall(), key=str) == once
+    assert once
+
+
 def test_a_user_without_events_cannot_leave(shop: Connection) -> None:
     for query in ("select * from shop.churn(500)", "select * from shop.churn where user_id = 500"):
         row = shop.execute(query).fetchone()
@@ -543,6 +655,30 @@ def test_reasons_add_up_to_the_distance_from_the_average_user(shop: Connection) 
     rest = sum(row[2] for row in shop.execute("select * from shop.explain_churn(8)").fetchall())
     assert sum(row[2] for row in rows) - rest == pytest.approx(one - other, abs=1e-4)
     assert shop.execute("select * from shop.explain_churn(500)").fetchall() == []
+
+
+def test_reasons_count_days_back_from_the_end_of_an_archive(shop: Connection) -> None:
+    rows = shop.execute(
+        """
+        with ages as (
+            select e.user_id, e.event_type, floor(extract(epoch from greatest(v.window_end, max(e.occurred_at) over own)
+                - e.occurred_at) / 86400) as day
+            from events e, vae.versions v
+            where e.user_id <= 60 and v.state = 'active'
+            window own as (partition by e.user_id)
+        )
+        select a.user_id, count(distinct a.day) filter (where a.day < 7),
+            count(distinct a.day) filter (where a.event_type = 'purchase'), max(a.day), min(a.day),
+            (select string_agg(r.reason, '; ') from shop.explain_churn(a.user_id) r)
+        from ages a
+        group by a.user_id
+        """
+    ).fetchall()
+    for _, active, buying, first, last, reasons in rows:
+        found = {words: int(days) for words, days in re.findall(r"([a-z][a-z ]+) (\d+) days?", reasons)}
+        assert (found["active on"], found.get("bought on", 0), found["first seen"]) == (active, buying, first)
+        assert found.get("last event", last) == last
+    assert len(rows) == 60
 
 
 def test_no_two_reasons_say_the_same_and_a_last_purchase_is_told_with_the_days_between_two(shop: Connection) -> None:
@@ -729,7 +865,7 @@ def test_an_offer_among_some_users_spends_its_budget_on_them(shop: Connection, r
     notices: list[str] = []
     handler = lambda notice: notices.append(str(notice.message_primary))  # noqa: E731
     shop.add_notice_handler(handler)
-    shop.execute("create table subscribers as select user_id from users where user_id % 3 = 0")
+    shop.execute("create table subscribers as select user_id::integer from users where user_id % 3 = 0")
     try:
         among = "value => 40, cost => 0.5, budget => 5, among => 'subscribers'"
         shop.execute(
@@ -947,6 +1083,11 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
             "select user_id, response_probability from shop.offer_responses"
             " where offer = 'spring' order by rank limit 7"
         ).fetchall()
+        profits = shop.execute(
+            "select expected_profit, response_probability::float8 * 40 - 0.5 from shop.offer_responses"
+            " where offer = 'spring'"
+        ).fetchall()
+        assert [profit for profit, _ in profits] == pytest.approx([expected for _, expected in profits])
         live = shop.execute(
             "select user_id, response_probability from shop.audience_of_items(array[2, 5]::bigint[], 7)"
         ).fetchall()
@@ -980,8 +1121,9 @@ def test_an_offer_goes_to_whom_the_budget_reaches_and_who_is_worth_it(shop: Conn
         shop.execute("select vae.drop_offer('shop', 'spring')")
         assert shop.execute("select distinct offer from shop.offer_responses").fetchall() == [("all",)]
         # Who asks too much of a user asks nobody.
-        shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2)")
+        shop.execute("select vae.create_offer('shop', 'dear', array[2], value => 1, cost => 2, max_users => 7)")
         shop.execute("call vae.refresh('shop', views => '{offer_responses}')")
+        assert shop.execute("select max(rank) from shop.offer_responses where offer = 'dear'").fetchone() == (7,)
         assert shop.execute(
             "select users, expected_profit, model_version, scored_at is not null from shop.offers where offer = 'dear'"
         ).fetchone() == (0, 0, 1, True)
@@ -1057,12 +1199,16 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', null::bigint[]", "22023", "has the items null"),
         ("'sale', array[1, null]", "22023", "has the items {1,NULL}"),
         ("'sale', array[2, 2]", "22023", "names item 2 twice"),
+        ("'sale', array[[1, 2], [3, 4]]", "22023", "has the items {{1,2},{3,4}}"),
         ("'sale', array[99]", "VA051", "item 99 is not in the catalogue of version 1 of model shop"),
         ("'', array[1]", "42602", 'cannot be called ""'),
         ("null, array[1]", "42602", 'cannot be called "null"'),
         ("'sale', array[1], value => -1", "22023", 'value of offer "sale" is -1'),
         ("'sale', array[1], cost => 'nan'", "22023", 'cost of offer "sale" is NaN'),
         ("'sale', array[1], budget => 5", "22023", "a budget of 5 and no cost"),
+        ("'sale', array[1], cost => 0, budget => 5", "22023", "a budget of 5 and no cost"),
+        ("'sale', array[1], cost => 1, budget => -1", "22023", 'budget of offer "sale" is -1'),
+        ("'sale', array[1], choose_by => 'luck'", "22023", 'choose_by of offer "sale" is luck'),
         ("'sale', array[1], max_users => 0", "22023", 'max_users of offer "sale" is 0'),
         ("'sale', array[1], value => 1e400", "22023", 'value of offer "sale" is 1000'),
         ("'sale', array[1], cost => 'infinity'", "22023", 'cost of offer "sale" is Infinity'),
@@ -1070,7 +1216,9 @@ def test_an_offer_of_an_item_that_a_later_version_does_not_know_is_left_out(shop
         ("'sale', array[1], max_users => null", "22023", 'max_users of offer "sale" is null'),
         ("'sale', array[1], exclude_buyers => null", "22023", 'exclude_buyers of offer "sale" is null'),
         ("'sale', array[1], starts_at => '2025-01-02', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
+        ("'sale', array[1], starts_at => '2025-01-01', ends_at => '2025-01-01'", "22023", "ends_at of offer"),
         ("'twice', array[1]", "42710", 'has an offer "twice" already'),
+        ("'sale', array[1], among => 'vae.offers_offer_id_seq'", "42809", "offers_offer_id_seq is not a table or view"),
         ("'sale', array[1], among_key => 'nonsense'", "22023", 'among_key of offer "sale" is "nonsense", and among is'),
         ("'sale', array[1], among => 'items'", "42703", 'public.items has no column "user_id"'),
         (

@@ -56,6 +56,19 @@ def test_pairs_with_nulls_have_no_score(shared_trained: Connection) -> None:
         assert shared_trained.execute(query.encode()).fetchall() == []
 
 
+@pytest.mark.parametrize("users", [USERS[:1], [*USERS, *range(-200, 0)]])
+def test_what_the_version_does_not_know_changes_no_score(shared_trained: Connection, users: list[Any]) -> None:
+    user, item = USERS[0], ITEMS[0]
+    before = [score(shared_trained, user, item), *sorted(score_pairs(shared_trained, users, [item] * len(users)))]
+    with shared_trained.transaction(force_rollback=True):
+        shared_trained.execute(
+            "insert into events values (%s, %s, 'review', now()), (%s, %s, 'purchase', now())",
+            [user, ITEMS[1], user, NO_ITEM],
+        )
+        pairs = sorted(score_pairs(shared_trained, users, [item] * len(users)))
+        assert [score(shared_trained, user, item), *pairs] == before
+
+
 def test_lists_of_many_users_leave_out_what_a_list_leaves_out(shared_trained: Connection) -> None:
     counts = "select count(distinct user_id), count(*) from shop.recommend_for_users({})"
     candidates = "create view few as select item_id from events group by 1 order by 1 limit 3"

@@ -139,6 +139,7 @@ def test_events_of_another_shape_are_refused_by_name(
         ('related(404, 5, \'{"rank_by": "price"}\')', "option 'rank_by' is \"price\""),
         ("related(404, 5, '{\"min_support\": -1}')", "option 'min_support' is -1"),
         ("related(404, 5, '{\"min_support\": 1.5}')", "option 'min_support' is 1.5"),
+        ("related(404, 5, '{\"min_support\": true}')", "option 'min_support' is true"),
         ("related(404, null)", "k is null"),
         ("basket('{}')", "items is an empty array"),
         ("basket(array[1, null])", "items[2] is null"),
@@ -211,6 +212,15 @@ def test_support_counts_the_users_who_bought_both(shared_trained: psycopg.Connec
         shared_trained, "select item_id, support from shop.related(%s, 100, %s)", [item, f'{{"min_support": {least}}}']
     )
     assert often == [(other, support) for other, support in found if support >= least]
+    # A list is filled from further down, not left short.
+    assert often != found[: len(often)]
+    for k in range(1, len(often) + 1):
+        few = rows(
+            shared_trained,
+            "select item_id, support from shop.related(%s, %s, %s)",
+            [item, k, f'{{"min_support": {least}}}'],
+        )
+        assert few == often[:k]
     # JSON has one kind of number.
     written = f'{{"min_support": {least}.0}}'
     assert rows(shared_trained, "select item_id, support from shop.related(%s, 100, %s)", [item, written]) == often

@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,6 +21,7 @@ from pgvae_runtime.cpu import CpuScorer
 from pgvae_runtime.errors import ScoringError
 from pgvae_runtime.features import FeatureBag, FeatureColumn, FeaturePipeline
 from pgvae_runtime.item_keys import ItemKeys
+from pgvae_runtime.literals import ItemLiterals, write_scores
 from pgvae_runtime.scoring import mask_seen, score_users
 from pgvae_runtime.store import Version, check_shapes
 from pgvae_runtime.tokens import AGE_BUCKETS, ORDER_BUCKETS, History, Tokens, age_bucket, order_bucket
@@ -330,6 +331,31 @@ def test_items_are_found_by_their_keys_and_the_other_way_round() -> None:
     few = ItemKeys(ItemKeys.arrays_of(["plumless"]))
     assert crc32(b"plumless") == crc32(b"buckeroo") and few.item("buckeroo") is None
     assert len(ItemKeys.none()) == 0 and ItemKeys.none().item("plumless") is None
+
+
+# Lists as array literals
+
+
+@given(hnp.arrays(np.float32, (3, 4), elements=st.floats(0, 1, width=32)))
+# Of all shares the one that nine digits round to a power of ten, the least one, and the ends.
+@example(np.tile(np.array([1e-23, 1e-45, 0, 1], dtype=np.float32), (3, 1)))
+def test_scores_are_written_to_the_last_bit(scores: np.ndarray[Any, Any]) -> None:
+    texts = write_scores(scores, np.array([4, 2, 0]))
+    assert texts[2] == "{}"
+    for text, row in zip(texts[:2], (scores[0], scores[1, :2]), strict=True):
+        assert np.float32(text[1:-1].split(",")).tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("longest", [5, 50])
+def test_keys_are_written_as_elements_of_an_array(longest: int) -> None:
+    keys = ["7", "a", "x" * longest, 'say "\\"', "1e3", "٣"]
+    texts = ItemLiterals(keys).write(np.array([[3, 0, 1], [2, 4, 5], [0, 1, 2]]), np.array([3, 3, 1]))
+    # Blanks after an element mean nothing to PostgreSQL.
+    assert [re.sub(" +(?=[,}])", "", text) for text in texts] == [
+        '{"say \\"\\\\\\"",7,"a"}',
+        f'{{"{"x" * longest}","1e3","٣"}}',
+        "{7}",
+    ]
 
 
 # Batches

@@ -180,6 +180,10 @@ def test_what_does_not_fit_the_model_is_refused(
     Shop(item_type="text").create_model(connection)
     with pytest.raises(PgvaeError, match=r"keys of items differ: bigint in .*, text in model shop"):
         import_version(connection, path)
+    Shop(schema="words", user_type="text").make(connection)
+    Shop(schema="words", user_type="text").create_model(connection, "members")
+    with pytest.raises(PgvaeError, match=r"keys of users differ: bigint in .*, text in model members"):
+        import_version(connection, path, model="members")
     connection.execute("drop table events cascade")
     make_shop(connection, "short", max_history=50)
     with pytest.raises(PgvaeError, match="reads 500 events of a user, model short 50"):
@@ -218,6 +222,10 @@ def test_what_another_release_or_program_wrote_is_refused(
     ):
         save_file(tensors, target, metadata=other)
         with pytest.raises(PgvaeError, match=message):
+            read_file(target)
+    for other in (tensors | {"more": tensors["mean_bias"]}, {k: t for k, t in tensors.items() if k != "mean_bias"}):
+        save_file(other, target, metadata=metadata)
+        with pytest.raises(PgvaeError, match="was altered: it holds other tensors than it says"):
             read_file(target)
     with pytest.raises(PgvaeError, match="does not exist"):
         read_file(tmp_path / "nothing")

@@ -167,7 +167,8 @@ def test_the_head_finds_the_effects_that_made_the_outcomes() -> None:
     truth = sigmoid(x @ (response + effect) - 1.3) - sigmoid(x @ response - 2.0)
     assert np.abs(uplift_of(head, x) - truth).mean() < 0.01
     # Nothing is said of what lies beyond the experiment.
-    assert uplift_of(head, np.array([[99.0, 0.0, 0.0]])) == uplift_of(head, np.array([[500.0, 0.0, 0.0]]))
+    for edge, beyond in ((x.max(axis=0), 0.5), (x.min(axis=0), -0.5)):
+        assert uplift_of(head, edge[None] + beyond) == pytest.approx(uplift_of(head, edge[None]), rel=1e-5)
 
 
 def test_inputs_of_probabilities_at_their_ends_are_numbers() -> None:

@@ -91,8 +91,7 @@ def behaviour(
     buy_user, buy_age = _days(user[bought], age[bought])
     purchases = np.bincount(user[bought], minlength=users)
     buying_days = np.bincount(buy_user, minlength=users)
-    first_purchase = _least(np.where(bought, -age, np.inf), history.counts)
-    first_purchase = np.where(np.isfinite(first_purchase), -first_purchase, 0.0)
+    first_purchase = -_least(np.where(bought, -age, np.inf), history.counts)
     gap = np.where(
         buying_days > 1, (first_purchase - since_purchase) / np.maximum(buying_days - 1, 1), tenure + horizon
     )
