@@ -511,13 +511,13 @@ begin
         raise exception 'keys of users differ: % in %, % in %',
             m.user_id_type, events, vae_private.key_type(users, users_key, 'users_key'), users
             using errcode = 'datatype_mismatch',
-                hint = format('name the column with users_key => ''…'', if it is not %I; or give views that cast both to one type', users_key);
+                hint = format('name the column with users_key => ''...'', if it is not %I; or give views that cast both to one type', users_key);
     end if;
     if items is not null and vae_private.key_type(items, items_key, 'items_key') <> m.item_id_type then
         raise exception 'keys of items differ: % in %, % in %',
             m.item_id_type, events, vae_private.key_type(items, items_key, 'items_key'), items
             using errcode = 'datatype_mismatch',
-                hint = format('name the column with items_key => ''…'', if it is not %I; or give views that cast both to one type', items_key);
+                hint = format('name the column with items_key => ''...'', if it is not %I; or give views that cast both to one type', items_key);
     end if;
     if users is not null or m.users_table is null then
         m.user_features := vae_private.chosen_features(users, users_key, 'user_features', user_features);

@@ -98,7 +98,7 @@ begin
         case when title is null then format(E'select null::%s, null::text\nwhere false', i)
             else format(
                 -- On one line, since it becomes part of a sentence; a text of pages is not looked at whole.
-                E'select k.%1$I%2$s, case when length(t.title) > 80 then left(t.title, 79) || ''…'' else t.title end'
+                E'select k.%1$I%2$s, case when length(t.title) > 80 then left(t.title, 77) || ''...'' else t.title end'
                 '\nfrom %4$I.%5$I k'
                 '\ncross join lateral (select btrim(regexp_replace(left(k.%3$I::text, 1000), ''[[:space:]]+'', '' '', ''g'')) as title) t'
                 '\nwhere k.%1$I = any ($1) and t.title <> ''''',

@@ -282,7 +282,7 @@ def test_because_is_a_sentence_with_the_shops_titles(trained: psycopg.Connection
     )
     assert found == [(30, 30, True)]
     trained.execute("""update goods set "Name" = repeat('ä b ', 4000) where id = (select min(id) from goods)""")
-    assert ("ä b " * 19 + "ä b…") in [title for _, title in rows(trained, titles)]
+    assert ("ä b " * 19 + "ä...") in [title for _, title in rows(trained, titles)]
 
 
 def test_recommendations_are_refreshed_before_they_are_explained(trained: psycopg.Connection) -> None:
