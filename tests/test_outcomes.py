@@ -364,6 +364,9 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
     value = {(metric.method, metric.metric): metric.value for metric in fitted.metrics}
     assert value["pgvae", "churn_log_loss"] < value["base_rate", "churn_log_loss"]
     assert value["pgvae", "churn_log_loss"] <= value["rfm", "churn_log_loss"]
+    for method in ("rfm", "base_rate"):
+        lead = value[method, "churn_log_loss"] - value["pgvae", "churn_log_loss"]
+        assert value[method, "churn_log_loss_lead"] == pytest.approx(lead)
     assert value["pgvae", "churn_auc"] > 0.75
     # The longer somebody has done nothing, the likelier it is that nothing follows.
     newest = windows(dataset, 14, 1)[0]
