@@ -220,6 +220,10 @@ def test_the_horizon_of_an_archive_begins_where_its_events_end() -> None:
     assert (moments(own, created_at=107.0 * DAY, **times) == 500.0 * DAY).all()
     old = moments(own, created_at=107.1 * DAY, **times)
     assert (old / DAY).tolist() == [100.0, 120.0, 100.0]
+    # Of a short horizon the quarter would be hours.
+    short = times | {"horizon": 4}
+    assert (moments(own, created_at=102.0 * DAY, **short) == 500.0 * DAY).all()
+    assert (moments(own, created_at=102.1 * DAY, **short) == old).all()
 
 
 def test_the_probability_of_an_item_grows_with_its_score_and_stays_below_that_of_any_purchase() -> None:
