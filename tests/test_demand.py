@@ -75,6 +75,7 @@ def test_what_was_known_earlier_holds_nothing_newer() -> None:
     before = days.before(10)
     assert before.day.min() == 0
     np.testing.assert_allclose(before.total("units", 0, 5), days.total("units", 10, 15))
+    assert days.before(10, width=5).day.max() == 4
 
 
 def test_poisson_regression_finds_the_coefficients_that_made_the_counts() -> None:

@@ -220,6 +220,10 @@ def test_the_horizon_of_an_archive_begins_where_its_events_end() -> None:
     assert (moments(own, created_at=107.0 * DAY, **times) == 500.0 * DAY).all()
     old = moments(own, created_at=107.1 * DAY, **times)
     assert (old / DAY).tolist() == [100.0, 120.0, 100.0]
+    # Of a short horizon the quarter would be hours.
+    short = times | {"horizon": 4}
+    assert (moments(own, created_at=102.0 * DAY, **short) == 500.0 * DAY).all()
+    assert (moments(own, created_at=102.1 * DAY, **short) == old).all()
 
 
 def test_the_probability_of_an_item_grows_with_its_score_and_stays_below_that_of_any_purchase() -> None:
@@ -364,6 +368,9 @@ def test_probabilities_are_calibrated_and_beat_recency_frequency_and_amount(weig
     value = {(metric.method, metric.metric): metric.value for metric in fitted.metrics}
     assert value["pgvae", "churn_log_loss"] < value["base_rate", "churn_log_loss"]
     assert value["pgvae", "churn_log_loss"] <= value["rfm", "churn_log_loss"]
+    for method in ("rfm", "base_rate"):
+        lead = value[method, "churn_log_loss"] - value["pgvae", "churn_log_loss"]
+        assert value[method, "churn_log_loss_lead"] == pytest.approx(lead)
     assert value["pgvae", "churn_auc"] > 0.75
     # The longer somebody has done nothing, the likelier it is that nothing follows.
     newest = windows(dataset, 14, 1)[0]
