@@ -620,7 +620,10 @@ security invoker
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if not pg_has_role(owner, needed, 'usage') then
+    -- Who installed pgvae needs none: where there is no PL/Python, that is mostly who owns the models.
+    if not pg_has_role(owner, needed, 'usage')
+        and not pg_has_role(owner, (select n.nspowner from pg_namespace n where n.nspname = 'vae_private'), 'usage')
+    then
         raise exception 'the owner of model %, %, does not hold the rights of %', model, owner, needed
             using errcode = 'insufficient_privilege', hint = format('grant vae_trainer to %I', owner);
     end if;
