@@ -108,7 +108,6 @@ as $$
 #variable_conflict use_column
 declare
     wanted vae.versions;
-    model text;
 begin
     select * into wanted from vae.versions v where v.version_id = staged_verification.version_id;
     if exists (select from vae_private.staged_run(wanted.model_id, 'verify') s where s.version = wanted.version) then
@@ -127,10 +126,11 @@ begin
         where n.version_id = wanted.version_id and n.runtime_digest = (select i.runtime_digest from vae_private.installation i)
         group by n.device);
     if not found then
-        select m.name into model from vae.models m where m.model_id = wanted.model_id;
-        raise exception 'version % of model % was not verified with the code that scores', wanted.version, model
-            using errcode = 'feature_not_supported',
-                hint = format('this database has no PL/Python; in a terminal: pgvae verify %s --version %s', model, wanted.version);
+        return query
+        select 'cpu', false, 0, null::float8, null::float8, null, null,
+            format('not verified with the code that scores; in a terminal: pgvae verify %s --version %s', m.name, wanted.version)
+        from vae.models m
+        where m.model_id = wanted.model_id;
     end if;
 end;
 $$;

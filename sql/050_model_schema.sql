@@ -957,7 +957,7 @@ begin
     exception when lock_not_available then
         raise exception 'the views of model % are in use by a transaction that stays open', m.name
             using errcode = 'lock_not_available',
-                hint = 'find it: select pid, usename, state, query from pg_stat_activity where xact_start < now() - interval ''10 s'';'
+                hint = 'find it: select pid, usename, state, query from pg_stat_activity where xact_start is not null order by xact_start;'
                     ' nothing was changed, try again once it is over';
     end;
     perform vae_private.build_event_views(m);

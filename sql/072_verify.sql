@@ -88,6 +88,7 @@ declare
     number integer;
     wanted bigint;
     digest constant text := (select i.runtime_digest from vae_private.installation i);
+    is_external constant boolean := (select i.is_external from vae_private.installation i);
     result record;
 begin
     perform vae_private.keep_versions(id);
@@ -98,8 +99,10 @@ begin
     end if;
     wanted := vae_private.version_id(id, model, number);
     for result in select * from vae_private.verify(id, wanted) loop
-        -- A standby answers too; it cannot log.
-        if current_setting('transaction_read_only') = 'off' then
+        -- A standby answers too; it cannot log. Nor is it a verification where the log itself answers.
+        if current_setting('transaction_read_only') = 'off'
+            and (not is_external or exists (select from vae_private.staged_run(id, 'verify') s where s.version = number))
+        then
             insert into vae.verifications (
                 version_id, device, passed, golden_users, max_difference, top_k_agreement, runtime_digest, numpy_version, blas, detail)
             values (
@@ -116,4 +119,4 @@ $$;
 comment on function vae.verify(text, integer) is
     'Scores the golden users that were stored with a version, by default the active one, and compares with the scores that '
     'the trainer''s network gave them: passed says whether all scores are within 1e-5 and all lists the same but for ties. '
-    'A row for the CPU, and one for a GPU where one would score. Logged in vae.verifications.';
+    'A row for the CPU, and one for a GPU where one would score. Logged in vae.verifications, which answers in a database without PL/Python: there pgvae verify does it.';

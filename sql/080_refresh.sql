@@ -45,6 +45,11 @@ begin
     end if;
     perform vae_private.lock_refresh(id, model);
     perform vae_private.check_refresh(id);
+    if (select i.is_external from vae_private.installation i)
+        and not exists (select from vae_private.staged_run(id, wanted[1]))
+    then
+        perform vae_private.refuse_scoring(id);
+    end if;
     perform vae_private.prune_logs(id);
     scoring := vae_private.active_version_id(id);
     mode := vae_private.first_mode(id, wanted[1], refresh."full");

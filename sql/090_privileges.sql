@@ -83,7 +83,7 @@ to vae_scorer;
 -- Operators refresh, activate and roll back.
 grant select on vae_private.installation to vae_operator;
 grant update (state, activated_at, retired_at) on vae.versions to vae_operator;
--- Not the columns that say who and when: their defaults do.
+-- Not the columns that say who, and when it began: their defaults do.
 grant insert (model_id, view, phase, events_until) on vae.refreshes to vae_operator;
 grant update (state, phase, mode, version, finished_at, seconds, row_count, scored_count, left_out, error) on vae.refreshes to vae_operator;
 grant execute on function

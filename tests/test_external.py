@@ -150,7 +150,7 @@ def test_the_page_runs_without_plpython_and_without_a_superuser(
             assert "pgvae refresh shop" in str(refusal.value.diag.message_hint)
         with pytest.raises(psycopg.errors.FeatureNotSupported, match="pg_cron cannot refresh"):
             connection.execute("select vae.schedule('shop', '15 3 * * *')")
-        with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"refresh of shop\.user_segments failed"):
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="has no PL/Python"):
             connection.execute("call vae.refresh('shop', array['user_segments'])")
         assert connection.execute("select count(*) from shop.user_segments").fetchone() == (30,)
     check_owners(server_without_plpython, run_cli, dsn)
@@ -353,6 +353,34 @@ def test_other_code_than_the_database_holds_scores_nothing(external: psycopg.Con
     assert log(external) == {}
 
 
+def test_sql_goes_by_the_log_of_verifications_and_adds_nothing_to_it(external: psycopg.Connection) -> None:
+    external.execute("delete from vae.verifications")
+    found = external.execute("select passed, detail from vae.verify('shop')").fetchall()
+    assert found == [(False, "not verified with the code that scores; in a terminal: pgvae verify shop --version 1")]
+    gates = "select status from vae.check_activation('shop', 1) where gate = 'parity'"
+    assert external.execute(gates).fetchone() == ("fail",)
+    assert external.execute("select count(*) from vae.verifications").fetchone() == (0,)
+    external.execute("select * from vae.activate('shop', 1, force => true)")
+    assert [row[1:3] for row in run.verify_outside(external, "shop", None)] == [("cpu", True)]
+    assert external.execute(gates).fetchone() == ("pass",)
+    assert external.execute("select count(*) from vae.verifications").fetchone() == (1,)
+
+
+def test_an_owner_who_may_not_read_the_events_is_told_the_grant(external: psycopg.Connection, role: str) -> None:
+    name = sql.Identifier(role)
+    external.execute(sql.SQL("grant vae_trainer to {0}; grant all on schema public to {0}").format(name))
+    external.execute(sql.SQL("alter schema shop owner to {}").format(name))
+    relations = external.execute(
+        "select oid::regclass::text from pg_class where relnamespace = 'shop'::regnamespace and relkind in ('v', 'm')"
+    )
+    for (relation,) in relations.fetchall():
+        external.execute(sql.SQL("alter table {} owner to {}").format(sql.SQL(relation), name))
+    document, _ = run_refresh(external, "shop", ["recommendations"])
+    assert document["error"]["sqlstate"] == "42501"
+    assert f"grant select on public.events to {role}" in document["error"]["hint"], document["error"]
+    external.execute(sql.SQL("reassign owned by {0} to postgres; drop owned by {0}").format(name))
+
+
 def test_a_version_that_cannot_be_verified_is_an_error_with_a_hint(
     external: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +437,8 @@ def test_an_error_of_a_query_takes_back_that_query_alone(connection: psycopg.Con
         with pytest.raises(SPIError, match="division by zero") as refusal:
             plpy.execute(plpy.prepare("select 1 / $1", ["integer"]), [0])
         assert refusal.value.sqlstate == "22012"
+        with pytest.raises(SPIError, match="does not exist"):
+            plpy.cursor(plpy.prepare("select * from nowhere"))
         cursor = plpy.cursor(plpy.prepare("select n from generate_series(1, $1) n", ["integer"]), [3])
         assert [cursor.fetch(2), cursor.fetch(2), cursor.fetch(2)] == [[{"n": 1}, {"n": 2}], [{"n": 3}], []]
         assert plpy.execute("select one from kept") == [{"one": 1}]

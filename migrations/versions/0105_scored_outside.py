@@ -67,6 +67,12 @@ def upgrade() -> None:
         comment="Rows that were scored outside and are to be stored in a prediction view.",
         prefixes=["UNLOGGED"],
     )
+    op.create_index("ix_staged_rows_token", "staged_rows", ["token"], schema="vae_private")
+    op.execute(
+        "comment on column vae.refreshes.events_until is"
+        " 'Until when events count in the content: until the call of vae.refresh, whenever the view had its turn;"
+        " of what was scored outside, until it was read.'"
+    )
 
 
 def downgrade() -> None:

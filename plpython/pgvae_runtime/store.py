@@ -247,8 +247,8 @@ def _load(plpy: Any, version_id: int, views: str = "scoring") -> Version:
 
 def _load_arrays(plpy: Any, version_id: int) -> dict[str, Any]:
     """Gives the tensors of a version and its items' keys, from the map that sessions share where it can be had."""
-    if getattr(plpy, "is_external", False):
-        # This process is no session of the server, and shares nothing with one.
+    # PL/Python's own module says nothing of it: sessions of a server share them.
+    if not getattr(plpy, "shares_weights", True):
         return _read_weights(plpy, version_id) | ItemKeys.arrays_of(_read_keys(plpy, version_id))
     row = execute(plpy, _DIGEST, ["bigint"], [version_id])[0]
     path = mapping.file_of(row["database"], version_id, row["digest"])

@@ -123,7 +123,9 @@ def replace_metrics(connection: psycopg.Connection, version_id: int, metrics: li
     """Writes the metrics of a published version, in place of those it has of the same splits."""
     with connection.cursor() as cursor:
         # Of two evaluations that end at once the later one would not see, and not replace, what the other has written.
-        cursor.execute("select pg_advisory_xact_lock(hashtext('pgvae metrics'), %s::integer)", [version_id])
+        cursor.execute(
+            "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('pgvae metrics'), %s::integer)", [version_id]
+        )
         cursor.execute(
             "delete from vae.metrics where version_id = %s and split = any (%s)",
             [version_id, list({metric.split for metric in metrics})],

@@ -568,7 +568,8 @@ refreshes = Table(
         DateTime(timezone=True),
         nullable=False,
         server_default=text("statement_timestamp()"),
-        comment="Until when events count in the content: until the call of vae.refresh, whenever the view had its turn.",
+        comment="Until when events count in the content: until the call of vae.refresh, whenever the view had its turn;"
+        " of what was scored outside, until it was read.",
     ),
     Column("left_out", Text, comment="Offers that the content lacks, and why; null: none."),
     CheckConstraint("state in ('running', 'succeeded', 'failed')", name="state"),
@@ -792,6 +793,7 @@ staged_rows = Table(
     Column("model_id", Integer, nullable=False, comment="Model, see vae.models."),
     Column("view", Text, nullable=False, comment="Prediction view; or verify."),
     Column("cells", ARRAY(Text), nullable=False, comment="The columns of the row, as texts."),
+    Index("ix_staged_rows_token", "token"),
     schema=PRIVATE,
     comment="Rows that were scored outside and are to be stored in a prediction view.",
     prefixes=["UNLOGGED"],

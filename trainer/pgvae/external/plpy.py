@@ -65,8 +65,8 @@ class Plpy:
 
     Error = Error
     SPIError = SPIError
-    # The runtime shares weights between the sessions of a server through files beside its data, which are not here.
-    is_external = True
+    # Those of a server do so through files beside its data, which are not here.
+    shares_weights = False
 
     def __init__(self, connection: psycopg.Connection, notice: Callable[[str], None]) -> None:
         self._connection = connection
@@ -93,7 +93,7 @@ class Plpy:
         """Gives a cursor for the rows of a query."""
         cursor = psycopg.RawServerCursor(self._connection, f"pgvae_{next(self._names)}", row_factory=dict_row)
         _read_as_texts(cursor)
-        with _raising(self._connection):
+        with _raising(self._connection), self._connection.transaction():
             cursor.execute(plan.query.encode(), values or None)
         return Cursor(cursor)
 

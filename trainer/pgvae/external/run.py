@@ -92,8 +92,9 @@ def refresh(connection: psycopg.Connection, model: str, views: Sequence[str] | N
 
 def _refresh_all(connection: psycopg.Connection, model: str, views: Sequence[str]) -> list[psycopg.Error]:
     """Refreshes one view after the other, since explanations read the recommendations; gives what failed."""
+    store.forget()
     token = secrets.token_hex(16)
-    for _ in range(_RESTARTS + 1):
+    for restarts_left in range(_RESTARTS, -1, -1):
         failures = []
         scoring = _Model.read(connection, model)
         for view in views:
@@ -107,9 +108,9 @@ def _refresh_all(connection: psycopg.Connection, model: str, views: Sequence[str
                     if connection.broken:
                         raise
                     failures.append(error)
-        if _Model.read(connection, model) == scoring:
+        if not restarts_left or _Model.read(connection, model) == scoring:
             break
-        err.print(f"another version of model {model} became active meanwhile: its views are refreshed again")
+        err.print(f"model {model} or its active version was changed meanwhile: its views are refreshed again")
     return failures
 
 
@@ -118,9 +119,10 @@ def verify_outside(connection: psycopg.Connection, model: str, version: int | No
 
     Needs an autocommit connection, and the rights of an operator.
     """
+    store.forget()
     token = secrets.token_hex(16)
     try:
-        with _reading(connection, "verify") as plpy:
+        with _staged(connection, token), _reading(connection, "verify") as plpy:
             found = _Model.read(connection, model)
             if number := version or found.version:
                 row = connection.execute(
@@ -132,9 +134,7 @@ def verify_outside(connection: psycopg.Connection, model: str, version: int | No
                 _stage_rows(connection, token, found.model_id, "verify", rows)
                 _stage_run(connection, token, verified, "verify", rows=len(rows), moment=_now(connection))
             connection.execute("select pg_catalog.set_config('vae.staged', %s, true)", [token])
-            logged = connection.execute(VERIFY, [model, version]).fetchall()
-            connection.execute("select vae_private.clear_staged(%s)", [token])
-            return logged
+            return connection.execute(VERIFY, [model, version]).fetchall()
     except Error as error:
         raise PgvaeError(str(error), hint=error.hint) from error
 
@@ -170,9 +170,10 @@ def _score(connection: psycopg.Connection, model: _Model, view: str, token: str)
 @contextmanager
 def _reading(connection: psycopg.Connection, function: str) -> Iterator[Plpy]:
     """Opens a transaction that sees one moment, with the settings of the function."""
-    store.forget()
     with connection.transaction():
         connection.execute("set transaction isolation level repeatable read")
+        # Times and scores come as texts.
+        connection.execute("set local extra_float_digits = 1")
         keep_open(connection)
         doctor.check_code(connection)
         connection.execute(_SETTINGS, [function])
@@ -205,7 +206,9 @@ def _clear(connection: psycopg.Connection, token: str) -> None:
     with connection.transaction():
         # Where a role's default is another, two that clear what a third one left would fail each other.
         connection.execute("set transaction isolation level read committed")
-        connection.execute("select vae_private.clear_staged(%s)", [token])
+        connection.execute(
+            "select vae_private.clear_staged(%s), pg_catalog.set_config('vae.staged', '', false)", [token]
+        )
 
 
 def _stage_rows(
