@@ -346,10 +346,12 @@ def _characteristics(
     The labels are the values of the first column that tells three in four of the segments apart, or else of the one
     that tells most of them.
     """
+    rows, counts = dataset.rows_of(users)
+    pairs = np.unique(np.repeat(np.arange(len(users)), counts) * len(dataset.item_keys) + dataset.item[rows])
     best: list[list[tuple[str, float]]] = []
     columns: Sequence[FeatureColumn | None] = _telling_columns(dataset.item_pipeline.columns) or [None]
     for column in columns:
-        found = _set_apart(dataset, users, places, count, column)
+        found = _set_apart(dataset, pairs, places, count, column)
         if not best or sum(map(bool, found)) > sum(map(bool, best)):
             best = found
         if 4 * sum(map(bool, best)) >= 3 * count:
@@ -359,19 +361,17 @@ def _characteristics(
 
 def _set_apart(
     dataset: Dataset,
-    users: NDArray[np.int64],
+    pairs: NDArray[np.int64],
     places: NDArray[np.int64],
     count: int,
     column: FeatureColumn | None,
 ) -> list[list[tuple[str, float]]]:
     """Gives (label, lift) of each segment's labels of one column; none where nothing sets it apart.
 
-    Lift is the label's share in the segment's (user, item) pairs over its share in all of them; the labels come in the
+    `pairs` are the different user * I + item of the events. Lift is the label's share in the segment's (user, item) pairs over its share in all of them; the labels come in the
     order of share times log lift, which is what each adds to the divergence of the two distributions.
     """
     labels, item, label = _labels(dataset, column)
-    rows, counts = dataset.rows_of(users)
-    pairs = np.unique(np.repeat(np.arange(len(users)), counts) * len(dataset.item_keys) + dataset.item[rows])
     user, pair_item = np.divmod(pairs, len(dataset.item_keys))
     order = np.argsort(item, kind="stable")
     item, label = item[order], label[order]
