@@ -368,8 +368,9 @@ def _set_apart(
 ) -> list[list[tuple[str, float]]]:
     """Gives (label, lift) of each segment's labels of one column; none where nothing sets it apart.
 
-    `pairs` are the different user * I + item of the events. Lift is the label's share in the segment's (user, item) pairs over its share in all of them; the labels come in the
-    order of share times log lift, which is what each adds to the divergence of the two distributions.
+    `pairs` are the different user * I + item of the events. Lift is the label's share in the segment's pairs over its
+    share in all of them; the labels come in the order of share times log lift, which is what each adds to the
+    divergence of the two distributions.
     """
     labels, item, label = _labels(dataset, column)
     user, pair_item = np.divmod(pairs, len(dataset.item_keys))
