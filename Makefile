@@ -33,6 +33,7 @@ bench: bootstrap ## Measure refreshes, live calls and other ways at a small size
 	@.venv/bin/python -m benchmarks.refresh
 	@.venv/bin/python -m benchmarks.live --users 5000 --items 5000 --calls 200 --idle 20
 	@.venv/bin/python -m benchmarks.monitoring
+	@.venv/bin/python -m benchmarks.external --rounds 3
 
 bench-full: bootstrap ## The same at the size of a large shop, and how time and memory grow; about an hour
 	@.venv/bin/python -m benchmarks.scoring --users 100000 --items 20000 --width 200

@@ -138,10 +138,10 @@ def train(
             outcomes=outcomes.tensors | uplift.tensors,
             no_uplift=uplift.missing,
         )
+    kept.remove()
     with connect(dsn, autocommit=True) as connection:
         if is_external(connection):
             verify_outside(connection, model, version)
-    kept.remove()
     return Training(
         version=version,
         metrics=evaluation.metrics,

@@ -195,7 +195,6 @@ def _act_as(connection: psycopg.Connection, owner: str) -> None:
 def _staged(connection: psycopg.Connection, token: str) -> Iterator[None]:
     """Leaves nothing of what was staged, however it ends."""
     try:
-        _clear(connection, token)
         yield
     finally:
         if not connection.broken:
@@ -203,6 +202,7 @@ def _staged(connection: psycopg.Connection, token: str) -> Iterator[None]:
 
 
 def _clear(connection: psycopg.Connection, token: str) -> None:
+    """Removes the rows of the token, and those of refreshes that were killed."""
     with connection.transaction():
         # Where a role's default is another, two that clear what a third one left would fail each other.
         connection.execute("set transaction isolation level read committed")

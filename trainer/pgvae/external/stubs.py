@@ -1,6 +1,7 @@
 """What stands for the functions in PL/Python where a database has none.
 
-Those that fill prediction views read what was scored outside for the session (vae_private.staged); all others refuse.
+Those that fill prediction views read the rows that a refresh brought from outside (vae_private.staged); all others
+refuse.
 """
 
 from __future__ import annotations
